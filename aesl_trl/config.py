@@ -1,0 +1,154 @@
+"""AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .errors import InputError, nearest
+from .losses import PREFIX_MODES
+
+
+COLD_START_LOSSES = ("aesl", "nll")
+SELECTIONS = ("turning_point", "last", "best_eval")
+DIVERSITY_BACKENDS = ("auto", "generate")
+DIVERSITY_METRICS = ("entropy", "self_bleu")
+BEST_EVAL_METRICS = ("eval_nll", "pass@1")
+
+
+@dataclass
+class AESLSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`AESLSFTTrainer`]: [`~trl.SFTConfig`] and the fields below.
+
+    Args:
+        cold_start_loss (`str`, *optional*, defaults to `"aesl"`):
+            `"aesl"` (Adaptive Early-Stop Loss, paper Eq. 4) or `"nll"` (plain negative log-likelihood).
+        t_scaling (`float`, *optional*, defaults to `3.0`):
+            Scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative log-likelihood is
+            `1 / t_scaling` nats. The paper does not state its value.
+        min_temperature (`float`, *optional*, defaults to `1e-2`):
+            Lower clamp of the temperature, positive.
+        prefix_mode (`str`, *optional*, defaults to `"inclusive"`):
+            `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not; `"none"`: `t_scaling` is the
+            temperature of every token (the token-level ablation).
+        diversity_steps (`int`, *optional*, defaults to `0`):
+            Measure the diversity of the model's own samples before step 1 and every that many steps. 0 turns it off.
+        diversity_num_prompts (`int`, *optional*, defaults to `64`):
+            Held-out prompts sampled at each measurement, the first ones given; always the same.
+        diversity_samples (`int`, *optional*, defaults to `8`):
+            Completions sampled for each prompt, at least 2.
+        diversity_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature, positive.
+        diversity_max_new_tokens (`int`, *optional*, defaults to `512`):
+            Tokens after which a sample is cut off (and counted as truncated).
+        diversity_batch_size (`int`, *optional*, defaults to `64`):
+            Completions generated at once on each process.
+        diversity_backend (`str`, *optional*, defaults to `"auto"`):
+            How to sample: `"generate"` is `model.generate`; `"auto"` takes the best that is there.
+        diversity_metric (`str`, *optional*, defaults to `"entropy"`):
+            The series whose turning point is sought: `"entropy"` (its maximum) or `"self_bleu"` (its minimum).
+        diversity_patience (`int`, *optional*, defaults to `3`):
+            Measurements after the peak that must confirm the fall.
+        stop_at_turning_point (`bool`, *optional*, defaults to `False`):
+            End the training once the turning point is confirmed.
+        selection (`str`, *optional*):
+            Which checkpoint goes to RL: `"turning_point"` (default for nll), `"last"` (default for aesl: the loss itself is the early stop) or
+            `"best_eval"` (for comparison). Made at the end of training when `diversity_steps` is set.
+        best_eval_metric (`str`, *optional*, defaults to `"eval_nll"`):
+            What `"best_eval"` looks at: `"eval_nll"` (lowest) or `"pass@1"` on the diversity prompts (highest).
+        max_candidates (`int`, *optional*, defaults to `5`):
+            Weights-only candidates kept on disk at a time; the last measurement and the best evaluation are always among them.
+    """
+
+    cold_start_loss: str = field(
+        default="aesl",
+        metadata={"help": "Loss of the cold start.", "choices": list(COLD_START_LOSSES)},
+    )
+    t_scaling: float = field(default=3.0, metadata={"help": "Scale of AESL's temperature, positive (paper, Eq. 4)."})
+    min_temperature: float = field(default=1e-2, metadata={"help": "Lower clamp of AESL's temperature, positive."})
+    prefix_mode: str = field(
+        default="inclusive",
+        metadata={"help": "Prefix over which AESL averages.", "choices": list(PREFIX_MODES)},
+    )
+    diversity_steps: int = field(
+        default=0, metadata={"help": "Measure the diversity of own samples every that many steps; 0: never."}
+    )
+    diversity_num_prompts: int = field(default=64, metadata={"help": "Held-out prompts sampled at each measurement."})
+    diversity_samples: int = field(default=8, metadata={"help": "Completions sampled for each prompt, at least 2."})
+    diversity_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, positive."})
+    diversity_max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which a sample is cut off."})
+    diversity_batch_size: int = field(default=64, metadata={"help": "Completions generated at once on a process."})
+    diversity_backend: str = field(
+        default="auto",
+        metadata={"help": "How to sample.", "choices": list(DIVERSITY_BACKENDS)},
+    )
+    diversity_metric: str = field(
+        default="entropy",
+        metadata={"help": "Series whose turning point is sought.", "choices": list(DIVERSITY_METRICS)},
+    )
+    diversity_patience: int = field(
+        default=3, metadata={"help": "Measurements after the peak that must confirm the fall."}
+    )
+    stop_at_turning_point: bool = field(
+        default=False, metadata={"help": "End the training once the turning point is confirmed."}
+    )
+    selection: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which checkpoint goes to RL. Default: turning_point for nll, last for aesl.",
+            "choices": list(SELECTIONS),
+        },
+    )
+    best_eval_metric: str = field(
+        default="eval_nll",
+        metadata={"help": "What selection best_eval looks at.", "choices": list(BEST_EVAL_METRICS)},
+    )
+    max_candidates: int = field(default=5, metadata={"help": "Weights-only candidates kept on disk at a time."})
+
+    def __post_init__(self):
+        self._check_choice("cold_start_loss", COLD_START_LOSSES)
+        self._check_choice("prefix_mode", PREFIX_MODES)
+        self._check_choice("diversity_backend", DIVERSITY_BACKENDS)
+        self._check_choice("diversity_metric", DIVERSITY_METRICS)
+        self._check_choice("best_eval_metric", BEST_EVAL_METRICS)
+        for name in ("t_scaling", "min_temperature", "diversity_temperature"):
+            self._check_number(name, 0.0, exclusive=True)
+        for name, low in (
+            ("diversity_steps", 0),
+            ("diversity_num_prompts", 1),
+            ("diversity_samples", 2),
+            ("diversity_max_new_tokens", 1),
+            ("diversity_batch_size", 1),
+            ("diversity_patience", 1),
+            ("max_candidates", 2),
+        ):
+            self._check_number(name, low, integer=True)
+        if self.loss_type not in ("nll", "chunked_nll"):
+            raise InputError(
+                f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss ({self.cold_start_loss!r}): "
+                "leave loss_type at 'nll'"
+            )
+        if self.diversity_steps == 0 and (self.selection is not None or self.stop_at_turning_point):
+            name = "selection" if self.selection is not None else "stop_at_turning_point"
+            raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
+        if self.selection is not None:
+            self._check_choice("selection", SELECTIONS)
+        super().__post_init__()
+
+    @property
+    def selection_rule(self) -> str:
+        """`selection`, or its default for the loss."""
+        return self.selection or ("last" if self.cold_start_loss == "aesl" else "turning_point")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}{nearest(value, choices)}")
+
+    def _check_number(self, name: str, low: float, *, exclusive: bool = False, integer: bool = False) -> None:
+        value, kind = getattr(self, name), "an integer" if integer else "a number"
+        types = int if integer else (int, float)
+        right_type = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+        if not right_type or value < low or (exclusive and value == low):
+            raise InputError(f"{name} is {value!r}, but must be {kind} {'above' if exclusive else 'of at least'} {low}")

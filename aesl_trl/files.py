@@ -1,0 +1,150 @@
+"""The files through which stages meet: their names in a run folder, and atomic JSON.
+
+A reader never sees half a file: each write goes to a temporary sibling that replaces the target in one step. NaN and infinity
+become null, so that every line is valid JSON.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+TRAINER_STATE = "trainer_state.json"  # Trainer's own: log_history
+RUN = "run.json"
+POSITIONS = "positions.jsonl"
+DIVERSITY = "diversity.jsonl"
+SAMPLES = "samples"
+CANDIDATES = "candidates"
+SELECTION = "selection.json"
+SELECTED = "selected"
+CHAIN = "chain.json"
+HANDOFF = "handoff.json"
+HANDOFF_DIR = "handoff"
+EVALUATION = "evaluation.json"
+
+
+def to_json(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def _dumps(value: Any, **kwargs) -> str:
+    return json.dumps(to_json(value), ensure_ascii=False, allow_nan=False, **kwargs)
+
+
+def _write(path: Path, text: str) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    _write(Path(path), _dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    _write(Path(path), "".join(_dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, row: dict) -> None:
+    """Add one line; the file is rewritten whole, so that a kill leaves either the old or the new one."""
+    path = Path(path)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    _write(path, old + _dumps(row) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+    return rows
+
+
+def replace_dir(source: str | Path, target: str | Path) -> None:
+    """Make `target` a copy of the folder `source`, hard-linked where the file system allows; the old `target` goes last."""
+    source, target = Path(source), Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def sft_dir(run: str | Path) -> Path:
+    """The SFT folder of a run: `run` itself, or the one that the chain in `run` trained.
+
+    Raises:
+        InputError: neither is an SFT folder (it has no diversity.jsonl, run.json or trainer_state.json).
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise InputError(f"{run} is not a folder")
+    if (run / CHAIN).exists():
+        folder = read_json(run / CHAIN).get("sft_dir")
+        if folder is None:
+            raise InputError(f"{run} is a chain without an SFT stage")
+        return (run / folder).resolve()
+    for folder in (run, run / "sft"):
+        if any((folder / name).exists() for name in (DIVERSITY, RUN, TRAINER_STATE)):
+            return folder
+    raise InputError(f"{run} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a run's numbers; None where one is not installed."""
+    names = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,207 @@
+"""AESL by definition: weights and losses on plain logits.
+
+The truth that every faster form is tested against. Source: Li et al., "Getting Your LLMs Ready for Reinforcement Learning with
+Lightweight SFT", ICLR 2026 (OpenReview yezWGJmODg), Eq. 4. With z_t the logits that predict token s_t of one sequence:
+
+    l_t = log softmax(z_t)[s_t]
+    m_t = mean of l_1 .. l_t                       (prefix_mode "inclusive")
+    T_t = max(min_temperature, -t_scaling * m_t)
+    w_t = 1 - softmax(z_t / T_t)[s_t]              (a constant in the backward pass)
+    L   = -sum_t w_t * l_t / num_items
+
+What the paper leaves open is settled here: no gradient flows through the weight; the denominator counts tokens, not weights, so
+that gradient accumulation and data parallelism stay exact; ignored labels enter neither the mean nor the loss; the mean starts
+anew at each packed document; in a multi-turn sequence it runs on over all its trained tokens.
+
+Shapes: B rows, L positions, V vocabulary. Everything is already shifted: `labels[:, t]` is the token that `logits[:, t]` predicts.
+float64 logits are computed in float64 throughout; half precision is computed in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+PREFIX_MODES = ("inclusive", "exclusive", "none")
+
+
+class AESLScores(NamedTuple):
+    """Per-token quantities of AESL, each `[B, L]` and without gradient; 0 where the label is ignored."""
+
+    weights: Tensor  # in [0, 1]
+    temperatures: Tensor  # >= min_temperature on trained tokens
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def gold_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Log-probability of each label, in nats: `[B, L, V]`, `[B, L]` -> `[B, L]`, 0 where ignored."""
+    logits, mask = _full_precision(logits), labels != ignore_index
+    gold = logits.gather(-1, labels.where(mask, 0).unsqueeze(-1)).squeeze(-1)
+    return (gold - logits.logsumexp(-1)).where(mask, 0.0)
+
+
+def prefix_sums(values: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+    """Running sum along each row that starts anew at each sequence, in float64: `[B, L]` -> `[B, L]`.
+
+    float64 because a float32 sum over 32k packed tokens is off by about 2e-3.
+    """
+    sums = values.double().cumsum(1)
+    if sequence_ids is None:
+        return sums
+    positions = torch.arange(values.size(1), device=values.device).expand_as(values)
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    start_positions = positions.where(starts, 0).cummax(1).values
+    return sums - (sums - values.double()).gather(1, start_positions)
+
+
+def aesl_temperatures(
+    log_probs: Tensor,
+    mask: Tensor,
+    *,
+    t_scaling: float = 3.0,
+    min_temperature: float = 1e-2,
+    prefix_mode: str = "inclusive",
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """Temperature of each trained token, from the log-probabilities alone (paper, Eq. 4).
+
+    Args:
+        log_probs: `[B, L]` log-probabilities of the labels, in nats, 0 where `mask` is False.
+        mask: `[B, L]`, True on trained tokens.
+        t_scaling, min_temperature, prefix_mode, sequence_ids: as in [`aesl_weights`].
+
+    Returns:
+        `[B, L]` in the dtype of `log_probs`, >= `min_temperature`; 1 on tokens that are not trained.
+    """
+    if prefix_mode not in PREFIX_MODES:
+        raise ValueError(f"prefix_mode is {prefix_mode!r}, but must be one of {', '.join(PREFIX_MODES)}")
+    if prefix_mode == "none":
+        return torch.full_like(log_probs, max(t_scaling, min_temperature)).where(mask, 1.0)
+    sums, counts = prefix_sums(log_probs, sequence_ids), prefix_sums(mask, sequence_ids)
+    if prefix_mode == "exclusive":
+        sums, counts = sums - log_probs, counts - mask.double()
+    temperatures = (-t_scaling * sums / counts).clamp(min=min_temperature)
+    # The first token of an exclusive prefix has no mean yet: T = 1. Elsewhere a count of 0 means "not trained"
+    return temperatures.where(mask & (counts > 0), 1.0).clamp(min=min_temperature).to(log_probs.dtype)
+
+
+@torch.no_grad()
+def aesl_scores(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    t_scaling: float = 3.0,
+    min_temperature: float = 1e-2,
+    prefix_mode: str = "inclusive",
+    sequence_ids: Tensor | None = None,
+    ignore_index: int = -100,
+) -> AESLScores:
+    """[`aesl_weights`] together with the temperatures they were taken at."""
+    logits, mask = _full_precision(logits), labels != ignore_index
+    log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
+    temperatures = aesl_temperatures(
+        log_probs,
+        mask,
+        t_scaling=t_scaling,
+        min_temperature=min_temperature,
+        prefix_mode=prefix_mode,
+        sequence_ids=sequence_ids,
+    )
+    # (z - max z) / T cannot overflow. Summing over the other tokens keeps every digit of 1 - p as p nears 1
+    exp = ((logits - logits.amax(-1, keepdim=True)) / temperatures.unsqueeze(-1)).exp()
+    index = labels.where(mask, 0).unsqueeze(-1)
+    gold = exp.gather(-1, index).squeeze(-1)
+    rest = exp.scatter(-1, index, 0.0).sum(-1)
+    return AESLScores((rest / (rest + gold)).where(mask, 0.0), temperatures.where(mask, 0.0))
+
+
+def aesl_weights(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    t_scaling: float = 3.0,
+    min_temperature: float = 1e-2,
+    prefix_mode: str = "inclusive",
+    sequence_ids: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Adaptive early-stop weight of each token (paper, Eq. 4).
+
+    Near 0 where the model already expects the token after a prefix that it predicts well; near 1 where the prefix is surprising.
+
+    Args:
+        logits: `[B, L, V]`, after the model's own logit scale and soft cap.
+        labels: `[B, L]`, already shifted.
+        t_scaling: positive; the temperature is 1 when the prefix's mean negative log-likelihood is `1 / t_scaling` nats.
+        min_temperature: positive lower clamp; low temperatures amplify the rounding of the logits.
+        prefix_mode: `"inclusive"` (paper) averages over the prefix with the current token, `"exclusive"` without it (the first token's
+            temperature is 1), `"none"` takes `t_scaling` itself as every temperature: the token-level ablation.
+        sequence_ids: `[B, L]`, the document of each label in a packed row, constant over a document and changing at its border; without
+            it each row is one sequence.
+        ignore_index: label of tokens that are not trained.
+
+    Returns:
+        `[B, L]` in [0, 1], without gradient, 0 where ignored.
+
+    Raises:
+        ValueError: `prefix_mode` is none of the three.
+    """
+    return aesl_scores(
+        logits,
+        labels,
+        t_scaling=t_scaling,
+        min_temperature=min_temperature,
+        prefix_mode=prefix_mode,
+        sequence_ids=sequence_ids,
+        ignore_index=ignore_index,
+    ).weights
+
+
+def weighted_nll(log_probs: Tensor, weights: Tensor | None, num_items: Tensor | float | int) -> Tensor:
+    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained. Without weights: plain nll."""
+    weighted = log_probs if weights is None else weights * log_probs
+    return -weighted.sum() / torch.as_tensor(num_items, device=log_probs.device).clamp(min=1)
+
+
+def nll_loss(
+    logits: Tensor, labels: Tensor, *, num_items: Tensor | float | int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Plain negative log-likelihood, a scalar in nats per item: AESL with every weight 1."""
+    num_items = (labels != ignore_index).sum() if num_items is None else num_items
+    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), None, num_items)
+
+
+def aesl_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_items: Tensor | float | int | None = None,
+    t_scaling: float = 3.0,
+    min_temperature: float = 1e-2,
+    prefix_mode: str = "inclusive",
+    sequence_ids: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Adaptive Early-Stop Loss (paper, Eq. 4): `-sum_t w_t * l_t / num_items`, a scalar.
+
+    Args:
+        num_items: the denominator, by default the number of labels that are not ignored. Across ranks and accumulation steps pass the
+            trained tokens of the whole optimiser step.
+        logits, labels, t_scaling, min_temperature, prefix_mode, sequence_ids, ignore_index: as in [`aesl_weights`].
+    """
+    weights = aesl_weights(
+        logits,
+        labels,
+        t_scaling=t_scaling,
+        min_temperature=min_temperature,
+        prefix_mode=prefix_mode,
+        sequence_ids=sequence_ids,
+        ignore_index=ignore_index,
+    )
+    num_items = (labels != ignore_index).sum() if num_items is None else num_items
+    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), weights, num_items)

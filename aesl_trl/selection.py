@@ -1,0 +1,238 @@
+"""Which checkpoint of a cold start goes to reinforcement learning.
+
+Works on the files of a finished or running SFT folder, so a selection can be replayed with another rule, metric or
+patience without training. Writes `selection.json` and `selected/`.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import files
+from .errors import InputError, exit_on_input_error, nearest
+from .turning_point import find_turning_point
+
+
+METRICS = {"entropy": "max", "self_bleu": "min"}  # what a turning point is sought in, and where diversity is highest
+EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # where the model is best
+RULES = ("turning_point", "last", "best_eval")
+
+
+def select_checkpoint(
+    diversity_rows: Sequence[dict],
+    eval_rows: Sequence[dict],
+    candidates: Iterable[int],
+    *,
+    rule: str,
+    metric: str = "entropy",
+    patience: int = 3,
+    best_eval_metric: str = "eval_nll",
+) -> dict:
+    """Choose one of the saved candidates.
+
+    - "turning_point": where the diversity of the model's own samples peaks (CE-ES of the AESL paper). Undetermined,
+      it falls back to "best_eval" where candidates were evaluated, else to "last".
+    - "last": the end of training, for a loss that does the early stopping itself.
+    - "best_eval": the best evaluation among the candidates, for comparison: the paper finds it too late for RL.
+      Without any it falls back to "last".
+
+    The candidate nearest to the step wanted is taken when that step was not saved (the base model, step 0, never is);
+    of two as near, the earlier.
+
+    Args:
+        diversity_rows: lines of diversity.jsonl. Of a step measured twice (a resumed run), the later line counts.
+        eval_rows: rows with `step` and `eval_nll`, such as Trainer's log_history.
+        candidates: steps of the saved candidates.
+        rule: one of the above.
+        metric: "entropy" or "self_bleu". The other one's turning point goes into the evidence.
+        patience: of [`~turning_point.find_turning_point`].
+        best_eval_metric: "eval_nll" (lowest) or "pass@1" of the diversity rows (highest).
+
+    Returns:
+        The contents of selection.json except `path`: `rule` (asked), `applied`, `step`, `reason`, `evidence`,
+        `candidates`, `metric`. The evidence has `turning_point` (by metric: `step`, `reason` and the numbers),
+        `evaluation` (`metric`, and its `values` by step), `measured` (the diversity row of the chosen step, or None)
+        and, where it was not saved, `wanted_step`.
+
+    Raises:
+        InputError: no candidates, or an unknown rule or metric.
+    """
+    for name, value, options in (
+        ("rule", rule, RULES),
+        ("metric", metric, METRICS),
+        ("best_eval_metric", best_eval_metric, EVAL_METRICS),
+    ):
+        if value not in options:
+            raise InputError(f"{name}={value!r} is not one of {', '.join(options)}{nearest(value, options)}")
+    candidates = sorted(set(candidates))
+    if not candidates:
+        raise InputError("there are no saved candidates to select from: train with diversity_steps above 0")
+    measured = _by_step(diversity_rows)
+    turning_points = {name: _turning_point(measured, name, patience) for name in METRICS}
+    evaluations = _evaluations(measured, eval_rows, best_eval_metric)
+    applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates)
+    step = min(candidates, key=lambda candidate: (abs(candidate - wanted), candidate))
+    evidence = {
+        "turning_point": turning_points,
+        "evaluation": {"metric": best_eval_metric, "values": evaluations},
+        "measured": measured.get(step),
+    }
+    if step != wanted:
+        evidence["wanted_step"] = wanted
+        reason += f"; step {wanted} was not saved, step {step} is the nearest candidate"
+    return {
+        "rule": rule,
+        "applied": applied,
+        "step": step,
+        "reason": reason,
+        "evidence": evidence,
+        "candidates": candidates,
+        "metric": metric,
+    }
+
+
+def _by_step(rows: Iterable[dict]) -> dict[int, dict]:
+    """Rows by step, in order; the later of two rows of a step replaces the earlier."""
+    found = {}
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("step"), int):
+            raise InputError(f"{files.DIVERSITY}, row {number} has no whole number 'step': {row.get('step')!r}")
+        found[row["step"]] = row
+    return dict(sorted(found.items()))
+
+
+def _turning_point(measured: dict[int, dict], metric: str, patience: int) -> dict:
+    values = [row.get(metric) for row in measured.values()]
+    found = find_turning_point(list(measured), values, mode=METRICS[metric], patience=patience)
+    return {"step": found.step, "reason": found.reason, **found.evidence}
+
+
+def _evaluations(measured: dict[int, dict], eval_rows: Iterable[dict], metric: str) -> dict[int, float]:
+    rows = measured.values() if metric == "pass@1" else eval_rows
+    known = [row for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+    return {row["step"]: row[metric] for row in known}
+
+
+def _apply(
+    rule: str,
+    metric: str,
+    turning_points: dict[str, dict],
+    eval_metric: str,
+    evaluations: dict[int, float],
+    candidates: list[int],
+) -> tuple[str, int, str]:
+    """The rule in effect after fallbacks, the step it wants and why."""
+    reason = ""
+    if rule == "turning_point":
+        found = turning_points[metric]
+        reason = f"{metric}: {found['reason']}"
+        if found["step"] is not None:
+            return rule, found["step"], reason + _disagreement(metric, turning_points)
+        rule = "best_eval" if any(step in evaluations for step in candidates) else "last"
+        reason += f"; falls back to {rule}: "
+    evaluated = [step for step in candidates if step in evaluations]
+    if rule == "best_eval" and evaluated:
+        best = (min if EVAL_METRICS[eval_metric] == "min" else max)(evaluated, key=evaluations.get)
+        where = f"best {eval_metric} among {len(evaluated)} evaluated candidates"
+        return rule, best, f"{reason}{where}, {evaluations[best]:.4g} at step {best}"
+    if rule == "best_eval":
+        reason = f"no candidate has {eval_metric}; falls back to last: "
+    return "last", candidates[-1], f"{reason}the last candidate, step {candidates[-1]}"
+
+
+def _disagreement(metric: str, turning_points: dict[str, dict]) -> str:
+    """A clause on the other metrics' turning points where they lie elsewhere."""
+    step = turning_points[metric]["step"]
+    others = {name: found["step"] for name, found in turning_points.items() if found["step"] != step}
+    texts = {name: "undetermined" if other is None else f"step {other}" for name, other in others.items()}
+    return "".join(f"; {name} says {text}" for name, text in texts.items())
+
+
+def select_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    rule: str | None = None,
+    metric: str | None = None,
+    patience: int | None = None,
+    best_eval_metric: str | None = None,
+) -> dict:
+    """Select from the candidates of a run and write `selection.json` and `selected/`.
+
+    Args:
+        run: an SFT folder or a chain's.
+        out: where to write, by default `run`: several chains can select from one SFT folder, each by its own rule.
+        rule, metric, patience, best_eval_metric: by default what the run's run.json says; without one "turning_point"
+            on entropy with patience 3.
+
+    Returns:
+        The contents of selection.json; `path` is relative to its folder.
+
+    Raises:
+        InputError: `run` is no run, has no candidates, or a file in it is unreadable.
+    """
+    sft = files.sft_dir(run)
+    out = Path(run if out is None else out)
+    recorded = files.read_json(sft / files.RUN) if (sft / files.RUN).exists() else {}
+    selection = select_checkpoint(
+        files.read_jsonl(sft / files.DIVERSITY) if (sft / files.DIVERSITY).exists() else [],
+        _log_history(sft),
+        candidate_steps(sft),
+        rule=rule or recorded.get("selection") or default_rule(recorded.get("cold_start_loss")),
+        metric=metric or recorded.get("diversity_metric") or "entropy",
+        patience=recorded.get("diversity_patience", 3) if patience is None else patience,
+        best_eval_metric=best_eval_metric or recorded.get("best_eval_metric") or "eval_nll",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    # the weights first: a kill in between leaves a selection.json that is stale, never one that points nowhere
+    files.replace_dir(sft / files.CANDIDATES / f"step-{selection['step']}", out / files.SELECTED)
+    selection["path"] = files.SELECTED
+    files.write_json(out / files.SELECTION, selection)
+    return selection
+
+
+def default_rule(cold_start_loss: str | None) -> str:
+    """AESL stops early token by token and needs no early stop; any other loss does."""
+    return "last" if cold_start_loss == "aesl" else "turning_point"
+
+
+def candidate_steps(sft: str | Path) -> list[int]:
+    """Steps of the candidates saved in an SFT folder, in order. Raises [`InputError`] without any."""
+    folder = Path(sft) / files.CANDIDATES
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if not steps:
+        raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
+    return steps
+
+
+def _log_history(sft: Path) -> list[dict]:
+    state = sft / files.TRAINER_STATE
+    return files.read_json(state).get("log_history", []) if state.exists() else []
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`aesl select`: apply a rule to a run's saved candidates."""
+    exit_on_input_error("aesl select", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="aesl select",
+        description="Choose which saved candidate of a cold start goes to RL; writes selection.json and selected/.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="an SFT output folder, or a chain's")
+    parser.add_argument("--rule", help=f"{', '.join(RULES)}; default: as the run was configured")
+    parser.add_argument("--metric", help=f"diversity of the model's own samples: {', '.join(METRICS)}")
+    parser.add_argument("--patience", type=int, help="measurements that must follow the peak")
+    parser.add_argument("--best_eval_metric", help=f"what best_eval looks at: {', '.join(EVAL_METRICS)}")
+    parser.add_argument("--out", help="folder to write to (default: RUN)")
+    given = vars(parser.parse_args(argv))
+    selection = select_run(given.pop("run"), given.pop("out"), **given)
+    print(f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""`accelerate launch -m aesl_trl.sft --config ...`: the cold start, from one YAML file.
+
+What TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the diversity, strict arguments, and every check of the data
+before the model loads.
+"""
+
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from .arguments import parse
+from .config import AESLSFTConfig
+from .data import check_demonstrations, check_trainable, load_rows, prompt_rows
+from .errors import InputError, exit_on_input_error
+from .rewards import check_columns, load_reward_funcs
+
+
+UNFINISHED = 3  # exit code: stopped before the last step, e.g. by a signal; the next stage must not start
+
+
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    """TRL's script arguments and the data beside the demonstrations."""
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out demonstrations, where they are not the test split of `dataset_name`."},
+    )
+    diversity_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts to sample from. Default: those of the evaluation dataset."},
+    )
+    diversity_dataset_split: str | None = field(default=None, metadata={"help": "Split of `diversity_dataset_name`."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards of the samples: a TRL reward's name, a dotted import path, or path/file.py:function."
+        },
+    )
+
+
+ARGUMENT_TYPES = (SFTScriptArguments, AESLSFTConfig, ModelConfig)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, select, and save the last weights to `output_dir`.
+
+    Raises:
+        InputError: arguments, data, rewards or a model that cannot be used; before any model loads.
+        SystemExit: code 3 when the training ended before its last step without having been told to.
+    """
+    script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog="aesl sft")
+    if not model_args.model_name_or_path:
+        raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install 'aesl_trl[qlora]'")
+    reward_funcs = load_reward_funcs(script_args.reward_funcs)
+    train, evaluation, prompts = load_datasets(script_args, args)
+    if prompts is not None and reward_funcs:
+        check_columns(reward_funcs, prompts[0], where=f"diversity prompts {script_args.diversity_dataset_name or ''}")
+    trainer = build_trainer(args, model_args, train, evaluation, prompts, reward_funcs)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finish(trainer, script_args)
+
+
+def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
+    """Demonstrations, evaluation rows or None, and diversity prompts or None, checked."""
+    name = script_args.dataset_name
+    if not name:
+        raise InputError("dataset_name is missing: name the demonstrations, a hub dataset or a local file")
+    train = _load(script_args, args, "dataset_name", name, script_args.dataset_train_split)
+    check_demonstrations(train, field="dataset_name", text_field=args.dataset_text_field)
+    evaluation = None
+    if script_args.eval_dataset_name or args.eval_strategy != "no":
+        if script_args.eval_dataset_name:
+            evaluation = _load(script_args, args, "eval_dataset_name", script_args.eval_dataset_name, None)
+        else:
+            evaluation = _load(script_args, args, "dataset_name", name, script_args.dataset_test_split)
+        check_demonstrations(evaluation, field="eval_dataset_name", text_field=args.dataset_text_field)
+    prompts = None
+    if args.diversity_steps and script_args.diversity_dataset_name:
+        source, split = script_args.diversity_dataset_name, script_args.diversity_dataset_split
+        prompts = prompt_rows(_load(script_args, args, "diversity_dataset_name", source, split), args.diversity_num_prompts)
+    elif args.diversity_steps and evaluation is not None:
+        prompts = prompt_rows(evaluation, args.diversity_num_prompts)
+    elif args.diversity_steps:
+        raise InputError(
+            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set diversity_dataset_name or eval_dataset_name"
+        )
+    return train, evaluation, prompts
+
+
+def _load(script_args: SFTScriptArguments, args: AESLSFTConfig, name: str, value: str, split: str | None):
+    return load_rows(
+        value,
+        split=split,
+        config=script_args.dataset_config if name == "dataset_name" else None,
+        streaming=script_args.dataset_streaming and name == "dataset_name",
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        field=name,
+    )
+
+
+def build_trainer(args: AESLSFTConfig, model_args: ModelConfig, train, evaluation, prompts, reward_funcs: list):
+    """AESLSFTTrainer built as TRL's script builds SFTTrainer."""
+    from .trainer import AESLSFTTrainer
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = AESLSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation if args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        diversity_prompts=prompts,
+        reward_funcs=reward_funcs,
+    )
+    check_trainable(trainer.train_dataset, args.max_length)
+    return trainer
+
+
+def finish(trainer, script_args: SFTScriptArguments) -> None:
+    """Save what was trained, unless it was cut off or is not a number."""
+    state, args = trainer.state, trainer.args
+    stopped = getattr(trainer, "diversity_callback", None) is not None and trainer.diversity_callback.stopped
+    if state.global_step < state.max_steps and not stopped:
+        print(f"aesl sft: stopped at step {state.global_step} of {state.max_steps}", file=sys.stderr)
+        sys.exit(UNFINISHED)
+    norms = [row["grad_norm"] for row in state.log_history if row.get("grad_norm") is not None]
+    if norms and not math.isfinite(norms[-1]):
+        raise InputError(f"the gradient is {norms[-1]} at the last step: nothing was saved; lower learning_rate or max_grad_norm")
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"aesl sft: trained {state.global_step} steps; the last weights are in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if hasattr(trainer, "end"):  # from transformers 5.18: finishes the trackers and the process group
+        trainer.end()
+
+
+if __name__ == "__main__":
+    exit_on_input_error("aesl sft", main)

@@ -1,0 +1,362 @@
+"""AESLSFTTrainer: TRL's SFTTrainer with the Adaptive Early-Stop Loss."""
+
+import inspect
+import os
+import textwrap
+from dataclasses import fields, replace
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import TrainingArguments
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from . import files
+from .callback import DiversityCallback, RunCallback, held_out_rows
+from .config import AESLSFTConfig
+from .errors import InputError
+from .head import TokenScores, score_aesl, score_nll
+from .losses import prefix_sums, weighted_nll
+
+
+LOW_WEIGHT = 0.1  # a token below this weight counts as released
+POSITION_BINS = 24  # bin i holds the positions 2**(i-1) < p <= 2**i of the trained tokens: up to 8M tokens
+
+
+class AESLSFTTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement Learning with Lightweight SFT"
+    (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only [`compute_loss`] differs.
+
+    Example:
+
+    ```python
+    >>> from aesl_trl import AESLSFTConfig, AESLSFTTrainer
+    >>> from datasets import load_dataset
+
+    >>> trainer = AESLSFTTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=AESLSFTConfig(output_dir="cold-start", diversity_steps=50),
+    ...     train_dataset=load_dataset("openai/gsm8k", "main", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, args, ...:
+            As in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or [`~trl.SFTConfig`]: they are converted to
+            [`AESLSFTConfig`].
+        diversity_prompts (`Dataset` or `list`, *optional*):
+            Held-out prompts whose completions are sampled when `args.diversity_steps > 0`: strings, message lists, or rows with a `"prompt"`
+            and the columns that the reward functions need. Default: the prompts of `eval_dataset`.
+        reward_funcs (`list[Callable]`, *optional*):
+            Reward functions as for [`~trl.GRPOTrainer`], scored on the same samples (pass@1, pass@k, group signal). A sample is right when the
+            first one gives at least 1.
+
+    Raises:
+        InputError: a setting that would silently train with another loss (see the README's table), by name and at construction.
+    """
+
+    _tag_names = ["trl", "sft", "aesl"]
+    _name = "AESL"
+    _paper = {
+        "title": "Getting Your LLMs Ready for Reinforcement Learning with Lightweight SFT",
+        "citation": textwrap.dedent("""\
+            @inproceedings{li2026getting,
+                title        = {{Getting Your LLMs Ready for Reinforcement Learning with Lightweight SFT}},
+                author       = {Li and others},
+                booktitle    = {International Conference on Learning Representations},
+                year         = 2026,
+                url          = {https://openreview.net/forum?id=yezWGJmODg}
+            }"""),
+    }
+
+    def __init__(self, model, args=None, *positional, diversity_prompts=None, reward_funcs=None, **kwargs):
+        args = _convert_args(args, model)
+        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
+        _refuse_unsupported(model, args, given.get("compute_loss_func"), given.get("peft_config"))
+        rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset"))
+        super().__init__(model, args, *positional, **kwargs)
+        _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
+        self._warn_if_prompts_are_trained()
+        self._sums = {"train": None, "eval": None}
+        self._eos_ids = _eos_ids(self._tokenizer, self.model)
+        self.add_callback(RunCallback(self))
+        if rows is not None:
+            self.diversity_callback = DiversityCallback(
+                self,
+                rows,
+                steps=args.diversity_steps,
+                samples=args.diversity_samples,
+                temperature=args.diversity_temperature,
+                max_new_tokens=args.diversity_max_new_tokens,
+                reward_funcs=reward_funcs,
+                backend=args.diversity_backend,
+                metric=args.diversity_metric,
+                patience=args.diversity_patience,
+                stop=args.stop_at_turning_point,
+                batch_size=args.diversity_batch_size,
+                selection=args.selection_rule,
+                best_eval_metric=args.best_eval_metric,
+                max_candidates=args.max_candidates,
+            )
+            self.add_callback(self.diversity_callback)
+
+    def _score_tokens(self, model, inputs: dict) -> TokenScores:
+        """Per-token scores of a batch under the configured loss."""
+        args = self.args
+        if args.cold_start_loss == "nll":
+            return score_nll(model, inputs)
+        return score_aesl(
+            model,
+            inputs,
+            t_scaling=args.t_scaling,
+            min_temperature=args.min_temperature,
+            prefix_mode=args.prefix_mode,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        inputs["use_cache"] = False  # a default of True would warn beside gradient checkpointing
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        scores = self._score_tokens(model, inputs)
+        num_items = scores.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = weighted_nll(scores.log_probs, scores.weights, num_items)
+        # num_items_in_batch counts the tokens of every rank while DDP averages the gradients over them
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            # A mean of each micro-batch, so it is averaged over the accumulation steps that Trainer leaves to the loss
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss.to(loss.device) / steps
+        self._record(mode, inputs, scores)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # compute_metrics asks for the logits in evaluation only
+            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        return loss, outputs
+
+    @torch.no_grad()
+    def _record(self, mode: str, inputs: dict, scores: TokenScores) -> None:
+        """Add the batch, over all ranks, to the sums that `log` divides; TRL's own metrics go where TRL keeps them."""
+        if mode == "eval":
+            scores = self._without_repeated_rows(scores)
+        sums = self.accelerator.gather(_batch_sums(scores, self._eos_ids).unsqueeze(0)).sum(0)
+        self._sums[mode] = sums if self._sums[mode] is None else self._sums[mode] + sums
+        tokens, _, _, _, entropy, top1 = sums[:6].tolist()
+        self._metrics[mode]["entropy"].append(entropy / tokens if tokens else 0.0)
+        self._metrics[mode]["mean_token_accuracy"].append(top1 / tokens if tokens else 0.0)
+        if mode == "train":
+            num_tokens = (
+                inputs["attention_mask"].sum()
+                if inputs.get("attention_mask") is not None
+                else torch.tensor(inputs["input_ids"].numel(), device=sums.device)
+            )
+            self._total_train_tokens += self.accelerator.gather(num_tokens.to(sums.device)).sum().item()
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            aux_loss = self.accelerator.gather(scores.aux_loss.detach().reshape(1)).mean().item()
+            self._metrics[mode]["aux_loss"].append(aux_loss)
+
+    def _without_repeated_rows(self, scores: TokenScores) -> TokenScores:
+        """Without the rows that accelerate repeats to fill the last evaluation batch of each rank; a padding-free batch as it is."""
+        state = self.accelerator.gradient_state
+        if self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+            return scores
+        kept = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
+        values = {name: value[:kept] for name, value in vars(scores).items() if value is not None and value.dim() == 2}
+        return replace(scores, **values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._sums[mode] is not None:
+            # An evaluation logs its loss as "eval_loss", or as "eval_NAME_loss" for one dataset of several
+            loss_name = next((key for key in logs if key.endswith("_loss")), "eval_loss")
+            prefix = "" if mode == "train" else loss_name.removesuffix("loss")
+            figures, positions = _figures(self._sums[mode].tolist(), self.args.cold_start_loss)
+            logs.update({prefix + key: value for key, value in figures.items()})
+            if mode == "train" and self.args.should_save:
+                path = os.path.join(self.args.output_dir, files.POSITIONS)
+                files.append_jsonl(path, {"step": self.state.global_step, **positions})
+            self._sums[mode] = None
+        super().log(logs, start_time)
+
+    def _warn_if_prompts_are_trained(self) -> None:
+        if self.args.cold_start_loss == "nll" or self.completion_only_loss or self.args.assistant_only_loss:
+            return
+        column_names = self.train_dataset.column_names or next(iter(self.train_dataset)).keys()
+        if "labels" in column_names and _has_ignored_label(next(iter(self.train_dataset))["labels"]):
+            return
+        self.accelerator.print(
+            "aesl_trl: the labels cover the prompt and the chat template (plain text and `messages` data train on every token by "
+            "default). Their well-predicted tokens pull the prefix mean towards 0 and release the completion too early. Use "
+            "prompt-completion data, or set assistant_only_loss=True."
+        )
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        path = os.path.join(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                card = file.read()
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(card.rstrip("\n") + "\n\n" + self._model_card_section())
+
+    def _model_card_section(self) -> str:
+        args = self.args
+        selection = os.path.join(args.output_dir, files.SELECTION)
+        lines = [
+            "## Cold start",
+            "",
+            f"Trained by [{self._paper['title']}](https://openreview.net/forum?id=yezWGJmODg) (ICLR 2026) with aesl_trl.",
+            "",
+            f"- cold_start_loss: {args.cold_start_loss}",
+        ]
+        if args.cold_start_loss == "aesl":
+            lines += [f"- {name}: {getattr(args, name)}" for name in ("t_scaling", "min_temperature", "prefix_mode")]
+        lines.append(f"- selection: {args.selection_rule}" if args.diversity_steps else "- selection: none (diversity_steps is 0)")
+        if os.path.exists(selection):
+            chosen = files.read_json(selection)
+            lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
+        return "\n".join(lines) + "\n"
+
+
+def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
+    """An [`AESLSFTConfig`] with every value of `args`."""
+    if isinstance(args, AESLSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return AESLSFTConfig(f"{name.rstrip('/').split('/')[-1]}-AESL")
+    if not isinstance(args, TrainingArguments):
+        raise InputError(f"args is a {type(args).__name__}, but must be AESLSFTConfig, SFTConfig or TrainingArguments")
+    # Not args.to_dict(), which replaces every *_token by a placeholder and turns objects into text
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    extra = sorted(set(values) - {field.name for field in fields(AESLSFTConfig) if field.init})
+    if extra:
+        raise InputError(
+            f"args is a {type(args).__name__} with fields of its own ({', '.join(extra)}): derive it from AESLSFTConfig instead"
+        )
+    return AESLSFTConfig(**values)
+
+
+def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_config) -> None:
+    """What would train with another loss than the one asked for, or with none."""
+    _refuse_parallelism(args.parallelism_config)
+    if compute_loss_func is not None:
+        raise InputError(
+            "compute_loss_func would replace the cold-start loss: subclass AESLSFTTrainer and override compute_loss instead"
+        )
+    if args.label_smoothing_factor:
+        raise InputError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, but label smoothing is not supported: leave it at 0"
+        )
+    if args.eval_packing and not args.packing:
+        # TRL's collator then builds a full attention mask, and the packed documents see each other
+        raise InputError("eval_packing=True with packing=False loses the borders of the packed sequences: leave eval_packing unset")
+    if args.packing and args.packing_strategy == "wrapped" and args.cold_start_loss != "nll":
+        raise InputError(
+            "packing_strategy is 'wrapped', which loses the borders of the sequences that AESL averages over: use 'bfd' or 'bfd_split'"
+        )
+    if not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.active_peft_config
+    if getattr(peft_config, "is_prompt_learning", False) and (args.packing or args.padding_free):
+        name = "packing" if args.packing else "padding_free"
+        raise InputError(
+            f"{name}=True with prompt learning ({peft_config.peft_type.value}) leaks between the documents of a row: set {name}=False"
+        )
+
+
+def _refuse_parallelism(parallelism_config) -> None:
+    for name, feature in (
+        ("sp_enabled", "sequence parallelism (DeepSpeed Ulysses)"),
+        ("cp_enabled", "context parallelism"),
+        ("tp_enabled", "tensor parallelism"),
+    ):
+        if getattr(parallelism_config, name, False):
+            raise InputError(
+                f"{feature} is not supported by AESLSFTTrainer (the prefix of a token would cross ranks): use DDP, FSDP or ZeRO"
+            )
+
+
+def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
+    """The rows to sample from, or None when nothing is measured."""
+    if args.diversity_steps == 0:
+        return None
+    if diversity_prompts is None:
+        if eval_dataset is None or isinstance(eval_dataset, dict):
+            raise InputError(
+                f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: pass diversity_prompts, or one eval_dataset"
+            )
+        diversity_prompts = eval_dataset
+    return held_out_rows(diversity_prompts, args.diversity_num_prompts)
+
+
+def _has_ignored_label(labels) -> bool:
+    return any(label == -100 for label in labels)
+
+
+def _eos_ids(tokenizer, model) -> list[int]:
+    """Every token that ends a generation."""
+    ids = model.generation_config.eos_token_id if getattr(model, "generation_config", None) is not None else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _batch_sums(scores: TokenScores, eos_ids: list[int]) -> torch.Tensor:
+    """Everything that is logged of a batch as raw float64 sums in one vector, so that one gather serves all ranks.
+
+    tokens, nll, weight, low weights, entropy, top-1, temperature, eos tokens, eos weight, eos probability; then by position the sums of
+    weight, temperature and tokens, `POSITION_BINS` each.
+    """
+    mask = scores.label_mask
+    weights, log_probs = scores.weights.double(), scores.log_probs.detach().double()
+    temperatures = torch.zeros_like(weights) if scores.temperatures is None else scores.temperatures.double()
+    eos = mask & torch.isin(scores.labels.to(mask.device), torch.tensor(eos_ids, device=mask.device, dtype=torch.long))
+    totals = [
+        mask.sum(),
+        -log_probs.sum(),
+        weights.sum(),
+        (mask & (weights < LOW_WEIGHT)).sum(),
+        scores.entropy.double().sum(),
+        scores.is_top1.double().sum(),
+        temperatures.sum(),
+        eos.sum(),
+        weights[eos].sum(),
+        log_probs[eos].exp().sum(),
+    ]
+    # 1-based position among the trained tokens of its sequence -> bin ceil(log2(position))
+    positions = prefix_sums(mask, scores.sequence_ids)[mask].clamp(min=1)
+    bins = positions.log2().ceil().long().clamp(max=POSITION_BINS - 1)
+    by_position = [
+        torch.zeros(POSITION_BINS, dtype=torch.float64, device=mask.device).scatter_add_(0, bins, values)
+        for values in (weights[mask], temperatures[mask], torch.ones_like(weights[mask]))
+    ]
+    return torch.cat([torch.stack([total.double() for total in totals]), *by_position])
+
+
+def _figures(sums: list[float], cold_start_loss: str) -> tuple[dict[str, float], dict[str, list]]:
+    """The one division: sums -> logged figures, and the line of positions.jsonl."""
+    tokens, nll, weight, low, _, _, temperature, eos, eos_weight, eos_prob = sums[:10]
+    figures = {}
+    if tokens:
+        figures = {"nll": nll / tokens, "weight_mean": weight / tokens, "weight_low_share": low / tokens}
+        if cold_start_loss != "nll":
+            figures["temperature_mean"] = temperature / tokens
+    if eos:
+        figures |= {"weight_eos": eos_weight / eos, "prob_eos": eos_prob / eos}
+    weights, temperatures, counts = (
+        sums[10 + i * POSITION_BINS : 10 + (i + 1) * POSITION_BINS] for i in range(3)
+    )
+    last = max((i for i, count in enumerate(counts) if count), default=-1) + 1
+    positions = {
+        "position": [2**i for i in range(last)],
+        "weight": [w / n if n else None for w, n in zip(weights[:last], counts[:last], strict=True)],
+        "temperature": [
+            t / n if n and cold_start_loss != "nll" else None
+            for t, n in zip(temperatures[:last], counts[:last], strict=True)
+        ],
+        "count": [int(count) for count in counts[:last]],
+    }
+    return figures, positions

@@ -1,0 +1,102 @@
+"""What the trainer's tests share: demonstrations of a few tokens, settings for one CPU core, and the truth from plain logits."""
+
+import torch
+from conftest import build_model
+from datasets import Dataset
+
+from aesl_trl import AESLSFTConfig
+from aesl_trl.losses import aesl_loss, nll_loss
+
+
+PAIRS = [("2+2=", "4"), ("Name a colour: ", "blue"), ("abc", " defghi jkl"), ("x", "y"), ("reverse 1 2 3: ", "3 2 1")]
+LONG_PAIR = ("count: ", " ".join(str(number) for number in range(40)))
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def prompt_completion_rows(pairs=PAIRS):
+    return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+def message_rows(pairs=PAIRS):
+    return Dataset.from_list([{"messages": user(prompt) + assistant(completion)} for prompt, completion in pairs])
+
+
+def text_rows(pairs=PAIRS):
+    return Dataset.from_list([{"text": prompt + completion} for prompt, completion in pairs])
+
+
+def cpu_settings(folder, **changes):
+    """Arguments of an SFTConfig for three small steps on the CPU in float32, each logged, nothing saved."""
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    return {**settings, **changes}
+
+
+def small_config(folder, **changes):
+    return AESLSFTConfig(**cpu_settings(folder, **changes))
+
+
+def documents(dataset):
+    """The documents of a prepared dataset, packed or not: a list of (input_ids, labels)."""
+    found = []
+    for row in dataset:
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
+            start += length
+    return found
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def true_gradients(model, documents, cold_start_loss="aesl", **loss_arguments):
+    """Loss and gradients of the definition on plain logits, one document at a time: no padding, no packing, no fused head."""
+    num_items = sum(label != -100 for _, labels in documents for label in labels[1:])
+    loss_function = aesl_loss if cold_start_loss == "aesl" else nll_loss
+    total = 0.0
+    for input_ids, labels in documents:
+        logits = model(input_ids=torch.tensor([input_ids])).logits[:, :-1]
+        total = total + loss_function(logits, torch.tensor([labels])[:, 1:], num_items=num_items, **loss_arguments)
+    model.zero_grad()
+    total.backward()
+    return total.detach(), gradients(model)
+
+
+def trained_weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def double_model(tokenizer, **overrides):
+    """A model with weights of order one, so that its predictions differ from token to token, in float64."""
+    model = build_model(tokenizer, **overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
+    return model.double()
+
+
+def steps_of(trainer, key="loss"):
+    """The logged series of `key`."""
+    return [row[key] for row in trainer.state.log_history if key in row]

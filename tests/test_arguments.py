@@ -1,0 +1,367 @@
+"""arguments: what TrlParser lets pass is refused in one line, and every field takes its own default back."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
+
+from aesl_trl import arguments
+from aesl_trl.errors import InputError
+
+
+CPU = {"use_cpu": True, "bf16": False}
+
+
+@dataclass
+class Small:
+    """One field of each kind that the real dataclasses have."""
+
+    needed: str
+    learning_rate: float = 1e-4
+    steps: int = 3
+    packing: bool = False
+    ratio: float | None = None
+    mode: Literal["aesl", "nll"] = "aesl"
+    side: str = field(default="left", metadata={"choices": ["left", "right"]})
+    kwargs: dict | str | None = None
+    names: list[str] | None = None
+    numbers: list[float] | None = None
+    model_name_or_path: str | None = None
+    dataset_name: str | None = None
+    reward_funcs: list[str] | None = None
+    output_dir: str = "out"
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError("steps must be 0\nor more")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return write
+
+
+def parse_small(path, *flags):
+    (small,) = arguments.parse([Small], ["--config", str(path), *flags], prog="aesl test")
+    return small
+
+
+def refusal(text, config, *flags) -> str:
+    with pytest.raises(InputError) as error:
+        parse_small(config(text), *flags)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_config_fills_and_flags_win(config):
+    small = parse_small(config("needed: x\nsteps: 5\nlearning_rate: 1e-5\n"), "--steps", "7")
+    assert (small.needed, small.steps, small.learning_rate) == ("x", 7, 1e-5)
+
+
+def test_equals_form_of_config(config):
+    path = config("needed: x\n")
+    (small,) = arguments.parse([Small], [f"--config={path}", "--steps=4"], prog="aesl test")
+    assert (small.needed, small.steps) == ("x", 4)
+
+
+def test_without_config():
+    (small,) = arguments.parse([Small], ["--needed", "x", "--packing"], prog="aesl test")
+    assert small.packing is True and small.needed == "x"
+
+
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("learning_rate: 1", 1.0),
+        ("learning_rate: 1e-5", 1e-5),
+        ("learning_rate: 1.0e-5", 1e-5),
+        ("ratio: null", None),
+        ("ratio: 2", 2.0),
+        ("packing: yes", True),
+        ("kwargs: {a: 1}", {"a": 1}),
+        ("kwargs: '{\"a\": 1}'", '{"a": 1}'),
+        ("kwargs: null", None),
+        ("names: all-linear", ["all-linear"]),
+        ("names: [a, b]", ["a", "b"]),
+        ("numbers: [1, 2e-1, 0.5]", [1.0, 0.2, 0.5]),
+        ("mode: nll", "nll"),
+        ("side: right", "right"),
+    ],
+)
+def test_accepted_values(line, value, config):
+    small = parse_small(config(f"needed: x\n{line}\n"))
+    got = getattr(small, line.partition(":")[0])
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("learning_rat: 1", ["config.yaml", "'learning_rat'", "did you mean 'learning_rate'"]),
+        ("1: 2", ["unknown key 1"]),
+        ("learning_rate: fast", ["learning_rate must be float", "'fast'"]),
+        ("learning_rate: true", ["learning_rate must be float", "true"]),
+        ("learning_rate: nan", ["learning_rate must be float", "'nan'"]),
+        ("learning_rate: .nan", ["learning_rate must be float"]),
+        ("learning_rate: null", ["learning_rate must be float", "null"]),
+        ("steps: 2.0", ["steps must be int", "2.0"]),
+        ("steps: true", ["steps must be int", "true"]),
+        ("steps: '3'", ["steps must be int", "'3'"]),
+        ("steps: [3]", ["steps must be int", "[3]"]),
+        ("packing: 1", ["packing must be true or false", "1"]),
+        ("packing: 'true'", ["packing must be true or false"]),
+        ("packing:", ["packing must be true or false", "null"]),
+        ("ratio: x", ["ratio must be float or null"]),
+        ("mode: aesll", ["mode must be one of aesl, nll", "did you mean 'aesl'"]),
+        ("side: rigt", ["side must be one of left, right", "did you mean 'right'"]),
+        ("side: 2024-01-01", ["side must be str", "date"]),
+        ("kwargs: 3", ["kwargs must be a mapping or str or null"]),
+        ("names: {a: b}", ["names must be a list of str or null"]),
+        ("names: [1]", ["names must be a list of str or null"]),
+        ("numbers: [a]", ["numbers must be a list of float or null"]),
+        ("needed: y", ["line 2", "duplicate key 'needed'", "first on line 1"]),
+        ("kwargs: {a: 1, a: 2}", ["line 2", "duplicate key 'a'"]),
+        ("kwargs: {a: 1", ["config.yaml, line"]),
+        ("steps: -1", ["config.yaml", "steps must be 0 or more"]),
+        ("env: {PATH: /x}", ["env may not set PATH", "HF_"]),
+        ("env: {OMP_NUM_THREADS: 1}", ["env.OMP_NUM_THREADS must be a str", "quotes"]),
+        ("env: [a]", ["env must be a mapping"]),
+        ("dataset_name: ./rows", ["dataset_name: ./rows does not exist"]),
+        ("dataset_name: rows.jsonl", ["dataset_name: rows.jsonl does not exist"]),
+        ("dataset_name: make.py:rows", ["make.py:rows does not exist"]),
+        ("model_name_or_path: /no/such/model", ["/no/such/model does not exist"]),
+        ("reward_funcs: [a, no.py:reward]", ["reward_funcs: no.py:reward does not exist"]),
+    ],
+)
+def test_refused_lines(line, parts, config):
+    message = refusal(f"needed: x\n{line}\n", config)
+    for part in parts:
+        assert part in message
+
+
+def test_merge_keys_may_be_overridden(config):
+    small = parse_small(config("needed: x\nkwargs: {<<: &base {a: 1}, a: 2}\n"))
+    assert small.kwargs == {"a": 2}
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "", "3\n"])
+def test_config_must_be_a_mapping(text, config):
+    assert "must hold a mapping" in refusal(text, config)
+
+
+def test_config_not_utf8(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"needed: \xff\xfe\n")
+    with pytest.raises(InputError, match="not YAML in UTF-8"):
+        parse_small(path)
+
+
+def test_missing_config_names_the_nearest(config, tmp_path):
+    config("needed: x\n", "config_aesl.yaml")
+    with pytest.raises(InputError, match="does not exist; did you mean 'config_aesl.yaml'"):
+        parse_small(tmp_path / "config_asl.yaml")
+
+
+@pytest.mark.parametrize("argv", [["--config"], ["--config", "--steps", "3"], ["--config="]])
+def test_config_needs_a_value(argv):
+    with pytest.raises(InputError, match="--config needs a file"):
+        arguments.parse([Small], argv, prog="aesl test")
+
+
+def test_config_only_once(config):
+    path = str(config("needed: x\n"))
+    with pytest.raises(InputError, match="given twice"):
+        arguments.parse([Small], ["--config", path, "--config", path], prog="aesl test")
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--learning_rat", "1"], ["unknown flag --learning_rat", "'--learning_rate'"]),
+        (["--step", "4"], ["unknown flag --step", "'--steps'"]),
+        (["--stepz=4"], ["unknown flag --stepz", "'--steps'"]),
+        (["--conf", "x"], ["unknown flag --conf", "'--config'"]),
+        (["extra"], ["unknown argument extra"]),
+        (["--steps", "x"], ["--steps", "invalid int value: 'x'"]),
+        (["--steps"], ["--steps", "expected one argument"]),
+        (["--side", "up"], ["--side", "'up'", "left"]),
+        (["--steps", "-1"], ["steps must be 0 or more"]),
+        (["--dataset_name", "./nowhere"], ["./nowhere does not exist"]),
+    ],
+)
+def test_refused_flags(flags, parts, config, capsys):
+    message = refusal("needed: x\n", config, *flags)
+    for part in parts:
+        assert part in message
+    assert capsys.readouterr().err == ""
+
+
+def test_required_field_is_named():
+    with pytest.raises(InputError, match="--needed"):
+        arguments.parse([Small], [], prog="aesl test")
+
+
+def test_args_file_beside_the_script_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "script.args").write_text("--steps 9")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
+    (small,) = arguments.parse([Small], ["--needed", "x"], prog="aesl test")
+    assert small.steps == 3
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        arguments.parse([ScriptArguments, SFTConfig, ModelConfig], ["--help"], prog="aesl sft")
+    assert leaving.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: aesl sft" in out and "--learning_rate" in out
+
+
+def test_env_is_set_only_when_all_is_well(config, monkeypatch):
+    monkeypatch.delenv("HF_AESL_TEST", raising=False)
+    refusal("needed: x\nenv: {HF_AESL_TEST: '1'}\nsteps: -1\n", config)
+    assert "HF_AESL_TEST" not in os.environ
+    monkeypatch.setenv("HF_AESL_TEST", "0")
+    parse_small(config("needed: x\nenv: {HF_AESL_TEST: '1'}\n"))
+    assert os.environ["HF_AESL_TEST"] == "1"
+
+
+def test_config_paths_are_relative_to_the_config(config, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "rewards.py").write_text("")
+    small = parse_small(
+        config("""
+        needed: rows.jsonl
+        model_name_or_path: model
+        dataset_name: ./rows.jsonl
+        reward_funcs: [accuracy_reward, rewards.py:length, my.module.reward]
+        output_dir: ../runs/one
+        """)
+    )
+    assert small.model_name_or_path == str(tmp_path / "model")
+    assert small.dataset_name == str(tmp_path / "rows.jsonl")
+    assert small.reward_funcs == ["accuracy_reward", f"{tmp_path / 'rewards.py'}:length", "my.module.reward"]
+    assert small.output_dir == str(tmp_path.parent / "runs/one")
+    assert small.needed == "rows.jsonl"
+
+
+def test_hub_names_stay(config):
+    small = parse_small(config("needed: x\nmodel_name_or_path: Qwen/Qwen2.5-7B\ndataset_name: org/rows\n"))
+    assert (small.model_name_or_path, small.dataset_name) == ("Qwen/Qwen2.5-7B", "org/rows")
+
+
+def test_flag_paths_are_relative_to_the_current_folder(config, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "model").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    small = parse_small(config("needed: x\n"), "--model_name_or_path", "model", "--output_dir", "here")
+    assert small.model_name_or_path == str(elsewhere / "model")
+    assert small.output_dir == str(elsewhere / "here")
+
+
+def test_missing_file_names_its_neighbour(config, tmp_path):
+    (tmp_path / "demonstrations.jsonl").write_text("")
+    message = refusal("needed: x\ndataset_name: demonstration.jsonl\n", config)
+    assert str(tmp_path) in message and "did you mean 'demonstrations.jsonl'" in message
+
+
+def test_json_text_is_no_path(config, tmp_path):
+    text = json.dumps({"zero": "x.json"})
+    assert arguments.resolve("deepspeed", text, tmp_path) == text
+
+
+def defaults(kind) -> dict:
+    """Each field's default as YAML would hold it."""
+    values = {}
+    for item in dataclasses.fields(kind):
+        if item.init:
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+            values[item.name] = default.value if isinstance(default, Enum) else default
+    return values
+
+
+@pytest.mark.parametrize("kind", [ScriptArguments, ModelConfig, SFTConfig, GRPOConfig, TrainingArguments])
+def test_every_field_takes_its_default_from_yaml(kind, config):
+    values = defaults(kind)
+    path = config(yaml.safe_dump({**values, **(CPU if "use_cpu" in values else {})}))
+    (got,) = arguments.parse([kind], ["--config", str(path)], prog="aesl test")
+    plain = kind(**(CPU if "use_cpu" in values else {}))
+    changed = {name for name in values if getattr(got, name) != getattr(plain, name)}
+    # A default written out is that default, save that an output folder becomes absolute.
+    assert changed <= {"output_dir", "logging_dir"}
+
+
+@pytest.mark.parametrize("kind", [ScriptArguments, ModelConfig, SFTConfig, GRPOConfig])
+def test_no_field_takes_an_object_that_yaml_cannot_mean(kind):
+    hints = get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        if item.init and hints[item.name] is not Any:
+            with pytest.raises(InputError, match=item.name):
+                arguments._check_value(object(), hints[item.name], item, "config.yaml")
+
+
+def test_yaml_no_for_a_strategy_is_explained(config):
+    path = config("eval_strategy: no\noutput_dir: x\n")
+    with pytest.raises(InputError, match="eval_strategy must be one of no, .*write 'no' in quotes"):
+        arguments.parse([SFTConfig], ["--config", str(path)], prog="aesl test")
+
+
+def test_resume_takes_true(config):
+    path = config("resume_from_checkpoint: true\nuse_cpu: true\nbf16: false\n")
+    (args,) = arguments.parse([SFTConfig], ["--config", str(path)], prog="aesl test")
+    assert args.resume_from_checkpoint is True
+    argv = ["--config", str(path), "--resume_from_checkpoint", "false"]
+    (args,) = arguments.parse([SFTConfig], argv, prog="aesl test")
+    assert args.resume_from_checkpoint is False
+
+
+def test_a_librarys_refusal_is_one_line(config):
+    path = config("use_cpu: true\nbf16: false\nper_device_train_batch_size: 2\nnum_generations: 3\n")
+    with pytest.raises(InputError) as error:
+        arguments.parse([GRPOConfig], ["--config", str(path)], prog="aesl test")
+    assert "\n" not in str(error.value) and "num_generations" in str(error.value)
+
+
+@given(st.floats(allow_nan=False))
+def test_any_float_survives_yaml(number):
+    value = yaml.safe_load(yaml.safe_dump({"a": number}))["a"]
+    assert arguments._convert(value, float) == number
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
+
+
+@given(st.one_of(SCALARS, st.lists(SCALARS), st.dictionaries(st.text(), SCALARS)))
+def test_int_takes_ints_only(value):
+    if type(value) is int:
+        assert arguments._convert(value, int) == value
+    else:
+        with pytest.raises(arguments._Mismatch):
+            arguments._convert(value, int)
+
+
+def test_reading_a_config_does_not_import_trl():
+    code = "import sys, aesl_trl.arguments; sys.exit('trl' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -12,40 +12,44 @@ from transformers import Trainer, TrainerCallback
 from . import files
 from .data import prompt_rows
 from .diversity import measure
-from .errors import InputError
+from .errors import InputError, nearest
 from .rewards import score_groups
 from .sampling import sample_groups
-from .selection import select_run
+from .selection import EVAL_METRICS, METRICS, RULES, select_run
 from .turning_point import find_turning_point
 
 
-METRIC_MODES = {"entropy": "max", "self_bleu": "min"}  # where diversity is highest
 BACKENDS = ("auto", "generate")
 
 
 class DiversityCallback(TrainerCallback):
     """
-    Measures the diversity of the model's own samples during SFT, finds its turning point, keeps candidates and selects one.
+    Measures the diversity of the model's own samples during SFT, finds its turning point, keeps candidates and selects
+    one.
 
-    Before step 1 and every `steps` steps, completions of a fixed set of held-out prompts are sampled. Each measurement adds a line to
-    `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through `Trainer.log` as `diversity/...`. The
-    training itself is left bit for bit as it would be without it. These are the model's own samples: TRL's `entropy` is that of the
-    demonstrations under teacher forcing, which can fall while diversity rises.
+    Before step 1 and every `steps` steps, completions of a fixed set of held-out prompts are sampled. Each measurement
+    adds a line to `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through
+    `Trainer.log` as `diversity/...`. The training itself is left bit for bit as it would be without it. These are the
+    model's own samples: TRL's `entropy` is that of the demonstrations under teacher forcing, which can fall while
+    diversity rises.
 
     Args:
         trainer ([`~trl.SFTTrainer`]): the trainer it is added to; a callback is not given it otherwise.
-        prompts (`Dataset` or `list`): held-out prompts, or rows with a `"prompt"` and the columns that the rewards need.
+        prompts (`Dataset` or `list`): held-out prompts, or rows with a `"prompt"` and the columns that the rewards
+            need.
         steps (`int`): optimizer steps between measurements, at least 1.
         samples (`int`): completions of each prompt, at least 2.
         temperature (`float`): of the sampling, positive.
         max_new_tokens (`int`): length at which a sample is cut off.
-        reward_funcs (`list[Callable]`, *optional*): as for GRPOTrainer; the first one giving at least 1 makes a sample right.
+        reward_funcs (`list[Callable]`, *optional*): as for GRPOTrainer; the first one giving at least 1 makes a sample
+            right.
         backend (`str`): `"generate"`, or `"auto"` for the best that is there.
         metric (`str`): `"entropy"` (nats per token) or `"self_bleu"`, the series whose turning point is sought.
         patience (`int`): measurements that must confirm the fall.
         stop (`bool`): end the training at the turning point.
         batch_size (`int`): completions generated at once on each process.
-        selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are kept.
+        selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are
+            kept.
         best_eval_metric (`str`): for the rule `"best_eval"`.
         max_candidates (`int`): candidates on disk at a time, at least 2.
 
@@ -84,11 +88,19 @@ class DiversityCallback(TrainerCallback):
                 raise InputError(f"{name} is {value!r}, but must be an integer of at least {low}")
         if not temperature > 0:
             raise InputError(f"temperature is {temperature!r}, but must be above 0")
-        for name, value, choices in (("backend", backend, BACKENDS), ("metric", metric, tuple(METRIC_MODES))):
+        for name, value, choices in (
+            ("backend", backend, BACKENDS),
+            ("metric", metric, METRICS),
+            ("selection", selection, (None, *RULES)),
+            ("best_eval_metric", best_eval_metric, EVAL_METRICS),
+        ):
             if value not in choices:
-                raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+                known = ", ".join(str(choice) for choice in choices)
+                raise InputError(f"{name} is {value!r}, but must be one of {known}{nearest(value, known.split(', '))}")
         self.trainer = trainer
         self.rows = held_out_rows(prompts)
+        if any(row.get(name) is not None for row in self.rows for name in ("image", "images")):
+            raise InputError("prompts holds images: samples are drawn from text prompts only")
         self.steps = steps
         self.samples = samples
         self.temperature = temperature
@@ -207,7 +219,7 @@ class DiversityCallback(TrainerCallback):
         found = find_turning_point(
             [row["step"] for row in series],
             [row[self.metric] for row in series],
-            mode=METRIC_MODES[self.metric],
+            mode=METRICS[self.metric],
             patience=self.patience,
         )
         if found.step is None:
@@ -240,7 +252,7 @@ class DiversityCallback(TrainerCallback):
         evaluated = [one for one in saved if evaluations.get(one) is not None]
         if evaluated:
             kept.add(max(evaluated, key=evaluations.get))
-        sign = 1 if METRIC_MODES[self.metric] == "max" else -1
+        sign = 1 if METRICS[self.metric] == "max" else -1
         diversity = {row["step"]: row[self.metric] for row in series if row[self.metric] is not None}
         ranked = sorted((one for one in saved if one in diversity), key=lambda one: -sign * diversity[one])
         for one in ranked:
@@ -285,13 +297,21 @@ class RunCallback(TrainerCallback):
 
     def _describe(self, args, state) -> dict:
         config = self.trainer.model.config
-        names = ("t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience", "best_eval_metric")
+        names = (
+            "t_scaling",
+            "min_temperature",
+            "prefix_mode",
+            "diversity_metric",
+            "diversity_patience",
+            "best_eval_metric",
+        )
         return {
             "stage": "sft",
             "cold_start_loss": args.cold_start_loss,
             **{name: getattr(args, name) for name in names},
             "selection": args.selection_rule if args.diversity_steps else None,
-            "model": getattr(config, "_name_or_path", None),
+            "model": _portable(getattr(config, "_name_or_path", None), args.output_dir),
+            "quantization": _quantization(config),
             "model_type": config.model_type,
             "seed": args.seed,
             "num_processes": self.trainer.accelerator.num_processes,
@@ -301,3 +321,14 @@ class RunCallback(TrainerCallback):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "versions": files.package_versions(),
         }
+
+
+def _portable(model: str | None, folder: str) -> str | None:
+    """A hub name as it is; a local folder relative to the run, so that the record can move with it."""
+    return os.path.relpath(model, folder) if model and os.path.isdir(model) else model
+
+
+def _quantization(config) -> dict | None:
+    """How the base was quantized while it was trained; the handoff merges into, or continues on, the right base."""
+    quantization = getattr(config, "quantization_config", None)
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization

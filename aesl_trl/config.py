@@ -25,13 +25,13 @@ class AESLSFTConfig(SFTConfig):
         cold_start_loss (`str`, *optional*, defaults to `"aesl"`):
             `"aesl"` (Adaptive Early-Stop Loss, paper Eq. 4) or `"nll"` (plain negative log-likelihood).
         t_scaling (`float`, *optional*, defaults to `3.0`):
-            Scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative log-likelihood is
-            `1 / t_scaling` nats. The paper does not state its value.
+            Scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative log-likelihood
+            is `1 / t_scaling` nats. The paper does not state its value.
         min_temperature (`float`, *optional*, defaults to `1e-2`):
             Lower clamp of the temperature, positive.
         prefix_mode (`str`, *optional*, defaults to `"inclusive"`):
-            `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not; `"none"`: `t_scaling` is the
-            temperature of every token (the token-level ablation).
+            `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not; `"none"`:
+            `t_scaling` is the temperature of every token (the token-level ablation).
         diversity_steps (`int`, *optional*, defaults to `0`):
             Measure the diversity of the model's own samples before step 1 and every that many steps. 0 turns it off.
         diversity_num_prompts (`int`, *optional*, defaults to `64`):
@@ -53,12 +53,14 @@ class AESLSFTConfig(SFTConfig):
         stop_at_turning_point (`bool`, *optional*, defaults to `False`):
             End the training once the turning point is confirmed.
         selection (`str`, *optional*):
-            Which checkpoint goes to RL: `"turning_point"` (default for nll), `"last"` (default for aesl: the loss itself is the early stop) or
-            `"best_eval"` (for comparison). Made at the end of training when `diversity_steps` is set.
+            Which checkpoint goes to RL: `"turning_point"` (default for nll), `"last"` (default for aesl: the loss
+            itself is the early stop) or `"best_eval"` (for comparison). Made at the end of training when
+            `diversity_steps` is set.
         best_eval_metric (`str`, *optional*, defaults to `"eval_nll"`):
             What `"best_eval"` looks at: `"eval_nll"` (lowest) or `"pass@1"` on the diversity prompts (highest).
         max_candidates (`int`, *optional*, defaults to `5`):
-            Weights-only candidates kept on disk at a time; the last measurement and the best evaluation are always among them.
+            Weights-only candidates kept on disk at a time; the last measurement and the best evaluation are always
+            among them.
     """
 
     cold_start_loss: str = field(
@@ -126,14 +128,17 @@ class AESLSFTConfig(SFTConfig):
             self._check_number(name, low, integer=True)
         if self.loss_type not in ("nll", "chunked_nll"):
             raise InputError(
-                f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss ({self.cold_start_loss!r}): "
-                "leave loss_type at 'nll'"
+                f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss "
+                f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
             )
         if self.diversity_steps == 0 and (self.selection is not None or self.stop_at_turning_point):
             name = "selection" if self.selection is not None else "stop_at_turning_point"
             raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
         if self.selection is not None:
             self._check_choice("selection", SELECTIONS)
+        if (self.metric_for_best_model or "").endswith("nll"):
+            # Trainer takes every metric whose name does not end in "loss" for a score, and would keep the worst model
+            self.greater_is_better = False
         super().__post_init__()
 
     @property
@@ -151,4 +156,6 @@ class AESLSFTConfig(SFTConfig):
         types = int if integer else (int, float)
         right_type = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
         if not right_type or value < low or (exclusive and value == low):
-            raise InputError(f"{name} is {value!r}, but must be {kind} {'above' if exclusive else 'of at least'} {low}")
+            raise InputError(
+                f"{name} is {value!r}, but must be {kind} {'above' if exclusive else 'of at least'} {low}"
+            )

@@ -195,7 +195,7 @@ def token_entropy(groups: Iterable[Group]) -> float:
         (tokens, entropy)
         for group in groups
         for tokens, entropy in zip(group.num_tokens, group.entropy, strict=True)
-        if tokens and _is_number(entropy)
+        if _is_number(entropy)
     ]
     total = sum(tokens for tokens, _ in known)
     return math.fsum(tokens * entropy for tokens, entropy in known) / total if total else math.nan

@@ -1,7 +1,7 @@
 """The scoring head: a batch -> per-token log-probabilities, weights and temperatures.
 
-Losses that need only log-probabilities go through TRL's fused head. AESL's weight needs a second softmax at a temperature of its own
-for each token, so it is computed from the model's full logits.
+Losses that need only log-probabilities go through TRL's fused head. AESL's weight needs a second softmax at a
+temperature of its own for each token, so it is computed from the model's full logits.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from .losses import aesl_scores, gold_log_probs
 
 @dataclass
 class TokenScores:
-    """Per-token quantities of a batch, each `[B, L]`, 0 where `label_mask` is False. Only `log_probs` and `aux_loss` carry gradients."""
+    """Per-token quantities of a batch, each `[B, L]`, 0 where `label_mask` is False.
+
+    Only `log_probs` and `aux_loss` carry gradients.
+    """
 
     log_probs: Tensor  # nats
     label_mask: Tensor  # bool
@@ -38,7 +41,7 @@ def packed_sequence_ids(inputs: dict) -> Tensor | None:
 
 
 def _shift(labels: Tensor, sequence_ids: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
-    """Align labels with `length` positions of output: drop the first, and pad for prompt learning's virtual tokens as PEFT does."""
+    """Align labels with `length` positions of output: drop the first, pad for virtual tokens as PEFT does."""
     labels = torch.nn.functional.pad(labels, (length - labels.size(1), 0), value=-100)[:, 1:]
     return labels, None if sequence_ids is None else sequence_ids[:, 1:]
 
@@ -60,9 +63,7 @@ def score_nll(model, inputs: dict) -> TokenScores:
     )
 
 
-def score_aesl(
-    model, inputs: dict, *, t_scaling: float, min_temperature: float, prefix_mode: str
-) -> TokenScores:
+def score_aesl(model, inputs: dict, *, t_scaling: float, min_temperature: float, prefix_mode: str) -> TokenScores:
     """AESL from the model's full logits, of which only the trained positions are upcast and swept."""
     outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
     logits = outputs.logits[:, :-1]

@@ -152,8 +152,7 @@ def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *
 
     Raises:
         InputError: groups and rows of different length, a function that needs what is not there, that returns another
-        number of rewards
-            than completions, or something that is no number.
+            number of rewards than completions, or something that is no number.
     """
     if len(groups) != len(rows):
         raise InputError(

@@ -1,7 +1,8 @@
 """Completions from the model under training: prompts in, groups of samples out, the training left as it was.
 
-Random states, train mode, gradient checkpointing and the tokenizer's padding side are restored. All samples of a prompt are drawn on
-one process; the draw depends on the seed and the prompt's index, not on what the training has drawn.
+Random states, train mode, gradient checkpointing and the tokenizer's padding side are restored. All samples of a
+prompt are drawn on one process; the draw depends on the seed and the prompt's index, not on what the training has
+drawn.
 """
 
 import random
@@ -18,7 +19,10 @@ from .diversity import Group
 
 
 class EntropyRecorder(LogitsProcessor):
-    """Keeps the entropy of each next-token distribution at temperature 1, in nats: custom processors run before the temperature."""
+    """Keeps the entropy of each next-token distribution, in nats.
+
+    At temperature 1: custom processors run before the one of the temperature.
+    """
 
     def __init__(self):
         self.steps: list[Tensor] = []  # one [B] a generated position
@@ -112,7 +116,8 @@ def sample_groups(
     """Sample `samples` completions of each row's prompt with `model.generate`.
 
     Args:
-        model: the model, wrapped or not; with an `accelerator` it is unwrapped as TRL does (ZeRO-3 and FSDP gather their weights).
+        model: the model, wrapped or not; with an `accelerator` it is unwrapped as TRL does (ZeRO-3 and FSDP gather
+            their weights).
         rows: dicts with a `"prompt"`, a string or a list of messages.
         samples: completions of each prompt.
         temperature: positive; the entropy that is recorded is that of the model at temperature 1 on these samples.

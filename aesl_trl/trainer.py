@@ -25,8 +25,9 @@ POSITION_BINS = 24  # bin i holds the positions 2**(i-1) < p <= 2**i of the trai
 
 class AESLSFTTrainer(SFTTrainer):
     """
-    [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement Learning with Lightweight SFT"
-    (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only [`compute_loss`] differs.
+    [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement Learning with
+    Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
+    [`compute_loss`] differs.
 
     Example:
 
@@ -44,17 +45,19 @@ class AESLSFTTrainer(SFTTrainer):
 
     Args:
         model, args, ...:
-            As in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or [`~trl.SFTConfig`]: they are converted to
-            [`AESLSFTConfig`].
+            As in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or [`~trl.SFTConfig`]:
+            they are converted to [`AESLSFTConfig`].
         diversity_prompts (`Dataset` or `list`, *optional*):
-            Held-out prompts whose completions are sampled when `args.diversity_steps > 0`: strings, message lists, or rows with a `"prompt"`
-            and the columns that the reward functions need. Default: the prompts of `eval_dataset`.
+            Held-out prompts whose completions are sampled when `args.diversity_steps > 0`: strings, message lists, or
+            rows with a `"prompt"` and the columns that the reward functions need. Default: the prompts of
+            `eval_dataset`.
         reward_funcs (`list[Callable]`, *optional*):
-            Reward functions as for [`~trl.GRPOTrainer`], scored on the same samples (pass@1, pass@k, group signal). A sample is right when the
-            first one gives at least 1.
+            Reward functions as for [`~trl.GRPOTrainer`], scored on the same samples (pass@1, pass@k, group signal). A
+            sample is right when the first one gives at least 1.
 
     Raises:
-        InputError: a setting that would silently train with another loss (see the README's table), by name and at construction.
+        InputError: a setting that would silently train with another loss (see the README's table), by name and at
+            construction.
     """
 
     _tag_names = ["trl", "sft", "aesl"]
@@ -160,9 +163,17 @@ class AESLSFTTrainer(SFTTrainer):
             self._metrics[mode]["aux_loss"].append(aux_loss)
 
     def _without_repeated_rows(self, scores: TokenScores) -> TokenScores:
-        """Without the rows that accelerate repeats to fill the last evaluation batch of each rank; a padding-free batch as it is."""
+        """Without the rows that accelerate repeats to fill each rank's last evaluation batch.
+
+        A padding-free batch, one row of several documents, is left as it is.
+        """
         state = self.accelerator.gradient_state
-        if self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+        if (
+            self.accelerator.num_processes == 1
+            or self.padding_free
+            or not state.end_of_dataloader
+            or state.remainder <= 0
+        ):
             return scores
         kept = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
         values = {name: value[:kept] for name, value in vars(scores).items() if value is not None and value.dim() == 2}
@@ -189,9 +200,9 @@ class AESLSFTTrainer(SFTTrainer):
         if "labels" in column_names and _has_ignored_label(next(iter(self.train_dataset))["labels"]):
             return
         self.accelerator.print(
-            "aesl_trl: the labels cover the prompt and the chat template (plain text and `messages` data train on every token by "
-            "default). Their well-predicted tokens pull the prefix mean towards 0 and release the completion too early. Use "
-            "prompt-completion data, or set assistant_only_loss=True."
+            "aesl_trl: the labels cover the prompt and the chat template (plain text and `messages` data train on "
+            "every token by default). Their well-predicted tokens pull the prefix mean towards 0 and release the "
+            "completion too early. Use prompt-completion data, or set assistant_only_loss=True."
         )
 
     def create_model_card(self, *args, **kwargs):
@@ -209,13 +220,18 @@ class AESLSFTTrainer(SFTTrainer):
         lines = [
             "## Cold start",
             "",
-            f"Trained by [{self._paper['title']}](https://openreview.net/forum?id=yezWGJmODg) (ICLR 2026) with aesl_trl.",
+            f"Trained with aesl_trl. Paper: [{self._paper['title']}]"
+            "(https://openreview.net/forum?id=yezWGJmODg) (ICLR 2026).",
             "",
             f"- cold_start_loss: {args.cold_start_loss}",
         ]
         if args.cold_start_loss == "aesl":
             lines += [f"- {name}: {getattr(args, name)}" for name in ("t_scaling", "min_temperature", "prefix_mode")]
-        lines.append(f"- selection: {args.selection_rule}" if args.diversity_steps else "- selection: none (diversity_steps is 0)")
+        lines.append(
+            f"- selection: {args.selection_rule}"
+            if args.diversity_steps
+            else "- selection: none (diversity_steps is 0)"
+        )
         if os.path.exists(selection):
             chosen = files.read_json(selection)
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
@@ -236,7 +252,8 @@ def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
     extra = sorted(set(values) - {field.name for field in fields(AESLSFTConfig) if field.init})
     if extra:
         raise InputError(
-            f"args is a {type(args).__name__} with fields of its own ({', '.join(extra)}): derive it from AESLSFTConfig instead"
+            f"args is a {type(args).__name__} with fields of its own ({', '.join(extra)}): "
+            "derive it from AESLSFTConfig instead"
         )
     return AESLSFTConfig(**values)
 
@@ -244,27 +261,35 @@ def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
 def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_config) -> None:
     """What would train with another loss than the one asked for, or with none."""
     _refuse_parallelism(args.parallelism_config)
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise InputError("tensor parallelism is not supported by AESLSFTTrainer: load the model without tp_plan")
     if compute_loss_func is not None:
         raise InputError(
-            "compute_loss_func would replace the cold-start loss: subclass AESLSFTTrainer and override compute_loss instead"
+            "compute_loss_func would replace the cold-start loss: "
+            "subclass AESLSFTTrainer and override compute_loss instead"
         )
     if args.label_smoothing_factor:
         raise InputError(
-            f"label_smoothing_factor is {args.label_smoothing_factor}, but label smoothing is not supported: leave it at 0"
+            f"label_smoothing_factor is {args.label_smoothing_factor}, but label smoothing is not supported: "
+            "leave it at 0"
         )
     if args.eval_packing and not args.packing:
         # TRL's collator then builds a full attention mask, and the packed documents see each other
-        raise InputError("eval_packing=True with packing=False loses the borders of the packed sequences: leave eval_packing unset")
+        raise InputError(
+            "eval_packing=True with packing=False loses the borders of the packed sequences: leave eval_packing unset"
+        )
     if args.packing and args.packing_strategy == "wrapped" and args.cold_start_loss != "nll":
         raise InputError(
-            "packing_strategy is 'wrapped', which loses the borders of the sequences that AESL averages over: use 'bfd' or 'bfd_split'"
+            "packing_strategy is 'wrapped', which loses the borders of the sequences that AESL averages over: "
+            "use 'bfd' or 'bfd_split'"
         )
     if not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
     if getattr(peft_config, "is_prompt_learning", False) and (args.packing or args.padding_free):
         name = "packing" if args.packing else "padding_free"
         raise InputError(
-            f"{name}=True with prompt learning ({peft_config.peft_type.value}) leaks between the documents of a row: set {name}=False"
+            f"{name}=True with prompt learning ({peft_config.peft_type.value}) leaks between the documents of a row: "
+            f"set {name}=False"
         )
 
 
@@ -275,9 +300,7 @@ def _refuse_parallelism(parallelism_config) -> None:
         ("tp_enabled", "tensor parallelism"),
     ):
         if getattr(parallelism_config, name, False):
-            raise InputError(
-                f"{feature} is not supported by AESLSFTTrainer (the prefix of a token would cross ranks): use DDP, FSDP or ZeRO"
-            )
+            raise InputError(f"{feature} is not supported by AESLSFTTrainer: use DDP, FSDP or ZeRO")
 
 
 def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
@@ -287,7 +310,8 @@ def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
     if diversity_prompts is None:
         if eval_dataset is None or isinstance(eval_dataset, dict):
             raise InputError(
-                f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: pass diversity_prompts, or one eval_dataset"
+                f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: "
+                "pass diversity_prompts, or one eval_dataset"
             )
         diversity_prompts = eval_dataset
     return held_out_rows(diversity_prompts, args.diversity_num_prompts)
@@ -307,8 +331,8 @@ def _eos_ids(tokenizer, model) -> list[int]:
 def _batch_sums(scores: TokenScores, eos_ids: list[int]) -> torch.Tensor:
     """Everything that is logged of a batch as raw float64 sums in one vector, so that one gather serves all ranks.
 
-    tokens, nll, weight, low weights, entropy, top-1, temperature, eos tokens, eos weight, eos probability; then by position the sums of
-    weight, temperature and tokens, `POSITION_BINS` each.
+    tokens, nll, weight, low weights, entropy, top-1, temperature, eos tokens, eos weight, eos probability; then by
+    position the sums of weight, temperature and tokens, `POSITION_BINS` each.
     """
     mask = scores.label_mask
     weights, log_probs = scores.weights.double(), scores.log_probs.detach().double()
@@ -346,9 +370,7 @@ def _figures(sums: list[float], cold_start_loss: str) -> tuple[dict[str, float],
             figures["temperature_mean"] = temperature / tokens
     if eos:
         figures |= {"weight_eos": eos_weight / eos, "prob_eos": eos_prob / eos}
-    weights, temperatures, counts = (
-        sums[10 + i * POSITION_BINS : 10 + (i + 1) * POSITION_BINS] for i in range(3)
-    )
+    weights, temperatures, counts = (sums[10 + i * POSITION_BINS : 10 + (i + 1) * POSITION_BINS] for i in range(3))
     last = max((i for i, count in enumerate(counts) if count), default=-1) + 1
     positions = {
         "position": [2**i for i in range(last)],

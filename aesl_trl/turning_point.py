@@ -67,7 +67,7 @@ def find_turning_point(
 
     Returns:
         A [`Selection`]. Its evidence: `mode`, `patience`, `steps` and `values` as used, `missing` (steps of gaps),
-        and once there are enough values `fit`, `peak_step`, `peak` (the fit's), `start`, `end`, `rise`, `fall` (both
+        and once there are enough values `fit`, `peak_step`, `peak` (its value), `start`, `end`, `rise`, `fall` (both
         in the direction of diversity), `later` (values after the peak), `noise`, `threshold` and `needed` (their
         product), in the values' unit.
 
@@ -111,7 +111,7 @@ def _shape(heights: list[float], sign: float, steps: list[int]) -> dict:
     """Peak, rise, fall and noise of `heights`, of which high is diverse; times `sign` they are the caller's values."""
     fit = unimodal_fit(heights)
     top = max(fit)
-    peak = max((place for place, level in enumerate(fit) if level == top), key=lambda place: heights[place])
+    peak = fit.index(top)  # a measured value or the first of equal ones: nothing is pooled at the top
     noise = _noise(heights, fit, peak)
     threshold = float(np.interp(len(heights), THRESHOLD_COUNTS, THRESHOLDS))
     return {

@@ -1,7 +1,10 @@
-"""What the trainer's tests share: demonstrations of a few tokens, settings for one CPU core, and the truth from plain logits."""
+"""What the trainer's tests share: tiny demonstrations, settings for one CPU core, and the truth from plain logits."""
+
+import copy
+from functools import cache
 
 import torch
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
 from aesl_trl import AESLSFTConfig
@@ -71,7 +74,7 @@ def gradients(model):
 
 
 def true_gradients(model, documents, cold_start_loss="aesl", **loss_arguments):
-    """Loss and gradients of the definition on plain logits, one document at a time: no padding, no packing, no fused head."""
+    """Loss and gradients of the definition on plain logits, one document at a time: no padding, no packing."""
     num_items = sum(label != -100 for _, labels in documents for label in labels[1:])
     loss_function = aesl_loss if cold_start_loss == "aesl" else nll_loss
     total = 0.0
@@ -83,18 +86,40 @@ def true_gradients(model, documents, cold_start_loss="aesl", **loss_arguments):
     return total.detach(), gradients(model)
 
 
+def assert_close_by_name(found, expected, *, rtol, atol):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name] - value).abs().max().item()
+        assert torch.allclose(found[name], value, rtol=rtol, atol=atol), f"{name} is off by {difference}"
+
+
 def trained_weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def double_model(tokenizer, **overrides):
-    """A model with weights of order one, so that its predictions differ from token to token, in float64."""
-    model = build_model(tokenizer, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8.0)
+@cache
+def _fitted_model():
+    """Half learnt demonstrations: an untrained model is never right, and its weights are all near 1, plain nll."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    texts = [prompt + completion + "<|im_end|>" for prompt, completion in PAIRS]
+    chats = [user(prompt) + assistant(completion) for prompt, completion in PAIRS]
+    texts += [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
     return model.double()
+
+
+def double_model():
+    """A model in float64 that is sure of some tokens and unsure of others."""
+    model = copy.deepcopy(_fitted_model())
+    model.zero_grad()
+    return model
 
 
 def steps_of(trainer, key="loss"):

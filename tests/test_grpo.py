@@ -124,7 +124,9 @@ def test_two_processes_on_cpu_are_two(config, tmp_path):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_an_adapter_goes_on_training(config, tmp_path, tiny_model_dir, beta):
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter")
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
     grpo.main(config(model_name_or_path=None, adapter_name_or_path=adapter, beta=beta))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [256, 258]}
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "adapter", tmp_path / "out")
     )
@@ -247,9 +249,10 @@ def test_a_gradient_that_is_no_number_is_refused():
     grpo.check_gradients([*rows, {"step": 4, "grad_norm": 1.0}, {"train_runtime": 1.0}])
 
 
+@pytest.mark.slow
 def test_main_as_a_process_prints_one_line_and_leaves_with_2(config):
     result = subprocess.run(
-        [sys.executable, "-m", "aesl_trl.grpo", *config(learning_rat=1.0)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "aesl_trl.grpo", *config(learning_rat=1.0)], capture_output=True, text=True, timeout=280
     )
     assert result.returncode == 2
     lines = result.stderr.splitlines()

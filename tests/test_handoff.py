@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,11 +25,11 @@ IDS = [(list(range(40, 90)), 10), (list(range(3, 40)), 5)]
 
 def make_run(folder: Path, model, tokenizer, *, step: int = 4) -> Path:
     """An SFT folder as training leaves it: selected weights, and samples that these weights gave."""
-    groups = sample_groups(model, tokenizer, PROMPTS, samples=4, temperature=1.0, max_new_tokens=300, seed=0)
+    groups = sample_groups(model, tokenizer, PROMPTS, samples=4, temperature=1.0, max_new_tokens=64, seed=0)
     model.save_pretrained(folder / "selected")
     tokenizer.save_pretrained(folder / "selected")
     write_json(folder / "selection.json", {"rule": "last", "applied": "last", "step": step, "path": "selected"})
-    write_jsonl(folder / "diversity.jsonl", [{"step": step, "temperature": 1.0, "max_new_tokens": 300}])
+    write_jsonl(folder / "diversity.jsonl", [{"step": step, "temperature": 1.0, "max_new_tokens": 64}])
     write_jsonl(folder / "samples" / f"step-{step}.jsonl", [dataclasses.asdict(group) for group in groups])
     return folder
 
@@ -91,8 +90,9 @@ def test_a_folder_of_weights_needs_no_run(tmp_path, tiny_model_dir):
     result = hand_off(tiny_model_dir, output=tmp_path / "out")
     assert result["samples"] == {"num": 0, "stopped": 0, "max_new_tokens": 256}
     assert result["checks"]["own_samples"] is None
+    assert json.loads((tmp_path / "out" / "handoff.json").read_text()) == result
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    os.remove(Path(tiny_model_dir) / "handoff.json")  # the fixture is shared
+    assert not (Path(tiny_model_dir) / "handoff.json").exists()
 
 
 def test_a_chain_hands_over_what_it_selected(tmp_path, full_run):
@@ -121,6 +121,19 @@ def test_trainers_own_files_are_left_behind(full_run):
         "tokenizer.json",
         "chat_template.jinja",
     } <= names
+
+
+def test_samples_that_are_all_empty_are_no_evidence(tmp_path, full_run):
+    """A model that stops at once can still be handed over; what it is compared on then is no sample of its own."""
+    row = {
+        "completions": ["", ""],
+        "num_tokens": [1, 1],
+        "truncated": [False] * 2,
+        "entropy": [0.0, 0.0],
+        "rewards": None,
+    }
+    write_jsonl(full_run / "samples" / "step-4.jsonl", [{"prompt": PROMPTS[0]["prompt"], **row}])
+    assert hand_off(full_run)["checks"]["own_samples"] is None
 
 
 # ---- Adapters
@@ -189,19 +202,21 @@ def save_model(folder: Path, **settings) -> str:
 
 def test_another_model_of_the_same_shape_is_refused(lora_run, tmp_path):
     other = save_model(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="is another model than .* embed_tokens.weight differs"):
+    with pytest.raises(InputError, match="is another model than .*embed_tokens.weight differs"):
         hand_off(lora_run, base=other)
     assert_nothing_left(lora_run)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_base_with_other_layers_is_refused(lora_run, tmp_path, layers):
-    """PEFT itself loads both: it drops what finds no place, and leaves further layers as they are."""
+def test_a_base_with_other_layers_is_refused(tmp_path, tiny_model_dir, layers):
+    """PEFT itself loads both: it drops what finds no place, and leaves the adapter of further layers at zero."""
+    adapter, output = tmp_path / "adapter", tmp_path / "out"
+    lora(tiny_model_dir, target_modules=["q_proj", "v_proj"]).save_pretrained(adapter)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/only-on-the-hub")
     other = save_model(tmp_path / "other", num_hidden_layers=layers)
-    edit_json(lora_run / "selected" / "adapter_config.json", base_model_name_or_path="org/only-on-the-hub")
     with pytest.raises(InputError, match="does not fit the base .*: .*layers.* is only in one of the two"):
-        hand_off(lora_run, base=other)
-    assert_nothing_left(lora_run)
+        hand_off(adapter, base=other, output=output)
+    assert not output.exists()
 
 
 def test_a_base_of_another_width_is_refused(lora_run, tmp_path):
@@ -294,7 +309,7 @@ def test_a_model_that_never_stops_is_refused(tmp_path, tiny_model_dir):
         weight[:, 0] = 1.0  # every token carries this direction through the residual stream
         weight[IM_END, 0] = -40.0
     run = make_run(tmp_path / "run", model, build_tokenizer())
-    with pytest.raises(InputError, match=r"none of 16 samples stopped within 300 tokens; eos is 256 \(<\|im_end\|>\)"):
+    with pytest.raises(InputError, match=r"none of 16 samples stopped within 64 tokens; eos is 256 \(<\|im_end\|>\)"):
         hand_off(run)
     assert_nothing_left(run)
 
@@ -409,3 +424,38 @@ def test_qlora_merges_into_the_original_with_its_shift_or_goes_on_in_4_bits(tmp_
     continued = hand_off(run, mode="continue")
     assert continued["mode"] == "continue" and continued["log_probs_max_difference"] <= 2e-2
     assert continued["quantization"]["load_in_4bit"] is True
+
+
+# ---- What it is for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["merge", "continue"])
+def test_grpo_starts_from_the_folder_and_its_samples_stop(lora_run, tmp_path, mode):
+    from aesl_trl import grpo
+
+    hand_off(lora_run, mode=mode)
+    write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    (tmp_path / "own.py").write_text(
+        "def length(completions, **kwargs):\n    return [len(c[0]['content']) for c in completions]\n"
+    )
+    name = "adapter_name_or_path" if mode == "continue" else "model_name_or_path"
+    values = {
+        name: lora_run / "handoff",
+        "dataset_name": tmp_path / "prompts.jsonl",
+        "reward_funcs": tmp_path / "own.py:length",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 64,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    grpo.main([argument for key, value in values.items() for argument in (f"--{key}", str(value))])
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["completions/clipped_ratio"] < 1

@@ -17,6 +17,7 @@ from aesl_trl.files import append_jsonl, write_json, write_jsonl
 from aesl_trl.report import main, write_report
 from aesl_trl.report_plots import running_mean, spread
 from aesl_trl.report_runs import read_arms, read_run
+from aesl_trl.report_sections import sections_of
 
 
 # --- fake runs: the shape of the embedded task's curves ---
@@ -154,14 +155,17 @@ def fake_sft(folder: Path, loss: str, rule: str, seed: int, rng) -> dict:
         write_jsonl(folder / f"samples/step-{step}.jsonl", [_sample_row(i, step, different, rng) for i in range(6)])
     step = 20 if rule == "turning_point" else 800
     reason = "entropy rose to 0.32 at step 20 and fell for 3 measurements" if step == 20 else "the last candidate"
-    evidence = {"peak": 0.32, "patience": 3, "values": [0.21, 0.25, 0.32]}
+    evidence = {
+        "turning_point": {"entropy": {"step": 20, "peak": 0.32, "values": [0.21, 0.25, 0.32]}},
+        "measured": None,
+    }
     chosen = {"rule": rule, "applied": rule, "step": step, "reason": reason, "evidence": evidence, "metric": "entropy"}
     write_json(folder / "selection.json", {**chosen, "candidates": [10, 20, 40, 800], "path": "selected"})
     return rows[STEPS.index(step)]
 
 
 def fake_run(folder: Path, arm: str, seed: int = 0, *, weights: bool = False) -> Path:
-    """Write a whole chain run of the arm (base, nll_last, nll_turning_point or aesl) with figures near the prototype's."""
+    """Write a whole chain run of the arm (base, nll_last, nll_turning_point or aesl), shaped as the prototype's."""
     rng = random.Random(f"{arm}-{seed}")
     loss = arm.split("_")[0]
     start = _figures("nll", 0, lambda: rng.gauss(0, 0.008))
@@ -195,8 +199,9 @@ def fake_run(folder: Path, arm: str, seed: int = 0, *, weights: bool = False) ->
         "log_probs_max_difference": 1.2e-7,
     }
     write_json(folder / "handoff.json", {**handoff, "samples": {"num": 8, "stopped": 8}, "eos_token_id": [2]})
+    stages = {name: {"status": "done", "seconds": 61.2} for name in ("sft", "handoff", "grpo", "eval")}
     sft = {"sft_dir": "sft"} if loss != "base" else {"sft_dir": None}
-    write_json(folder / "chain.json", {"seed": seed, **sft, "stages": {"sft": "done", "grpo": "done"}})
+    write_json(folder / "chain.json", {"seed": seed, **sft, "stages": stages})
     if weights:
         (folder / "grpo/model.safetensors").write_bytes(b"")
     return folder
@@ -437,6 +442,21 @@ def test_a_step_measured_again_after_a_resume_counts_once(tmp_path):
     assert next(row["entropy"] for row in rows if row["step"] == 20) == 0.5
 
 
+def test_a_record_without_its_sft_folder_is_not_taken_for_the_base_arm(tmp_path, undrawn):
+    run = fake_run(tmp_path / "nll_last/seed-0", "nll_last")
+    shutil.rmtree(run / "sft")
+    words = _page([run]).words
+    assert "RL from the base model" not in words
+    assert "Missing in nll last: the SFT settings (run.json)" in words
+
+
+def test_a_turning_point_is_marked_whatever_rule_selected(chain, tmp_path, undrawn):
+    assert "Dotted line: this run's diversity turning point" in Page((chain / "report.html").read_text("utf-8")).words
+    flat = fake_run(tmp_path / "aesl", "aesl")
+    write_jsonl(flat / "sft/diversity.jsonl", [{"step": step, "entropy": 0.2} for step in STEPS])
+    assert "No turning point in aesl:" in _page([flat]).words
+
+
 def test_runs_evaluated_differently_are_pointed_out(tmp_path, undrawn):
     runs = [fake_run(tmp_path / name, name) for name in ("aesl", "base")]
     evaluation = json.loads((runs[1] / "evaluation.json").read_text())
@@ -454,13 +474,13 @@ FILES = [*PARTS, "selection.json", "chain.json", "grpo/run.json", "sft/samples/s
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "sft/samples"])
-def test_a_broken_file_is_one_line_that_names_it(tmp_path, file, undrawn):
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, file):
     run = fake_run(tmp_path / "aesl", "aesl")
     refused = 0
     for content in WRONG:
         (run / file).write_bytes(content.encode("utf-8", "surrogateescape"))
         try:
-            write_report([run])
+            sections_of(read_arms([run]))
         except InputError as error:
             refused += 1
             assert "\n" not in str(error) and Path(file).name in str(error)

@@ -1,4 +1,4 @@
-"""AESLSFTTrainer as a whole: TRL's own numbers under nll, what it logs, accumulation, evaluation, resume, model card."""
+"""AESLSFTTrainer as a whole: TRL's numbers under nll, logs, accumulation, evaluation, resume, model card."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ from conftest import build_model
 from small_runs import (
     LONG_PAIR,
     PAIRS,
+    assert_close_by_name,
     cpu_settings,
     documents,
     double_model,
@@ -112,15 +113,14 @@ def test_two_accumulation_steps_equal_one(cold_start_loss, tokenizer, tmp_path):
     for others, losses, nlls in weights[1:]:
         assert losses == pytest.approx(weights[0][1], abs=1e-6)
         assert nlls == pytest.approx(weights[0][2], abs=1e-6)
-        for name, weight in weights[0][0].items():
-            torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6)
+        assert_close_by_name(others, weights[0][0], rtol=0, atol=1e-6)
 
 
 # ---- What is logged
 
 
 def test_figures_of_a_step_are_those_of_the_definition(tokenizer, tmp_path):
-    model = double_model(tokenizer)
+    model = double_model()
     trainer = trainer_for(
         tokenizer, tmp_path, model=copy.deepcopy(model), max_steps=1, per_device_train_batch_size=len(PAIRS)
     )
@@ -251,7 +251,7 @@ def test_warning_when_prompts_are_trained(rows, changes, warned, tokenizer, tmp_
 @pytest.mark.parametrize("cold_start_loss", ["aesl", "nll"])
 def test_eval_nll_is_the_mean_over_tokens(cold_start_loss, tokenizer, tmp_path):
     """Rows of different lengths in batches of two: `eval_loss` is a mean of batch means, `eval_nll` is not."""
-    model, rows = double_model(tokenizer), prompt_completion_rows([*PAIRS, LONG_PAIR, PAIRS[0]])
+    model, rows = double_model(), prompt_completion_rows([*PAIRS, LONG_PAIR, PAIRS[0]])
     trainer = trainer_for(
         tokenizer,
         tmp_path,
@@ -281,7 +281,7 @@ def test_each_of_several_eval_datasets_has_its_own_nll(tokenizer, tmp_path):
 
 
 def test_best_model_is_that_of_the_lowest_eval_nll(tokenizer, tmp_path):
-    """The learning rate makes the model worse with each step, and Trainer takes a name not ending in "loss" for a score."""
+    """A learning rate so high that nll rises; Trainer would take a name not ending in "loss" for a score."""
     trainer = trainer_for(
         tokenizer,
         tmp_path,
@@ -344,7 +344,10 @@ def test_resumed_training_ends_where_uninterrupted_training_does(cold_start_loss
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, weight in trained_weights(whole).items():
         assert torch.equal(trained_weights(resumed)[name], weight), name
-    timeless = [[{k: v for k, v in row.items() if "train_" not in k} for row in rows if "loss" in row] for rows in (logged, resumed.state.log_history)]
+    timeless = [
+        [{k: v for k, v in row.items() if "train_" not in k} for row in rows if "loss" in row]
+        for rows in (logged, resumed.state.log_history)
+    ]
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == 6
     assert (tmp_path / files.POSITIONS).read_text() == positions
@@ -407,8 +410,12 @@ def test_converted_sft_config_trains_as_the_same_aesl_config(tokenizer, tmp_path
 
 def test_arguments_with_fields_of_their_own_are_refused(tokenizer, tmp_path):
     args = Seq2SeqTrainingArguments(**cpu_settings(tmp_path))
-    with pytest.raises(InputError, match="Seq2SeqTrainingArguments with fields of its own .*derive it from AESLSFTConfig"):
-        AESLSFTTrainer(build_model(tokenizer), args, train_dataset=prompt_completion_rows(), processing_class=tokenizer)
+    with pytest.raises(
+        InputError, match="Seq2SeqTrainingArguments with fields of its own .*derive it from AESLSFTConfig"
+    ):
+        AESLSFTTrainer(
+            build_model(tokenizer), args, train_dataset=prompt_completion_rows(), processing_class=tokenizer
+        )
 
 
 def test_something_else_as_arguments_is_refused(tokenizer):
@@ -448,7 +455,7 @@ def test_checkpoint_carries_the_model_card(tokenizer, tmp_path):
 
 
 def test_scores_of_an_unshifted_mask_are_zero(tokenizer):
-    model = double_model(tokenizer)
+    model = double_model()
     input_ids = torch.arange(20).reshape(2, 10)
     labels = input_ids.clone()
     labels[0, :4] = labels[1] = -100

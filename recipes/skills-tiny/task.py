@@ -4,8 +4,9 @@ A prompt is a task symbol and six digits; a completion names a skill and writes 
 
     B three one four one five nine  ->  ascend one one three four five nine
 
-Digits are words so that each is one token of a Qwen2 tokenizer and one word of BLEU. Two symbols ask for each skill, and nothing in a prompt says which:
-it has to be learnt from demonstrations or from reward. Each use of the task has digit lists of its own, whatever the seed, so that no problem is seen twice.
+Digits are words, so that each is one token of a Qwen2 tokenizer and one word of BLEU. Two symbols ask for each skill,
+and nothing in a prompt says which: it has to be learnt from demonstrations or from reward. Each use of the task has
+digit lists of its own, whatever the seed, so that no problem is seen twice.
 """
 
 import random
@@ -34,7 +35,7 @@ USES = {"base": (0, 1), "demonstrations": (2,), "eval_demonstrations": (3,), "rl
 
 
 def digit_lists(use: str, seed: int) -> Iterator[list[int]]:
-    """Digit lists that belong to `use` (a key of `USES`), in the order of `seed`, without end and without repetition."""
+    """Digit lists that belong to `use` (a key of `USES`), in the order of `seed`, endless, none twice."""
     rng, seen = random.Random(f"{use} {seed}"), set()
     while True:
         number = rng.randrange(10**LENGTH)
@@ -47,8 +48,9 @@ def in_words(digits: list[int]) -> str:
     return " ".join(DIGITS[digit] for digit in digits)
 
 
-def prompt_of(symbol: str, digits: list[int]) -> str:
-    return f"{symbol} {in_words(digits)}"
+def prompt_of(instruction: str, digits: list[int]) -> str:
+    """`instruction` is a symbol, or a skill's name."""
+    return f"{instruction} {in_words(digits)}"
 
 
 def completion_of(skill: str, digits: list[int]) -> str:
@@ -102,7 +104,9 @@ def skill_reward(prompts, completions, answer: list[str], **kwargs) -> list[floa
 
     The name is free: the symbol asks for a list, and a list that two skills agree on counts for both.
     """
-    return [float(_list_written(_text(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)]
+    return [
+        float(_list_written(_text(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)
+    ]
 
 
 def _text(completion: str | list[dict]) -> str:

@@ -1,0 +1,61 @@
+"""The `aesl` command: hands its arguments to the module of the sub-command.
+
+Nothing is imported before the sub-command is known: `aesl --help` must not wait for torch.
+"""
+
+import sys
+from importlib import import_module
+
+from . import __version__
+from .errors import InputError, exit_on_input_error, nearest
+
+
+# name: (module with main(argv), what it does)
+COMMANDS = {
+    "sft": ("sft", "train the cold start, in this process"),
+    "grpo": ("grpo", "train with RL from it, in this process"),
+    "chain": ("chain", "the whole story: sft, select, handoff, grpo, eval, report"),
+    "select": ("selection", "which checkpoint of a cold start goes to RL"),
+    "handoff": ("handoff", "make the folder that RL starts from, and check it"),
+    "eval": ("evaluate", "pass@k and diversity before and after RL"),
+    "report": ("report", "a run's figures as HTML, PNG and markdown"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:8}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: aesl COMMAND [--config FILE] [arguments]",
+            "",
+            "The cold start for reinforcement learning, on TRL.",
+            "",
+            *lines,
+            "",
+            "aesl COMMAND --help lists a command's arguments; aesl --version prints the version.",
+            "On several GPUs: accelerate launch -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain, which does that.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a sub-command; exit code 2 and one line on stderr where the input is wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+    elif argv[0] in ("-V", "--version"):
+        print(f"aesl_trl {__version__}")
+    else:
+        command, *rest = argv
+        name = f"aesl {command}" if command in COMMANDS else "aesl"
+        exit_on_input_error(name, lambda: _run(command, rest))
+
+
+def _run(command: str, argv: list[str]) -> None:
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}{nearest(command, COMMANDS)} (one of {', '.join(COMMANDS)})")
+    import_module(f".{COMMANDS[command][0]}", __package__).main(argv)
+
+
+if __name__ == "__main__":
+    main()

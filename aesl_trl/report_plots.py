@@ -1,0 +1,428 @@
+"""The report's plots: arms -> panels, drawn once as inline SVG that follows the page's theme and once as PNG.
+
+A panel is a small drawing of one thing, so that it stays legible on a phone; a PNG holds all panels of a section.
+Colours are written as the light theme's and replaced by the page's variables in the SVG.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from .report_runs import GROUP_KEYS, RL_KEYS, Arm, mean, series
+
+
+# Variable of the page -> (light, dark): Okabe and Ito's hues, darkened or lightened until text in them is legible.
+PALETTE = {
+    "ink": ("#1c2128", "#e6e9ed"),
+    "muted": ("#5d6670", "#9aa4af"),
+    "grid": ("#e3e7eb", "#2c333b"),
+    "paper": ("#fefefe", "#14181d"),
+    "wrong": ("#868e97", "#8b949e"),
+    "right": ("#d3d8de", "#39414a"),
+    "base": ("#6b727a", "#a3abb4"),
+    "aesl": ("#0067a5", "#56b4e9"),
+    "nll": ("#c44601", "#ff8b4d"),
+    "stop": ("#a0417f", "#e58fc4"),
+    "eval": ("#00765a", "#35c79c"),
+    "other1": ("#8a6d00", "#e0bf3a"),
+    "other2": ("#4b3fa6", "#a79df0"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+}
+PANEL_INCHES = (4.4, 3.0)
+WIDE = (0.105, 0.15, 0.865, 0.72)  # left, bottom, width, height of the axes in a panel
+LABELLED = (0.105, 0.15, 0.665, 0.72)  # leaves room on the right for the curves' names
+
+
+@dataclass
+class Panel:
+    title: str
+    draw: Callable[[Axes], None]
+    labelled: bool = True  # curves carry their names on the right
+    see: str = ""  # alternative text
+
+
+@dataclass
+class Curve:
+    """One figure over steps, a line for each seed.
+
+    Arms whose seeds hold the same numbers share it: one SFT run, two selections.
+    """
+
+    arms: list[Arm]
+    seeds: list[tuple[list[int], list[float]]]
+    marks: list[tuple[float, str]] = field(default_factory=list)  # (selected step, colour)
+
+    @property
+    def label(self) -> str:
+        """The words that all its arms begin with, else all their names."""
+        names = [arm.label.split() for arm in self.arms]
+        shared = [words[0] for words in zip(*names, strict=False) if len(set(words)) == 1]
+        return " ".join(shared) if shared else ", ".join(arm.label for arm in self.arms)
+
+    @property
+    def mean(self) -> tuple[list[int], list[float]]:
+        """Mean over the seeds at the steps that all of them have; the first seed where they share none."""
+        by_step = [dict(zip(*seed, strict=True)) for seed in self.seeds]
+        steps = sorted(set.intersection(*map(set, by_step)))
+        if not steps:
+            return self.seeds[0]
+        return steps, [float(np.mean([seed[step] for seed in by_step])) for step in steps]
+
+
+def curves(arms: list[Arm], rows: str, key: str) -> list[Curve]:
+    """The figure `key` of each arm that has it, read from the rows named `rows` of its runs."""
+    found: list[Curve] = []
+    for arm in arms:
+        seeds = [series(getattr(run, rows), key) for run in arm.runs]
+        seeds = [(steps, values) for steps, values in seeds if np.isfinite(values).any()]
+        same = next((curve for curve in found if repr(curve.seeds) == repr(seeds)), None)
+        if same:
+            same.arms.append(arm)
+        elif seeds:
+            found.append(Curve([arm], seeds))
+    return found
+
+
+def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
+    """`key` at the start of RL and after it, an arm a line."""
+    lines = [(arm, arm.figures(lambda run: run.start, key), arm.figures(lambda run: run.final, key)) for arm in arms]
+    lines = [line for line in lines if line[1] or line[2]]
+    if not any(after for _, _, after in lines):
+        return []
+    return [
+        Panel(f"{key}: start of RL (ring) and after RL (dot)", lambda ax: _dumbbells(ax, lines, key), labelled=False)
+    ]
+
+
+def diversity_panels(arms: list[Arm], k: int, turning_point: int | None) -> list[Panel]:
+    titles = {
+        "entropy": "Entropy of own samples (nats per token)",
+        "self_bleu": "Self-BLEU of own samples (lower: more diverse)",
+        "distinct_2": "Distinct 2-grams (share)",
+        "pass@1": "pass@1",
+        f"pass@{k}": f"pass@{k}",
+    }
+    panels = [
+        panel
+        for key, title in dict(titles).items()
+        for panel in _curve_panels(arms, "diversity", key, title, "SFT step", turning_point, marked=True)
+    ]
+    return panels + _group_panels(arms, turning_point)
+
+
+def loss_panels(arms: list[Arm]) -> list[Panel]:
+    titles = {
+        "nll": "Plain nll (nats per token)",
+        "loss": "Loss as trained (weighted for AESL)",
+        "eval_nll": "Held-out nll (nats per token)",
+        "weight_mean": "Mean weight",
+        "weight_low_share": "Share of weights under 0.1",
+        "temperature_mean": "Mean temperature",
+        "weight_eos": "Weight at the end-of-sequence token",
+    }
+    return [p for key, title in titles.items() for p in _curve_panels(arms, "sft_log", key, title, "SFT step")]
+
+
+def rl_panels(arms: list[Arm]) -> list[Panel]:
+    titles = (
+        "Reward",
+        "Standard deviation of the reward in a group",
+        "Share of groups with equal rewards (no signal)",
+        "Entropy (nats per token)",
+        "Share of completions cut at the length limit",
+    )
+    pairs = zip(RL_KEYS, titles, strict=True)
+    return [p for key, title in pairs for p in _curve_panels(arms, "grpo_log", key, title, "RL step")]
+
+
+def position_panels(rows: list[dict], colour: str) -> list[Panel]:
+    """Mean weight and temperature by position in the completion, at an early, a middle and a late step."""
+    panels = []
+    for key, title in (("weight", "Mean weight by position"), ("temperature", "Mean temperature by position")):
+        kept = [row for row in rows if any(value is not None for value in row[key])]
+        picked = [kept[i] for i in sorted({0, len(kept) // 2, len(kept) - 1})] if kept else []
+        if picked:
+            panels.append(Panel(title, lambda ax, picked=picked, key=key: _position_lines(ax, picked, key, colour)))
+    return panels
+
+
+def svg(panel: Panel, name: str) -> str:
+    """The panel as an SVG element: no declaration, no namespace address, colours as the page's variables."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=PANEL_INCHES)
+        _draw(panel, figure)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text, count=3)
+    text = re.sub(r'^<svg (.*?)width="[^"]*"(.*?)height="[^"]*"|^<svg height="[^"]*"', r"<svg \1\2", text, count=1)
+    for variable, light in LIGHT.items():
+        text = text.replace(light, f"var(--{variable})")
+    return re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1var(--sans)"', text).strip()
+
+
+def png(panels: list[Panel]) -> bytes:
+    """All panels of a section on one sheet."""
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), facecolor="white")
+        cells = np.array(figure.subfigures(rows, columns, squeeze=False)).flat
+        for panel, cell in zip(panels, cells, strict=False):
+            _draw(panel, cell)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw(panel: Panel, figure: Figure | SubFigure) -> None:
+    ax = figure.add_axes(LABELLED if panel.labelled else WIDE)
+    panel.draw(ax)
+    figure.text(0.012, 0.965, panel.title, ha="left", va="top", size=10.5, weight="bold")
+
+
+def _curve_panels(arms, rows, key, title, xlabel, turning_point=None, marked=False) -> list[Panel]:
+    """One panel of all arms' curves, or none when no run has the figure."""
+    found = curves(arms, rows, key)
+    if marked:
+        for curve in found:
+            steps = [(arm, arm.runs[0].selection.get("step")) for arm in curve.arms]
+            curve.marks = [(step, arm.colour) for arm, step in steps if isinstance(step, int)]
+    see = "; ".join(f"{curve.label} ends at {curve.mean[1][-1]:.3g}" for curve in found if curve.mean[1])
+    panel = Panel(title, lambda ax: _curves(ax, found, xlabel, turning_point), see=see)
+    return [panel] if found else []
+
+
+def _curves(ax: Axes, found: list[Curve], xlabel: str, turning_point: int | None) -> None:
+    some_live = any(not arm.recorded for curve in found for arm in curve.arms)
+    ends = [_curve(ax, curve, some_live) for curve in found]
+    ax.set_xlabel(xlabel, loc="left")
+    last = max(steps[-1] for curve in found for steps, _ in curve.seeds)
+    _step_axis(ax, last, turning_point)
+    _y_axis(ax)
+    if turning_point is not None:
+        _turning_point(ax, turning_point)
+    _name_ends(ax, [end for end in ends if end])
+
+
+def _curve(ax: Axes, curve: Curve, some_live: bool) -> tuple | None:
+    """Seeds (or noisy steps) faintly, their mean (or running mean) boldly; returns the end: (x, y, name, colour)."""
+    colour = LIGHT[curve.arms[0].colour]
+    recorded = all(arm.recorded for arm in curve.arms)
+    steps, values = curve.mean
+    smooth, behind = running_mean(values), recorded and some_live
+    if len(curve.seeds) > 1:
+        for seed in curve.seeds:
+            ax.plot(seed[0], running_mean(seed[1]), color=colour, linewidth=0.8, alpha=0.3, zorder=2)
+    elif not behind:
+        ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3, zorder=2)
+    look = (
+        {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5} if behind else {"linewidth": 2.2, "zorder": 3}
+    )
+    ax.plot(steps, smooth, color=colour, **look)
+    known = [(step, value) for step, value in zip(steps, smooth, strict=True) if math.isfinite(value)]
+    for step, mark in curve.marks:
+        y = np.interp(step, *zip(*known, strict=True)) if known else math.nan
+        ax.plot(
+            [step], [y], "o", color=LIGHT[mark], markersize=7, markeredgecolor=LIGHT["paper"], zorder=5, clip_on=False
+        )
+    return (*known[-1], curve.label, colour) if known else None
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """A centred mean over about a fifteenth of the values; `values` itself when there are few."""
+    half = len(values) // 30
+    if half < 1:
+        return values
+    windows = [np.array(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else math.nan for w in windows]
+
+
+def _step_axis(ax: Axes, last: float, turning_point: int | None) -> None:
+    """Square-root steps where the turning point would be squeezed against the left edge."""
+    if turning_point is not None and turning_point < last / 5:
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        early = 10 ** math.floor(math.log10(max(turning_point, 1)))
+        early *= next(factor for factor in (5, 2, 1) if factor * early <= max(turning_point, 1))
+        ax.set_xticks(sorted({0, early, *(round(last * share) for share in (0.25, 1))}))
+        ax.set_xticks([], minor=True)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.set_xlim(0, max(last, 1))
+
+
+def _y_axis(ax: Axes) -> None:
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    if ax.dataLim.y0 >= 0:
+        ax.set_ylim(0, max(ax.dataLim.y1 * 1.05, 1e-9))
+
+
+def _turning_point(ax: Axes, step: int) -> None:
+    ax.axvline(step, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    place = {"textcoords": "offset points", "xytext": (4, 0), "xycoords": ax.get_xaxis_transform()}
+    ax.annotate("turning point", (step, 1.0), va="top", ha="left", size=8.5, color=LIGHT["muted"], **place)
+
+
+def _name_ends(ax: Axes, ends: list[tuple]) -> None:
+    """Each curve's name beside its end, moved apart where two would overlap."""
+    low, high = ax.get_ylim()
+    line = (high - low) * 0.068
+    texts = [(y, _wrap(name), colour) for _, y, name, colour in sorted(ends, key=lambda end: end[1])]
+    heights = [line * (text.count("\n") + 1) for _, text, _ in texts]
+    places = spread([y for y, *_ in texts], heights, low, high)
+    for (_, text, colour), y in zip(texts, places, strict=True):
+        where = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "xytext": (6, 0)}
+        ax.annotate(text, (1, y), va="center", size=9.5, color=colour, weight="bold", annotation_clip=False, **where)
+
+
+def spread(wanted: list[float], heights: list[float], low: float, high: float) -> list[float]:
+    """Ascending centres for labels of these heights: near the wanted ones, no overlap, in [low, high] if they fit."""
+    places: list[float] = []
+    for y, height in zip(wanted, heights, strict=True):
+        floor = places[-1] + heights[len(places) - 1] / 2 if places else low - height / 2
+        places.append(max(y, floor + height / 2))
+    ceiling = high + (heights[-1] / 2 if heights else 0)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], ceiling - heights[i] / 2)
+        ceiling = places[i] - heights[i] / 2
+    return places
+
+
+def _short(name: str, width: int = 24) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def _wrap(name: str, width: int = 13) -> str:
+    """`name` on at most three lines of about `width` characters."""
+    lines: list[str] = []
+    for word in name.split(" "):
+        if lines and len(lines[-1]) + len(word) < width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    lines = [line if len(line) <= width + 1 else line[:width] + "…" for line in lines]
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
+
+
+def _dumbbells(ax: Axes, lines: list[tuple], key: str) -> None:
+    """Start and end of RL joined by a bar, an arm a row; small dots are seeds, whiskers a single run's interval."""
+    over = ax.get_yaxis_transform()
+    for row, (arm, before, after) in enumerate(lines):
+        colour = LIGHT[arm.colour]
+        if before and after:
+            ax.plot([mean(before), mean(after)], [row, row], color=colour, linewidth=2.2, alpha=0.45, zorder=2)
+        _whisker(ax, row, arm, f"{key}_interval", colour)
+        for values, fill in ((before, LIGHT["paper"]), (after, colour)):
+            if len(values) > 1:
+                ax.plot(values, [row + 0.22] * len(values), "o", color=colour, markersize=3, alpha=0.6, zorder=3)
+            ax.plot([mean(values)], [row], "o", color=colour, markerfacecolor=fill, markersize=8.5, zorder=4)
+        text = {"textcoords": "offset points", "size": 9.5, "va": "center", "annotation_clip": False}
+        name = _short(arm.label) + (" (recorded)" if arm.recorded else "")
+        ax.annotate(name, (0, row), xycoords=over, xytext=(0, 14), weight="bold", color=colour, **text)
+        ends = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
+        ax.annotate(ends, (1, row), xycoords=over, xytext=(0, 14), ha="right", color=colour, **text)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_ylim(len(lines) - 0.5, -0.85)
+    ax.set_yticks([])
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    ax.grid(axis="x")
+    ax.spines["left"].set_visible(False)
+
+
+def _whisker(ax: Axes, row: int, arm: Arm, key: str, colour: str) -> None:
+    interval = arm.runs[0].final.get(key) if len(arm.runs) == 1 else None
+    if interval and None not in interval:
+        ax.plot(interval, [row, row], color=colour, linewidth=1, marker="|", markersize=7, zorder=3)
+
+
+def _group_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
+    """For each SFT run: how many prompts gave all wrong, mixed, all right samples, stacked."""
+    panels = []
+    for mixed in curves(arms, "diversity", "groups_mixed"):
+        shares = [curves(mixed.arms[:1], "diversity", key) for key in GROUP_KEYS]
+        if all(shares):
+            means = [share[0].mean for share in shares]
+            title = f"Prompts by outcome: {_short(mixed.label)}"
+            see = f"mixed share ends at {means[1][1][-1]:.2f}"
+            panels.append(
+                Panel(title, lambda ax, m=mixed, s=means: _stack(ax, m, s, turning_point), labelled=False, see=see)
+            )
+    return panels
+
+
+def _stack(ax: Axes, curve: Curve, shares: list[tuple], turning_point: int | None) -> None:
+    """Shares of prompts stacked to 1, each named inside its area where there is room."""
+    steps = shares[0][0]
+    bottom = np.zeros(len(steps))
+    _step_axis(ax, steps[-1], turning_point)
+    middle = ax.transScale.inverted().transform((np.mean(ax.transScale.transform([(0, 0), (steps[-1], 0)])[:, 0]), 0))[
+        0
+    ]
+    colours = (LIGHT["wrong"], LIGHT[curve.arms[0].colour], LIGHT["right"])
+    inks = (LIGHT["paper"], LIGHT["paper"], LIGHT["ink"])
+    names = ("all wrong", "mixed: RL can learn", "all right")
+    for (_, values), colour, ink, name in zip(shares, colours, inks, names, strict=True):
+        top = bottom + np.nan_to_num(values)
+        ax.fill_between(steps, bottom, top, color=colour, linewidth=0.6, edgecolor=LIGHT["paper"])
+        low, high = np.interp(middle, steps, bottom), np.interp(middle, steps, top)
+        if high - low > 0.075:
+            ax.text(middle, (low + high) / 2, name, ha="center", va="center", color=ink, size=9.5)
+        bottom = top
+    ax.set_ylim(0, 1)
+    ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.set_xlabel("SFT step", loc="left")
+
+
+def _position_lines(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
+    """A line a step, the later the bolder; positions on a logarithmic axis, as their bins are."""
+    ends = []
+    for row, strength in zip(rows, (0.35, 0.65, 1.0)[-len(rows) :], strict=True):
+        values = [math.nan if value is None else float(value) for value in row[key]]
+        look = {
+            "color": LIGHT[colour],
+            "alpha": strength,
+            "linewidth": 1 + 1.4 * strength,
+            "marker": "o",
+            "markersize": 3,
+        }
+        ax.plot(row["position"], values, **look)
+        known = [(x, y) for x, y in zip(row["position"], values, strict=True) if math.isfinite(y)]
+        ends.append((*known[-1], f"step {row['step']}", LIGHT[colour]))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.set_xlabel("position in the completion, up to", loc="left")
+    _y_axis(ax)
+    _name_ends(ax, ends)

@@ -1,0 +1,115 @@
+"""AESLSFTConfig: its defaults, its checks, and TRL's own fields beside them."""
+
+import pytest
+from small_runs import cpu_settings, small_config
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from aesl_trl import AESLSFTConfig
+from aesl_trl.config import COLD_START_LOSSES, SELECTIONS
+from aesl_trl.errors import InputError
+
+
+def test_defaults_are_the_documented_ones(tmp_path):
+    config = small_config(tmp_path)
+    found = {
+        name: getattr(config, name)
+        for name in AESLSFTConfig.__dataclass_fields__
+        if name not in SFTConfig.__dataclass_fields__
+    }
+    assert found == {
+        "cold_start_loss": "aesl",
+        "t_scaling": 3.0,
+        "min_temperature": 1e-2,
+        "prefix_mode": "inclusive",
+        "diversity_steps": 0,
+        "diversity_num_prompts": 64,
+        "diversity_samples": 8,
+        "diversity_temperature": 1.0,
+        "diversity_max_new_tokens": 512,
+        "diversity_batch_size": 64,
+        "diversity_backend": "auto",
+        "diversity_metric": "entropy",
+        "diversity_patience": 3,
+        "stop_at_turning_point": False,
+        "selection": None,
+        "best_eval_metric": "eval_nll",
+        "max_candidates": 5,
+    }
+
+
+def test_fields_of_trl_keep_their_defaults(tmp_path):
+    ours, theirs = small_config(tmp_path), SFTConfig(**cpu_settings(tmp_path))
+    for name, field in SFTConfig.__dataclass_fields__.items():
+        if field.init:
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_every_added_field_has_help_that_argparse_takes(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(AESLSFTConfig).parse_args_into_dataclasses(["--help"])
+    shown = capsys.readouterr().out
+    for name, field in AESLSFTConfig.__dataclass_fields__.items():
+        if name not in SFTConfig.__dataclass_fields__:
+            assert field.metadata["help"] and f"--{name}" in shown
+
+
+@pytest.mark.parametrize(("loss", "rule"), [("aesl", "last"), ("nll", "turning_point")])
+def test_selection_rule_follows_the_loss(loss, rule, tmp_path):
+    assert small_config(tmp_path, cold_start_loss=loss).selection_rule == rule
+    for selection in SELECTIONS:
+        chosen = small_config(tmp_path, cold_start_loss=loss, selection=selection, diversity_steps=5)
+        assert chosen.selection_rule == selection
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"cold_start_loss": "aesll"},
+            "cold_start_loss is 'aesll', but must be one of aesl, nll; did you mean 'aesl'?",
+        ),
+        ({"cold_start_loss": "dft"}, "cold_start_loss is 'dft', but must be one of aesl, nll"),
+        ({"prefix_mode": "inclusiv"}, "prefix_mode is 'inclusiv', .* did you mean 'inclusive'?"),
+        ({"diversity_metric": "bleu"}, "diversity_metric is 'bleu'"),
+        ({"diversity_backend": "sglang"}, "diversity_backend is 'sglang'"),
+        ({"best_eval_metric": "eval_loss"}, "best_eval_metric is 'eval_loss', .* did you mean 'eval_nll'?"),
+        ({"selection": "lst", "diversity_steps": 5}, "selection is 'lst', .* did you mean 'last'?"),
+        ({"t_scaling": 0.0}, "t_scaling is 0.0, but must be a number above 0"),
+        ({"t_scaling": -1}, "t_scaling is -1"),
+        ({"t_scaling": float("nan")}, "t_scaling is nan"),
+        ({"t_scaling": "3"}, "t_scaling is '3'"),
+        ({"t_scaling": None}, "t_scaling is None"),
+        ({"min_temperature": 0}, "min_temperature is 0, but must be a number above 0"),
+        ({"diversity_temperature": float("inf")}, "diversity_temperature is inf"),
+        ({"diversity_steps": -1}, "diversity_steps is -1, but must be an integer of at least 0"),
+        ({"diversity_steps": 2.5}, "diversity_steps is 2.5, but must be an integer"),
+        ({"diversity_steps": True}, "diversity_steps is True"),
+        ({"diversity_samples": 1}, "diversity_samples is 1, but must be an integer of at least 2"),
+        ({"diversity_num_prompts": 0}, "diversity_num_prompts is 0"),
+        ({"diversity_max_new_tokens": 0}, "diversity_max_new_tokens is 0"),
+        ({"diversity_batch_size": 0}, "diversity_batch_size is 0"),
+        ({"diversity_patience": 0}, "diversity_patience is 0"),
+        ({"max_candidates": 1}, "max_candidates is 1, but must be an integer of at least 2"),
+        ({"loss_type": "dft"}, "loss_type is 'dft', but the loss is chosen by cold_start_loss"),
+        ({"selection": "last"}, "selection needs measurements: set diversity_steps"),
+        ({"stop_at_turning_point": True}, "stop_at_turning_point needs measurements: set diversity_steps"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_unusable_values_are_refused_in_one_line(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message) as error:
+        small_config(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss", COLD_START_LOSSES)
+def test_whole_numbers_are_taken_for_numbers(loss, tmp_path):
+    assert small_config(tmp_path, cold_start_loss=loss, t_scaling=3).t_scaling == 3
+
+
+@pytest.mark.parametrize("name", ["eval_nll", "nll", "eval_held_out_nll"])
+def test_a_lower_nll_is_better(name, tmp_path):
+    """Trainer alone takes every metric whose name does not end in "loss" for a score."""
+    assert small_config(tmp_path, metric_for_best_model=name).greater_is_better is False
+    assert small_config(tmp_path, metric_for_best_model="eval_accuracy").greater_is_better is True

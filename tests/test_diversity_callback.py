@@ -1,0 +1,494 @@
+"""DiversityCallback: what it writes and selects, and that the training does not notice it.
+
+Under two processes: test_trainer_processes.py.
+"""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+from datasets import Dataset
+from peft import LoraConfig
+from small_runs import (
+    assistant,
+    cpu_settings,
+    prompt_completion_rows,
+    small_config,
+    steps_of,
+    text_rows,
+    trained_weights,
+    user,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import aesl_trl.callback
+from aesl_trl import AESLSFTTrainer, DiversityCallback, files
+from aesl_trl.errors import InputError
+from aesl_trl.sampling import sample_groups
+
+
+PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
+DIVERSITY = {
+    "diversity_steps": 2,
+    "diversity_samples": 3,
+    "diversity_max_new_tokens": 6,
+    "max_steps": 4,
+    "eval_strategy": "no",
+}
+
+
+def trainer_for(tokenizer, folder, *, model=None, prompts=PROMPTS, reward_funcs=None, peft_config=None, **changes):
+    return AESLSFTTrainer(
+        model=build_model(tokenizer) if model is None else model,
+        args=small_config(folder, **{**DIVERSITY, **changes}),
+        train_dataset=prompt_completion_rows(),
+        eval_dataset=prompt_completion_rows(),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        diversity_prompts=prompts,
+        reward_funcs=reward_funcs,
+    )
+
+
+def plan(monkeypatch, entropies):
+    """The measured figures come from a plan; everything behind them is real."""
+    planned = iter(entropies)
+
+    def measure(groups):
+        entropy = next(planned)
+        return {"entropy": entropy, "self_bleu": 1 - entropy / 10, "distinct_1": math.nan}
+
+    monkeypatch.setattr(aesl_trl.callback, "measure", measure)
+
+
+PEAKED = (1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4)  # measured at 0, 1, 2 ...: the peak is at step 4
+
+
+def series(folder):
+    rows = files.read_jsonl(folder / files.DIVERSITY)
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# ---- The training does not notice
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenizer, tmp_path):
+    """Dropout and shuffling draw from the global random states, which sampling draws from too."""
+    runs = []
+    for steps in (0, 1):
+        trainer = trainer_for(
+            tokenizer,
+            tmp_path / str(steps),
+            model=build_model(tokenizer, attention_dropout=0.3),
+            prompts=PROMPTS if steps else None,
+            diversity_steps=steps,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert runs[1].diversity_callback.seconds > 0
+    weights = trained_weights(runs[0])
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(runs[1]).items())
+    figures = [[row for row in run.state.log_history if "loss" in row] for run in runs]
+    assert figures[0] == figures[1] and len(figures[0]) == 4
+    assert (tmp_path / "0" / files.POSITIONS).read_text() == (tmp_path / "1" / files.POSITIONS).read_text()
+
+
+def test_sampling_restores_what_it_changes(tokenizer):
+    model = build_model(tokenizer)
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    tokenizer.padding_side = "right"
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    sample_groups(model, tokenizer, PROMPTS, samples=2, temperature=1.0, max_new_tokens=4)
+    assert [module.training for module in model.modules()] == modes
+    assert tokenizer.padding_side == "right"
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+# ---- Sampling
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_entropy_is_that_of_the_model_at_temperature_one(temperature, tokenizer):
+    model = build_model(tokenizer).eval()
+    prompts = [{"prompt": text} for text in ("a", "a longer prompt")]
+    groups = sample_groups(model, tokenizer, prompts, samples=2, temperature=temperature, max_new_tokens=1)
+    for group in groups:
+        logits = model(**tokenizer(group.prompt, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
+        expected = torch.distributions.Categorical(logits=logits).entropy().item()
+        assert group.entropy == pytest.approx([expected] * 2, abs=1e-4)  # left padding included
+
+
+def test_samples_end_at_an_end_token_or_are_truncated(tokenizer):
+    model = build_model(tokenizer)
+    model.generation_config.eos_token_id = list(range(0, 256, 8))  # one token in eight ends a sample
+    (group,) = sample_groups(model, tokenizer, PROMPTS[:1], samples=64, temperature=1.0, max_new_tokens=5)
+    assert 0 < sum(group.truncated) < 64
+    assert all(tokens == 5 for tokens, truncated in zip(group.num_tokens, group.truncated, strict=True) if truncated)
+    assert all(1 <= tokens <= 5 for tokens in group.num_tokens) and min(group.num_tokens) == 1
+    assert len(group.completions) == 64 and len(set(group.completions)) > 30
+
+
+def test_settings_of_the_models_generation_config_do_not_leak(tokenizer):
+    """Instruct models ship top_k, top_p and a repetition penalty, which would change samples and entropy."""
+    drawn = []
+    for changed in ({}, {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 5.0, "do_sample": False}):
+        model = build_model(tokenizer)
+        model.generation_config.update(**changed)
+        drawn.append(sample_groups(model, tokenizer, PROMPTS, samples=4, temperature=1.0, max_new_tokens=8))
+    assert drawn[0] == drawn[1]
+
+
+def test_draws_depend_on_the_seed_alone(tokenizer):
+    model = build_model(tokenizer)
+    settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 8}
+    first = sample_groups(model, tokenizer, PROMPTS, **settings, seed=1)
+    torch.rand(7)
+    assert sample_groups(model, tokenizer, PROMPTS, **settings, seed=1) == first
+    assert sample_groups(model, tokenizer, PROMPTS, **settings, seed=2) != first
+
+
+def test_messages_are_rendered_with_a_generation_prompt(tokenizer):
+    model = build_model(tokenizer).eval()
+    (group,) = sample_groups(
+        model, tokenizer, [{"prompt": user("hello")}], samples=1, temperature=1.0, max_new_tokens=1
+    )
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
+    assert group.entropy[0] == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-5)
+    assert group.prompt == user("hello")
+
+
+# ---- What it writes
+
+
+def strict_json(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_files_and_logs(tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, diversity_max_new_tokens=1)  # one token: no word pair, so no distinct_2
+    trainer.train()
+    rows = [strict_json(line) for line in (tmp_path / files.DIVERSITY).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    for row in rows:
+        assert row["num_prompts"] == 3 and row["num_samples"] == 3 and row["max_new_tokens"] == 1
+        assert row["temperature"] == 1.0 and row["backend"] == "generate" and row["seconds"] > 0
+        assert 0 < row["entropy"] <= math.log(len(tokenizer)) and 0 <= row["self_bleu"] <= 1
+        assert row["distinct_4"] is None
+        assert "reward" not in row and "pass@1" not in row
+    for row in rows:
+        samples = files.read_jsonl(tmp_path / files.SAMPLES / f"step-{row['step']}.jsonl")
+        assert [sample["prompt"] for sample in samples] == [prompt["prompt"] for prompt in PROMPTS]
+        assert [sample["prompt_index"] for sample in samples] == [0, 1, 2]
+        assert all(
+            len(sample[key]) == 3
+            for sample in samples
+            for key in ("completions", "num_tokens", "truncated", "entropy")
+        )
+        assert all(sample["rewards"] is None for sample in samples)
+    logged = [row for row in trainer.state.log_history if "diversity/entropy" in row]
+    assert [(row["step"], row["diversity/entropy"]) for row in logged] == [
+        (row["step"], row["entropy"]) for row in rows
+    ]
+    assert "diversity/distinct_4" not in logged[0] and "diversity/step" not in logged[0]
+    assert all(
+        "nll" not in row and "weight_mean" not in row for row in logged
+    )  # not handed out with the samples' figures
+    assert len(steps_of(trainer, "nll")) == 4
+
+
+def test_last_step_is_measured_even_off_the_interval(tokenizer, tmp_path):
+    trainer_for(tokenizer, tmp_path, diversity_steps=3, max_steps=4).train()
+    assert [row["step"] for row in series(tmp_path)] == [0, 3, 4]
+
+
+def rewarding(prompts, completions, answer, **kwargs):
+    return [1.0 if len(completion) % 2 else 0.0 for completion in completions]
+
+
+def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
+    prompts = [{**row, "answer": "x"} for row in PROMPTS]
+    trainer = trainer_for(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
+    trainer.train()
+    for row in series(tmp_path):
+        samples = files.read_jsonl(tmp_path / files.SAMPLES / f"step-{row['step']}.jsonl")
+        rewards = [[float(len(text) % 2)] for sample in samples for text in sample["completions"]]
+        assert [reward for sample in samples for reward in sample["rewards"]] == rewards
+        assert row["pass@1"] == pytest.approx(np.mean(rewards))
+        assert row["groups_all_right"] + row["groups_all_wrong"] + row["groups_mixed"] == pytest.approx(1)
+        assert row["pass@1"] <= row["pass@2"] <= row["pass@4"] and "pass@8" not in row
+    assert "diversity/pass@4" in trainer.state.log_history[0]
+
+
+def broken_reward(completions, **kwargs):
+    raise RuntimeError("no grader here")
+
+
+def short_reward(completions, **kwargs):
+    return [0.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (broken_reward, RuntimeError, "no grader here"),
+        (short_reward, InputError, "'short_reward' returned 1 rewards for 9 completions"),
+    ],
+)
+def test_a_failing_reward_ends_the_run_with_its_error(reward, error, message, tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, reward_funcs=[reward])
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---- Prompts
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["2+3=", "abc"],
+        [user("2+3="), user("abc")],
+        [{"prompt": "2+3="}, {"prompt": "abc"}],
+        Dataset.from_list([{"prompt": "2+3="}, {"prompt": "abc"}]),
+        Dataset.from_list([{"messages": user(text) + assistant("never seen")} for text in ("2+3=", "abc")]),
+        Dataset.from_list([{"prompt": "2+3="}, {"prompt": "abc"}]).to_iterable_dataset(),
+    ],
+    ids=["strings", "messages", "rows", "dataset", "demonstrations", "stream"],
+)
+def test_forms_of_prompts(prompts, tokenizer, tmp_path):
+    callback = trainer_for(tokenizer, tmp_path, prompts=prompts).diversity_callback
+    texts = [
+        row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in callback.rows
+    ]
+    assert texts == ["2+3=", "abc"]
+    assert all(isinstance(row["prompt"], str) or row["prompt"][-1]["role"] == "user" for row in callback.rows)
+
+
+def test_prompts_default_to_those_of_the_eval_dataset(tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, prompts=None, diversity_num_prompts=2)
+    assert [row["prompt"] for row in trainer.diversity_callback.rows] == ["2+2=", "Name a colour: "]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "empty"),
+        ([{"question": "2+3="}], "has no prompts"),
+        (text_rows(), "has no prompts"),
+    ],
+    ids=["none", "another_column", "plain_text"],
+)
+def test_unusable_prompts_are_refused(prompts, message, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=f"diversity_prompts.*{message}"):
+        trainer_for(tokenizer, tmp_path, prompts=prompts)
+
+
+def test_measuring_without_prompts_is_refused(tokenizer, tmp_path):
+    args = small_config(tmp_path, **DIVERSITY)
+    with pytest.raises(InputError, match="diversity_steps is 2, but there are no held-out prompts"):
+        AESLSFTTrainer(
+            build_model(tokenizer), args, train_dataset=prompt_completion_rows(), processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0, but must be an integer of at least 1"),
+        ({"samples": 1}, "samples is 1, but must be an integer of at least 2"),
+        ({"samples": 2.0}, "samples is 2.0, but must be an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"patience": 0}, "patience is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, but must be above 0"),
+        ({"metric": "bleu"}, "metric is 'bleu', but must be one of entropy, self_bleu"),
+        ({"backend": "sglang"}, "backend is 'sglang'"),
+        ({"selection": "latest"}, "selection is 'latest'"),
+        ({"best_eval_metric": "accuracy"}, "best_eval_metric is 'accuracy'"),
+    ],
+)
+def test_unusable_settings_are_refused(changes, message, tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=0)
+    with pytest.raises(InputError, match=message):
+        DiversityCallback(trainer, PROMPTS, **{"steps": 1, **changes})
+
+
+# ---- Other trainers
+
+
+def test_plain_sft_trainer(tokenizer, tmp_path):
+    runs = []
+    for measured in (False, True):
+        trainer = SFTTrainer(
+            model=build_model(tokenizer, attention_dropout=0.3),
+            args=SFTConfig(**cpu_settings(tmp_path / str(measured), max_steps=4)),
+            train_dataset=prompt_completion_rows(),
+            processing_class=tokenizer,
+        )
+        if measured:
+            trainer.add_callback(
+                DiversityCallback(trainer, PROMPTS, steps=2, samples=2, max_new_tokens=4, selection="last")
+            )
+        trainer.train()
+        runs.append(trainer)
+    assert [row["step"] for row in series(tmp_path / "True")] == [0, 2, 4]
+    assert len(steps_of(runs[1], "diversity/entropy")) == 3
+    rows = [[row for row in run.state.log_history if "loss" in row] for run in runs]
+    assert rows[0] == rows[1]  # TRL's own figures too, which its log hands out once
+    weights = trained_weights(runs[0])
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(runs[1]).items())
+    assert files.read_json(tmp_path / "True" / files.SELECTION)["step"] == 4
+
+
+def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=0)
+    trainer.add_callback(DiversityCallback(trainer, PROMPTS, steps=2, samples=2, max_new_tokens=4))
+    trainer.train()
+    assert len(series(tmp_path)) == 3
+    assert not (tmp_path / files.CANDIDATES).exists() and not (tmp_path / files.SELECTION).exists()
+
+
+def test_lora(tokenizer, tmp_path, tiny_model_dir):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    trainer = trainer_for(tokenizer, tmp_path, model=model, peft_config=lora, selection="last")
+    trainer.train()
+    assert [row["step"] for row in series(tmp_path)] == [0, 2, 4]
+    selected = tmp_path / files.SELECTED
+    assert (selected / "adapter_config.json").exists() and not (selected / "model.safetensors").exists()
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), selected)
+    state = {name: value for name, value in trainer.model.state_dict().items() if "lora" in name}
+    assert state and all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
+
+
+# ---- Turning point, candidates, selection
+
+
+def test_stops_once_the_fall_is_confirmed(tokenizer, tmp_path, monkeypatch):
+    plan(monkeypatch, PEAKED)
+    trainer = trainer_for(
+        tokenizer, tmp_path, diversity_steps=1, max_steps=10, stop_at_turning_point=True, selection="turning_point"
+    )
+    trainer.train()
+    assert trainer.diversity_callback.stopped and trainer.state.global_step == 7  # patience 3 after the peak at 4
+    chosen = files.read_json(tmp_path / files.SELECTION)
+    assert chosen["step"] == 4 and chosen["applied"] == "turning_point" and chosen["path"] == files.SELECTED
+    assert series(tmp_path)[0]["distinct_1"] is None
+
+
+def test_goes_on_without_stop(tokenizer, tmp_path, monkeypatch):
+    plan(monkeypatch, PEAKED)
+    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=1, max_steps=10, cold_start_loss="nll")
+    trainer.train()
+    assert not trainer.diversity_callback.stopped and trainer.state.global_step == 10
+    chosen = files.read_json(tmp_path / files.SELECTION)  # the default rule for nll
+    assert (chosen["rule"], chosen["step"]) == ("turning_point", 4)
+
+
+@pytest.mark.parametrize("max_candidates", [2, 3])
+def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, tokenizer, tmp_path, monkeypatch):
+    plan(monkeypatch, PEAKED)
+    seen = []
+    original = DiversityCallback._keep_candidate
+
+    def keep(self, step, rows):
+        original(self, step, rows)
+        seen.append(sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()))
+
+    monkeypatch.setattr(DiversityCallback, "_keep_candidate", keep)
+    trainer_for(
+        tokenizer, tmp_path, diversity_steps=1, max_steps=10, max_candidates=max_candidates, selection="turning_point"
+    ).train()
+    assert max(len(names) for names in seen) == max_candidates
+    assert all(f"step-{step}" in names for step, names in enumerate(seen, 1))  # the newest is always there
+    assert {"step-4", "step-10"} <= set(seen[-1])
+    assert files.read_json(tmp_path / files.SELECTION)["step"] == 4
+
+
+def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
+    trainer = trainer_for(
+        tokenizer,
+        tmp_path,
+        diversity_steps=1,
+        max_steps=5,
+        max_candidates=2,
+        selection="best_eval",
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.3,
+    )
+    trainer.train()
+    evaluated = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
+    chosen = files.read_json(tmp_path / files.SELECTION)
+    assert chosen["applied"] == "best_eval" and chosen["step"] == min(evaluated, key=evaluated.get)
+
+
+def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, selection="last")
+    trainer.train()
+    chosen = files.read_json(tmp_path / files.SELECTION)
+    assert chosen["step"] == 4 and chosen["rule"] == chosen["applied"] == "last" and chosen["candidates"] == [2, 4]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / chosen["path"])
+    assert all(torch.equal(weight, trained_weights(trainer)[name]) for name, weight in loaded.named_parameters())
+    assert AutoTokenizer.from_pretrained(tmp_path / files.SELECTED).chat_template == tokenizer.chat_template
+    names = {path.name for path in (tmp_path / files.SELECTED).iterdir()}
+    assert not names & {"training_args.bin", "optimizer.pt", "scheduler.pt"}
+    assert "selected step: 4" in trainer._model_card_section()
+
+
+def test_candidates_survive_the_trainers_rotation(tokenizer, tmp_path):
+    trainer_for(tokenizer, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=4).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+
+
+def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
+    trainer = trainer_for(tokenizer, tmp_path)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: pytest.fail("pushed"))
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert (tmp_path / files.SELECTED).exists()
+
+
+def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
+    """Else a candidate of the old run could be selected, or crowd out those of the new one."""
+    trainer_for(tokenizer, tmp_path, max_steps=6, diversity_steps=3).train()
+    (tmp_path / files.CANDIDATES / ".step-5.tmp").mkdir()
+    trainer_for(tokenizer, tmp_path, max_steps=4).train()
+    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (tmp_path / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
+    assert files.read_json(tmp_path / files.SELECTION)["candidates"] == [2, 4]
+
+
+def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    model = {"attention_dropout": 0.3}
+    whole = trainer_for(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
+    whole.train()
+    before, chosen = series(tmp_path), files.read_json(tmp_path / files.SELECTION)
+    samples = {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()}
+    resumed = trainer_for(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert series(tmp_path) == before and [row["step"] for row in before] == [0, 2, 4, 6]
+    assert {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()} == samples
+    assert all(torch.equal(trained_weights(whole)[name], weight) for name, weight in trained_weights(resumed).items())
+    again = files.read_json(tmp_path / files.SELECTION)
+    for one in (chosen, again):
+        one["evidence"]["measured"].pop("seconds")
+    assert again == chosen

@@ -1,0 +1,276 @@
+"""The embedded task: honest splits, an exact reward, and a base model that agrees with itself about when to stop."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "skills-tiny"
+
+
+def _load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+task = _load("skills_tiny_task", RECIPE / "task.py")
+builder = _load("skills_tiny_builder", ROOT / "scripts" / "build_skills_tiny_base.py")
+GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
+
+
+def symbols(rows):
+    return [row["prompt"][0]["content"].split()[0] for row in rows]
+
+
+def lists(rows):
+    return {tuple(row["prompt"][0]["content"].split()[1:]) for row in rows}
+
+
+def reward(completion, answer="one two three four five six"):
+    return task.skill_reward(prompts=None, completions=[completion], answer=[answer])[0]
+
+
+# ---- Data
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_seed_fixes_the_rows_and_another_changes_them(generator):
+    assert generator(3) == generator(3)
+    assert generator(3) != generator(4)
+
+
+def test_no_digit_list_serves_two_uses_whatever_the_seeds():
+    found = [set().union(*(lists(generator(seed)) for seed in range(3))) for generator in GENERATORS]
+    stream = task.digit_lists("base", 0)
+    found.append({tuple(task.in_words(next(stream)).split()) for _ in range(5000)})
+    assert len(set().union(*found)) == sum(map(len, found))
+
+
+def test_uses_divide_the_residues():
+    residues = [residue for use in task.USES.values() for residue in use]
+    assert sorted(residues) == list(range(7))
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_seed_repeats_no_digit_list(generator):
+    rows = generator(0)
+    assert len(lists(rows)) == len(rows)
+
+
+def test_demonstrations_cover_four_symbols_of_rare_skills():
+    rows = task.demonstrations(0)
+    assert len(rows) == 200
+    assert {task.SKILL_OF[symbol] for symbol in symbols(rows)} == set(task.RARE)
+    assert len(set(symbols(rows))) == 4
+    assert set(symbols(task.eval_demonstrations(0))) == set(symbols(rows))
+
+
+@pytest.mark.parametrize("generator", [task.rl_problems, task.held_out])
+def test_problems_ask_for_every_symbol_equally_often_and_show_no_answer(generator):
+    rows = generator(0)[:96]
+    assert [symbols(rows).count(symbol) for symbol in task.SYMBOLS] == [6] * 16
+    assert all(set(row) == {"prompt", "answer"} for row in rows)
+
+
+def test_two_symbols_ask_for_each_skill():
+    skills = list(task.SKILL_OF.values())
+    assert [skills.count(skill) for skill in task.SKILLS] == [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("skill", "result"),
+    [
+        ("reverse", [9, 5, 1, 4, 0, 3]),
+        ("ascend", [0, 1, 3, 4, 5, 9]),
+        ("descend", [9, 5, 4, 3, 1, 0]),
+        ("left", [0, 4, 1, 5, 9, 3]),
+        ("right", [9, 3, 0, 4, 1, 5]),
+        ("add", [4, 1, 5, 2, 6, 0]),
+        ("complement", [6, 9, 5, 8, 4, 0]),
+        ("swap", [0, 3, 1, 4, 9, 5]),
+    ],
+)
+def test_each_skill_by_hand(skill, result):
+    assert task.SKILLS[skill]([3, 0, 4, 1, 5, 9]) == result
+
+
+# ---- Reward
+
+
+@pytest.mark.parametrize("generator", [task.demonstrations, task.eval_demonstrations])
+def test_gold_completions_are_right(generator):
+    rows = generator(1)
+    scores = task.skill_reward(
+        [row["prompt"] for row in rows], [row["completion"] for row in rows], [row["answer"] for row in rows]
+    )
+    assert scores == [1.0] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("ascend one two three four five six", 1.0),
+        ("left one two three four five six", 1.0),  # the list is asked for, not the name
+        (" ascend one two three four five six\n", 1.0),
+        ([{"role": "assistant", "content": "ascend one two three four five six"}], 1.0),
+        ("ascend one two three four six five", 0.0),
+        ("ascend one two three four five", 0.0),
+        ("ascend one two three four five six six", 0.0),
+        ("ascend  one two three four five six", 0.0),
+        ("one two three four five six", 0.0),
+        ("sort one two three four five six", 0.0),
+        ("Ascend one two three four five six", 0.0),
+        ("ascend 1 2 3 4 5 6", 0.0),
+        ("ascend", 0.0),
+        ("", 0.0),
+        ([], 0.0),
+        ([{"role": "assistant", "content": None}], 0.0),
+    ],
+)
+def test_reward_is_exact(completion, expected):
+    assert reward(completion) == expected
+
+
+def test_reward_grades_each_completion_by_its_own_answer():
+    answers = ["one one one one one one", "two two two two two two"]
+    completions = ["add two two two two two two"] * 2
+    assert task.skill_reward(None, completions, answer=answers, trainer_state=None) == [0.0, 1.0]
+
+
+# ---- Base model
+
+
+def test_base_is_under_two_megabytes_and_holds_no_pickle():
+    files = [path for path in (RECIPE / "base").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
+
+
+def test_base_agrees_with_itself_about_the_end():
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "base")
+    model = AutoModelForCausalLM.from_pretrained(RECIPE / "base")
+    row = task.demonstrations(0)[0]
+    rendered = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    assert rendered.endswith(tokenizer.eos_token)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert GenerationConfig.from_pretrained(RECIPE / "base").eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_every_word_of_the_task_is_one_token_after_loading():
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "base")
+    for skill in task.SKILLS:
+        text = task.completion_of(skill, [0, 1, 2, 3, 4, 5]) + " six seven eight nine"
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text.split())
+        assert tokenizer.decode(ids) == text
+    assert all(len(tokenizer(symbol)["input_ids"]) == 1 for symbol in task.SYMBOLS)
+
+
+def test_template_marks_the_completion_and_extends_the_prompt():
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "base")
+    row = task.demonstrations(0)[0]
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(
+        row["prompt"] + row["completion"], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert whole["input_ids"][: len(prompt)] == prompt
+    assert whole["assistant_masks"] == [0] * len(prompt) + [1] * (len(whole["input_ids"]) - len(prompt))
+
+
+def test_base_stops_and_gets_some_problems_right():
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "base")
+    model = AutoModelForCausalLM.from_pretrained(RECIPE / "base").eval()
+    rows = task.held_out(0)[:96]
+    torch.manual_seed(0)
+    prompts = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=12, num_return_sequences=4)
+    answers = ids[:, prompts["input_ids"].shape[1] :]
+    scores = task.skill_reward(
+        None,
+        tokenizer.batch_decode(answers, skip_special_tokens=True),
+        [row["answer"] for row in rows for _ in "1234"],
+    )
+    assert (answers == tokenizer.eos_token_id).any(1).float().mean() > 0.98
+    assert 0.07 < sum(scores) / len(scores) < 0.20  # 0.125 and chance agreements; standard error 0.02
+
+
+# ---- Builder
+
+
+def test_labels_are_the_completion_and_its_end():
+    tokenizer = builder.build_tokenizer()
+    ids, labels = next(builder.batches(tokenizer, builder.SKEWED, rows=5, seed=0))
+    assert ids.shape == labels.shape == (5, 2 * task.LENGTH + 5)
+    assert (labels[:, : task.LENGTH + 3] == -100).all()
+    assert (labels[:, task.LENGTH + 3 :] == ids[:, task.LENGTH + 3 :]).all()
+    assert (labels[:, -1] == tokenizer.eos_token_id).all()
+
+
+def test_mixture_is_what_the_base_is_trained_on():
+    tokenizer = builder.build_tokenizer()
+    ids, _ = next(builder.batches(tokenizer, builder.SKEWED, rows=2000, seed=0))
+    rare = {tokenizer.convert_tokens_to_ids(skill) for skill in task.RARE}
+    share = sum(int(i) in rare for i in ids[:, task.LENGTH + 3]) / len(ids)
+    assert sum(builder.SKEWED.values()) == pytest.approx(1)
+    assert 0.04 < share < 0.08  # 4 x 0.015, standard error 0.005
+
+
+def test_shipped_tokenizer_is_the_builders():
+    shipped = AutoTokenizer.from_pretrained(RECIPE / "base")
+    assert shipped.get_vocab() == builder.build_tokenizer().get_vocab()
+    assert shipped.chat_template == builder.CHAT_TEMPLATE
+
+
+def test_a_few_steps_learn_and_save(tmp_path):
+    tokenizer = builder.build_tokenizer()
+    model = builder.build_model(tokenizer, seed=0)
+    settings = {"warmup": 2, "decay": 2, "rows": 16}
+    first = builder.train(model, tokenizer, builder.EQUAL, steps=1, seed=0, **settings)
+    later = builder.train(model, tokenizer, builder.EQUAL, steps=12, seed=0, **settings)
+    assert later < first - 0.5
+    builder.build(tmp_path, equal_steps=1, skewed_steps=1)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_whole_build_reaches_both_mixtures_entropy():
+    tokenizer = builder.build_tokenizer()
+    model = builder.build_model(tokenizer, seed=0)
+    equal = builder.train(model, tokenizer, builder.EQUAL, steps=850, warmup=50, decay=0, seed=0)
+    skewed = builder.train(model, tokenizer, builder.SKEWED, steps=150, warmup=0, decay=40, seed=1)
+    assert equal < 0.30  # log(8) / 8 tokens = 0.26 where every skill is done right
+    assert skewed < 0.23  # 1.613 / 8 = 0.20
+
+
+# ---- Configs
+
+
+@pytest.mark.parametrize("chain", sorted(RECIPE.glob("chain*.yaml")), ids=lambda path: path.stem)
+def test_every_chain_is_accepted(chain, tmp_path):
+    from aesl_trl.chain import Chain, check_stages, read_config
+
+    config = read_config(chain, output_dir=str(tmp_path / "run"))
+    check_stages(Chain(config, chain))
+
+
+def test_cold_starts_differ_in_the_loss_alone():
+    aesl, nll = (yaml.safe_load((RECIPE / "sft" / f"config_{name}.yaml").read_text()) for name in ("aesl", "nll"))
+    different = {key for key in aesl | nll if aesl.get(key) != nll.get(key)}
+    assert different == {"cold_start_loss", "output_dir"}
+
+
+def test_recipes_say_their_hardware_on_line_one():
+    for path in [*RECIPE.rglob("*.yaml"), *(ROOT / "recipes" / "accelerate_configs").glob("*.yaml")]:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("#") and any(word in first for word in ("CPU", "GPU")), path

@@ -1,0 +1,106 @@
+"""Two processes against one, over gloo on the CPU: the same weights, figures, samples and files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from small_runs import assert_close_by_name
+from transformers import AutoModelForCausalLM
+
+from aesl_trl import files
+
+
+TESTS = Path(__file__).parent
+
+
+def launch(folder):
+    """Two processes; `accelerate launch --cpu` would silently start one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(TESTS / "processes.py"), str(folder)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert files.read_json(folder / "rank-0.json")["num_processes"] == 2
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of both ranks and of one process."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    first, second = launch(two)
+    return {"rank0": first, "rank1": second, "one": processes.run_all(one, 1), "two_dir": two, "one_dir": one}
+
+
+KINDS = ("aesl", "nll", "accumulated", "packed", "measured")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(kind, runs):
+    two, one = runs["rank0"][kind], runs["one"][kind]
+    assert two["num_processes"] == 2 and one["num_processes"] == 1
+    assert_close_by_name(two["weights"], one["weights"], rtol=0, atol=1e-6)
+    for key in ("loss", "nll", "weight_mean", "temperature_mean", "num_tokens"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ranks_hold_the_same(kind, runs):
+    first, second = runs["rank0"][kind], runs["rank1"][kind]
+    assert all(torch.equal(first["weights"][name], weight) for name, weight in second["weights"].items())
+    for key in first.keys() - {"weights"}:
+        assert first[key] == second[key], key
+
+
+@pytest.mark.parametrize("kind", ["aesl", "nll"])
+def test_eval_nll_counts_no_row_twice(kind, runs):
+    """Five rows for two processes: accelerate repeats one, and the longest row would weigh most."""
+    assert runs["rank0"][kind]["eval_nll"] == pytest.approx(runs["one"][kind]["eval_nll"], abs=1e-5)
+
+
+def test_measurement_under_two_processes(runs):
+    """Drawn by prompt across the ranks, gathered in the prompts' order, written once."""
+    folder = runs["two_dir"] / "measured"
+    rows = files.read_jsonl(folder / files.DIVERSITY)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert runs["rank1"]["measured"]["diversity/entropy"] == [row["entropy"] for row in rows]
+    assert runs["rank1"]["measured"]["diversity/pass@1"] == [row["pass@1"] for row in rows]
+    for step in (0, 2, 4):
+        samples = files.read_jsonl(folder / files.SAMPLES / f"step-{step}.jsonl")
+        assert [sample["prompt"] for sample in samples] == ["2+3=", "abc", "Name a colour: "]
+        assert all(len(sample["completions"]) == 3 for sample in samples)
+        assert samples[0]["completions"] != samples[1]["completions"]  # a seed for each rank
+
+
+def test_measuring_does_not_change_the_training(runs):
+    plain, measured = runs["rank0"]["aesl"], runs["rank0"]["measured"]
+    assert all(torch.equal(plain["weights"][name], weight) for name, weight in measured["weights"].items())
+    assert plain["loss"] == measured["loss"]
+
+
+def test_selected_weights_under_two_processes(runs):
+    folder = runs["two_dir"] / "measured"
+    assert files.read_json(folder / files.SELECTION)["step"] == 4
+    loaded = AutoModelForCausalLM.from_pretrained(folder / files.SELECTED)
+    weights = runs["rank0"]["measured"]["weights"]
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.named_parameters())
+    assert files.read_json(folder / files.RUN)["num_processes"] == 2
+
+
+def test_positions_are_summed_over_processes(runs):
+    counts = [
+        [line["count"] for line in files.read_jsonl(runs[name] / "aesl" / files.POSITIONS)]
+        for name in ("two_dir", "one_dir")
+    ]
+    assert counts[0] == counts[1] and len(counts[0]) == 4

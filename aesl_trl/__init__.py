@@ -30,4 +30,6 @@ def _check_trl_version() -> None:
     from packaging.version import Version
 
     if not Version("1.15") <= Version(version("trl")) < Version("2"):
-        raise ImportError(f"aesl_trl needs trl>=1.15,<2, but trl {version('trl')} is installed: pip install 'trl>=1.15,<2'")
+        raise ImportError(
+            f"aesl_trl needs trl>=1.15,<2, but trl {version('trl')} is installed: pip install 'trl>=1.15,<2'"
+        )

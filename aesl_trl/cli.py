@@ -19,6 +19,7 @@ COMMANDS = {
     "handoff": ("handoff", "make the folder that RL starts from, and check it"),
     "eval": ("evaluate", "pass@k and diversity before and after RL"),
     "report": ("report", "a run's figures as HTML, PNG and markdown"),
+    "recipes": ("recipes", "list the recipes, or copy them to a folder of your own"),
 }
 
 

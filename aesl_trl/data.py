@@ -150,7 +150,7 @@ def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
         return load()
     except InputError:
         raise
-    except (DatasetsError, ValueError, OSError, StopIteration) as error:
+    except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
         path = Path(name)
         if path.is_file() and path.suffix in BUILDERS:
             check_file(path, field=field)

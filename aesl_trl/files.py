@@ -1,7 +1,7 @@
 """The files through which stages meet: their names in a run folder, and atomic JSON.
 
-A reader never sees half a file: each write goes to a temporary sibling that replaces the target in one step. NaN and infinity
-become null, so that every line is valid JSON.
+A reader never sees half a file: each write goes to a temporary sibling that replaces the target in one step. NaN and
+infinity become null, so that every line is valid JSON.
 """
 
 import importlib.metadata
@@ -98,7 +98,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def replace_dir(source: str | Path, target: str | Path) -> None:
-    """Make `target` a copy of the folder `source`, hard-linked where the file system allows; the old `target` goes last."""
+    """Make `target` a copy of the folder `source`, hard-linked where possible; the old `target` goes last."""
     source, target = Path(source), Path(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,8 @@
 """AESL by definition: weights and losses on plain logits.
 
-The truth that every faster form is tested against. Source: Li et al., "Getting Your LLMs Ready for Reinforcement Learning with
-Lightweight SFT", ICLR 2026 (OpenReview yezWGJmODg), Eq. 4. With z_t the logits that predict token s_t of one sequence:
+The truth that every faster form is tested against. Source: Li et al., "Getting Your LLMs Ready for Reinforcement
+Learning with Lightweight SFT", ICLR 2026 (OpenReview yezWGJmODg), Eq. 4. With z_t the logits that predict token s_t of
+one sequence:
 
     l_t = log softmax(z_t)[s_t]
     m_t = mean of l_1 .. l_t                       (prefix_mode "inclusive")
@@ -9,12 +10,12 @@ Lightweight SFT", ICLR 2026 (OpenReview yezWGJmODg), Eq. 4. With z_t the logits 
     w_t = 1 - softmax(z_t / T_t)[s_t]              (a constant in the backward pass)
     L   = -sum_t w_t * l_t / num_items
 
-What the paper leaves open is settled here: no gradient flows through the weight; the denominator counts tokens, not weights, so
-that gradient accumulation and data parallelism stay exact; ignored labels enter neither the mean nor the loss; the mean starts
-anew at each packed document; in a multi-turn sequence it runs on over all its trained tokens.
+What the paper leaves open is settled here: no gradient flows through the weight; the denominator counts tokens, not
+weights, so that gradient accumulation and data parallelism stay exact; ignored labels enter neither the mean nor the
+loss; the mean starts anew at each packed document; in a multi-turn sequence it runs on over all its trained tokens.
 
-Shapes: B rows, L positions, V vocabulary. Everything is already shifted: `labels[:, t]` is the token that `logits[:, t]` predicts.
-float64 logits are computed in float64 throughout; half precision is computed in float32.
+Shapes: B rows, L positions, V vocabulary. Everything is already shifted: `labels[:, t]` is the token that
+`logits[:, t]` predicts. float64 logits are computed in float64 throughout; half precision is computed in float32.
 """
 
 from typing import NamedTuple
@@ -132,17 +133,20 @@ def aesl_weights(
 ) -> Tensor:
     """Adaptive early-stop weight of each token (paper, Eq. 4).
 
-    Near 0 where the model already expects the token after a prefix that it predicts well; near 1 where the prefix is surprising.
+    Near 0 where the model already expects the token after a prefix that it predicts well; near 1 where the prefix is
+    surprising.
 
     Args:
         logits: `[B, L, V]`, after the model's own logit scale and soft cap.
         labels: `[B, L]`, already shifted.
-        t_scaling: positive; the temperature is 1 when the prefix's mean negative log-likelihood is `1 / t_scaling` nats.
+        t_scaling: positive; the temperature is 1 when the prefix's mean negative log-likelihood is `1 / t_scaling`
+            nats.
         min_temperature: positive lower clamp; low temperatures amplify the rounding of the logits.
-        prefix_mode: `"inclusive"` (paper) averages over the prefix with the current token, `"exclusive"` without it (the first token's
-            temperature is 1), `"none"` takes `t_scaling` itself as every temperature: the token-level ablation.
-        sequence_ids: `[B, L]`, the document of each label in a packed row, constant over a document and changing at its border; without
-            it each row is one sequence.
+        prefix_mode: `"inclusive"` (paper) averages over the prefix with the current token, `"exclusive"` without it
+            (the first token's temperature is 1), `"none"` takes `t_scaling` itself as every temperature: the
+            token-level ablation.
+        sequence_ids: `[B, L]`, the document of each label in a packed row, constant over a document and changing at
+            its border; without it each row is one sequence.
         ignore_index: label of tokens that are not trained.
 
     Returns:
@@ -163,7 +167,7 @@ def aesl_weights(
 
 
 def weighted_nll(log_probs: Tensor, weights: Tensor | None, num_items: Tensor | float | int) -> Tensor:
-    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained. Without weights: plain nll."""
+    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained; plain nll without weights."""
     weighted = log_probs if weights is None else weights * log_probs
     return -weighted.sum() / torch.as_tensor(num_items, device=log_probs.device).clamp(min=1)
 
@@ -190,8 +194,8 @@ def aesl_loss(
     """Adaptive Early-Stop Loss (paper, Eq. 4): `-sum_t w_t * l_t / num_items`, a scalar.
 
     Args:
-        num_items: the denominator, by default the number of labels that are not ignored. Across ranks and accumulation steps pass the
-            trained tokens of the whole optimiser step.
+        num_items: the denominator, by default the number of labels that are not ignored. Across ranks and accumulation
+            steps pass the trained tokens of the whole optimiser step.
         logits, labels, t_scaling, min_temperature, prefix_mode, sequence_ids, ignore_index: as in [`aesl_weights`].
     """
     weights = aesl_weights(

@@ -1,7 +1,7 @@
 """`accelerate launch -m aesl_trl.sft --config ...`: the cold start, from one YAML file.
 
-What TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the diversity, strict arguments, and every check of the data
-before the model loads.
+What TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the diversity, strict arguments, and every
+check of the data before the model loads.
 """
 
 import importlib.util
@@ -83,12 +83,15 @@ def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
     prompts = None
     if args.diversity_steps and script_args.diversity_dataset_name:
         source, split = script_args.diversity_dataset_name, script_args.diversity_dataset_split
-        prompts = prompt_rows(_load(script_args, args, "diversity_dataset_name", source, split), args.diversity_num_prompts)
+        prompts = prompt_rows(
+            _load(script_args, args, "diversity_dataset_name", source, split), args.diversity_num_prompts
+        )
     elif args.diversity_steps and evaluation is not None:
         prompts = prompt_rows(evaluation, args.diversity_num_prompts)
     elif args.diversity_steps:
         raise InputError(
-            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set diversity_dataset_name or eval_dataset_name"
+            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set diversity_dataset_name "
+            "or eval_dataset_name"
         )
     return train, evaluation, prompts
 
@@ -138,9 +141,13 @@ def finish(trainer, script_args: SFTScriptArguments) -> None:
         sys.exit(UNFINISHED)
     norms = [row["grad_norm"] for row in state.log_history if row.get("grad_norm") is not None]
     if norms and not math.isfinite(norms[-1]):
-        raise InputError(f"the gradient is {norms[-1]} at the last step: nothing was saved; lower learning_rate or max_grad_norm")
+        raise InputError(
+            f"the gradient is {norms[-1]} at the last step: nothing was saved; lower learning_rate or max_grad_norm"
+        )
     trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"aesl sft: trained {state.global_step} steps; the last weights are in {args.output_dir}")
+    trainer.accelerator.print(
+        f"aesl sft: trained {state.global_step} steps; the last weights are in {args.output_dir}"
+    )
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # from transformers 5.18: finishes the trackers and the process group

@@ -20,9 +20,9 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores
 
 # The folder that a chain writes to; its output_dir is relative to the config.
 run_dir() {
-    python -c 'import os, sys, yaml
-path = sys.argv[1]
-print(os.path.relpath(os.path.join(os.path.dirname(path), yaml.safe_load(open(path))["output_dir"])))' "$1"
+    python -c 'import os, sys
+from aesl_trl.chain import read_config
+print(os.path.relpath(read_config(sys.argv[1]).output_dir))' "$1"
 }
 
 reports=()

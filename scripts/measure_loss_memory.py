@@ -2,9 +2,9 @@
 
     python scripts/measure_loss_memory.py [--tokens 2048] [--vocab 32768]
 
-Runs the scoring of `cold_start_loss: aesl` and of TRL's fused nll on a one-layer model of width 64 in float32 on CPU, each in a
-fresh process, and takes the rise of the peak resident memory over the one of a forward pass without a head. With that factor the longest
-micro-batch that fits is `free bytes / (factor * vocabulary)`.
+Runs the scoring of `cold_start_loss: aesl` and of TRL's fused nll on a one-layer model of width 64 in float32 on CPU,
+each in a fresh process, and takes the rise of the peak resident memory over the one of a forward pass without a head.
+With that factor the longest micro-batch that fits is `free bytes / (factor * vocabulary)`.
 """
 
 import argparse

@@ -42,7 +42,9 @@ def test_worked_example(prefix_mode):
     temperatures, weights, loss = WORKED[prefix_mode]
     settings = {"t_scaling": 3.0, "min_temperature": 1e-3, "prefix_mode": prefix_mode}
     scores = aesl_scores(LOGITS, LABELS, **settings)
-    torch.testing.assert_close(scores.temperatures[0], torch.tensor(temperatures, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        scores.temperatures[0], torch.tensor(temperatures, dtype=torch.float64), atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(scores.weights[0], torch.tensor(weights, dtype=torch.float64), atol=1e-10, rtol=0)
     assert abs(aesl_loss(LOGITS, LABELS, **settings).item() - loss) < 1e-10
 

@@ -636,7 +636,7 @@ def closing_table(chain: Chain) -> str:
     """Start and end of RL, here and in the recorded runs: pass@k, entropy (nats per token), and so on."""
     rows = [("run", "model", "step", *COLUMNS)]
     for run, label in [(chain.run, ""), *((Path(run), " (recorded)") for run in chain.config.report.compare)]:
-        rows += _table_rows(run, f"{_short(run, chain.run)}{label}")
+        rows += _table_rows(run, f"{_name(run)}{label}")
     if len(rows) == 1:
         return "no evaluation.json to show"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -645,8 +645,9 @@ def closing_table(chain: Chain) -> str:
     )
 
 
-def _short(run: Path, own: Path) -> str:
-    return run.name if run == own else os.path.relpath(run, own.parent)
+def _name(run: Path) -> str:
+    """`arm/seed-N` of a run folder of that form, else the folder's name."""
+    return f"{run.parent.name}/{run.name}" if run.name.startswith("seed-") else run.name
 
 
 def _table_rows(run: Path, label: str) -> list[tuple[str, ...]]:

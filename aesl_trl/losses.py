@@ -167,7 +167,7 @@ def aesl_weights(
 
 
 def weighted_nll(log_probs: Tensor, weights: Tensor | None, num_items: Tensor | float | int) -> Tensor:
-    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained; plain nll without weights."""
+    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained; without weights nll."""
     weighted = log_probs if weights is None else weights * log_probs
     return -weighted.sum() / torch.as_tensor(num_items, device=log_probs.device).clamp(min=1)
 

@@ -61,21 +61,24 @@ def _evaluation(model, tokenizer):
             module.training = mode
 
 
-def _prompt_text(processing_class, prompt) -> str:
+def _prompt_ids(processing_class, tokenizer, prompt) -> list[int]:
+    """As TRL does: text with the tokenizer's special tokens, messages with those of the template alone."""
     if isinstance(prompt, str):
-        return prompt
-    return processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return tokenizer(prompt)["input_ids"]
+    text = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _stop_ids(tokenizer, model) -> list[int]:
-    ids = model.generation_config.eos_token_id
+def stop_ids(tokenizer, model) -> list[int]:
+    """Every token that ends a completion: those of the generation config and the tokenizer's."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
-def _generate(model, tokenizer, texts: list[str], generation_config: GenerationConfig) -> list[dict]:
-    """One sample for each text: its completion, tokens, mean entropy, and whether it was cut off."""
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+def _generate(model, tokenizer, prompts: list[list[int]], generation_config: GenerationConfig) -> list[dict]:
+    """One sample for each prompt: its completion, tokens, mean entropy, and whether it was cut off."""
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     recorder = EntropyRecorder()
     sequences = model.generate(
         **inputs, generation_config=generation_config, logits_processor=LogitsProcessorList([recorder])
@@ -133,7 +136,8 @@ def sample_groups(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     mine = list(range(rank, len(rows), world))
-    texts = [_prompt_text(processing_class, rows[index]["prompt"]) for index in mine for _ in range(samples)]
+    prompts = [_prompt_ids(processing_class, tokenizer, rows[index]["prompt"]) for index in mine]
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     unwrapping = _unwrapped(model, accelerator, gradient_checkpointing_kwargs)
     with preserved_random_state(), _evaluation(model, tokenizer), unwrapping as unwrapped:
         torch.manual_seed(seed * 1_000_003 + rank)
@@ -145,12 +149,12 @@ def sample_groups(
             top_p=1.0,
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
-            eos_token_id=_stop_ids(tokenizer, unwrapped),
+            eos_token_id=stop_ids(tokenizer, unwrapped),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         drawn = []
-        for start in range(0, len(texts), batch_size):
-            drawn += _generate(unwrapped, tokenizer, texts[start : start + batch_size], generation_config)
+        for start in range(0, len(prompts), batch_size):
+            drawn += _generate(unwrapped, tokenizer, prompts[start : start + batch_size], generation_config)
     groups = [
         (index, _group(rows[index]["prompt"], drawn[place * samples : (place + 1) * samples]))
         for place, index in enumerate(mine)

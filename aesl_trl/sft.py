@@ -90,8 +90,8 @@ def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
         prompts = prompt_rows(evaluation, args.diversity_num_prompts)
     elif args.diversity_steps:
         raise InputError(
-            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set diversity_dataset_name "
-            "or eval_dataset_name"
+            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set "
+            "diversity_dataset_name or eval_dataset_name"
         )
     return train, evaluation, prompts
 

@@ -17,6 +17,7 @@ from .config import AESLSFTConfig
 from .errors import InputError
 from .head import TokenScores, score_aesl, score_nll
 from .losses import prefix_sums, weighted_nll
+from .sampling import stop_ids
 
 
 LOW_WEIGHT = 0.1  # a token below this weight counts as released
@@ -83,7 +84,7 @@ class AESLSFTTrainer(SFTTrainer):
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
-        self._eos_ids = _eos_ids(self._tokenizer, self.model)
+        self._eos_ids = stop_ids(self._tokenizer, self.model)
         self.add_callback(RunCallback(self))
         if rows is not None:
             self.diversity_callback = DiversityCallback(
@@ -319,13 +320,6 @@ def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
 
 def _has_ignored_label(labels) -> bool:
     return any(label == -100 for label in labels)
-
-
-def _eos_ids(tokenizer, model) -> list[int]:
-    """Every token that ends a generation."""
-    ids = model.generation_config.eos_token_id if getattr(model, "generation_config", None) is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def _batch_sums(scores: TokenScores, eos_ids: list[int]) -> torch.Tensor:

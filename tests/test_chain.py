@@ -558,17 +558,17 @@ def test_a_signal_ends_stage_and_chain(project, tmp_path, number, code, how):
 
 
 def test_closing_table(project, tmp_path):
-    recorded = tmp_path / "results/nll"
+    recorded = tmp_path / "results/nll/seed-1"
     figures = {"pass@1": 0.25, "pass@8": 0.5, "entropy": None, "self_bleu": 0.125, "groups_mixed": 0.75}
     files.write_json(recorded / files.EVALUATION, {"models": {"start": figures, "final": {**figures, "pass@1": 0.8}}})
-    chain = make(project(report={"compare": ["results/nll"]}))
+    chain = make(project(report={"compare": ["results/nll/seed-1"]}))
     files.write_json(chain.run / files.EVALUATION, {"models": {"start": figures, "final": figures}})
     files.write_json(chain.run / files.SELECTION, {"step": 30})
     header, *rows = (line.split("  ") for line in chains.closing_table(chain).splitlines())
     assert [cell.strip() for cell in header if cell] == ["run", "model", "step", *chains.COLUMNS]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert cells[0] == ["one", "start", "30", "0.250", "0.500", "-", "0.125", "0.750"]
-    assert cells[2][0] == "../results/nll (recorded)" and cells[3][1:3] == ["final", "0.800"]
+    assert cells[2][0] == "nll/seed-1 (recorded)" and cells[3][1:3] == ["final", "0.800"]
 
 
 # ---- The command

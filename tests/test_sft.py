@@ -1,0 +1,141 @@
+"""`python -m aesl_trl.sft`: the command as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from aesl_trl import files
+
+
+ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(24)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    """A config beside its data; paths in it are relative to it."""
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "held_out.jsonl", [{**row, "prompt": "1" + row["prompt"]} for row in ROWS[:4]])
+    (tmp_path / "reward.py").write_text(
+        "def has_digit(prompts, completions, **kwargs):\n"
+        "    return [float(any(c.isdigit() for c in text)) for text in completions]\n",
+        encoding="utf-8",
+    )
+    return {
+        "model_name_or_path": tiny_model_dir,
+        "dataset_name": "train.jsonl",
+        "eval_dataset_name": "held_out.jsonl",
+        "reward_funcs": ["reward.py:has_digit"],
+        "output_dir": "out",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "diversity_steps": 2,
+        "diversity_samples": 2,
+        "diversity_max_new_tokens": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+
+
+def run_sft(tmp_path, config, *flags, launcher=(sys.executable, "-m"), **env):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [*launcher, "aesl_trl.sft", "--config", str(path), *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
+    done = run_sft(tmp_path, config, "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    series = files.read_jsonl(out / files.DIVERSITY)
+    assert [row["step"] for row in series] == [0, 2, 4]
+    assert all(0 <= row["pass@1"] <= 1 for row in series)
+    assert {path.name for path in (out / files.SAMPLES).iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
+    selection = files.read_json(out / files.SELECTION)
+    assert (selection["rule"], selection["step"]) == ("last", 4)
+    assert (out / selection["path"] / "model.safetensors").exists()
+    assert not list(out.rglob("candidates/*/training_args.bin"))
+    run = files.read_json(out / files.RUN)
+    assert (run["seed"], run["cold_start_loss"], run["num_processes"]) == (3, "aesl", 1)
+    logs = files.read_json(out / files.TRAINER_STATE)["log_history"]
+    assert sum("nll" in row and "loss" in row for row in logs) == 4
+    assert sum("eval_nll" in row for row in logs) == 2
+    assert sum("diversity/entropy" in row for row in logs) == 3
+    assert [row["step"] for row in files.read_jsonl(out / files.POSITIONS)] == [1, 2, 3, 4]
+
+
+def test_two_processes(tmp_path, config):
+    launcher = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
+    config["per_device_train_batch_size"] = 2
+    done = run_sft(
+        tmp_path,
+        config,
+        launcher=(sys.executable, "-m", "torch.distributed.run", *launcher[1:]),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files.read_json(tmp_path / "out" / files.RUN)["num_processes"] == 2
+    series = files.read_jsonl(tmp_path / "out" / files.DIVERSITY)
+    assert [row["step"] for row in series] == [0, 2, 4]
+    assert all(row["num_prompts"] == 4 for row in series)
+    samples = files.read_jsonl(tmp_path / "out" / files.SAMPLES / "step-4.jsonl")
+    assert [row["prompt"] for row in samples] == [f"1{n} + 1 =" for n in range(4)]
+
+
+def one_line(done):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("aesl sft:")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"t_scalling": 3.0}, ("t_scalling", "t_scaling")),
+        ({"t_scaling": 0.0}, ("t_scaling", "above 0")),
+        ({"t_scaling": None}, ("t_scaling", "null")),
+        ({"prefix_mode": "inclusiv"}, ("prefix_mode", "inclusive")),
+        ({"diversity_samples": 1}, ("diversity_samples", "at least 2")),
+        ({"loss_type": "dft"}, ("loss_type", "cold_start_loss")),
+        ({"dataset_name": "trian.jsonl"}, ("dataset_name", "train.jsonl")),
+        ({"reward_funcs": ["reward.py:has_digits"]}, ("reward.py", "has_digit")),
+        ({"model_name_or_path": "./nowhere"}, ("model_name_or_path", "nowhere")),
+        ({"eval_dataset_name": None, "eval_strategy": "no"}, ("eval_dataset_name",)),
+    ],
+)
+def test_bad_values_end_in_one_line_before_any_model_loads(tmp_path, config, change, parts):
+    config["model_name_or_path"] = change.get("model_name_or_path", config["model_name_or_path"])
+    line = one_line(run_sft(tmp_path, {**config, **change}))
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([], ("dataset_name", "empty")),
+        ([{"question": "1 + 1 ="}], ("dataset_name", "prompt")),
+        ([*ROWS[:3], {"prompt": "1 + 1 =", "completion": None}], ("completion",)),
+        ([{"prompt": "x" * 3000, "completion": " 2"}] * 4, ("max_length",)),
+    ],
+)
+def test_bad_rows_end_in_one_line(tmp_path, config, rows, parts):
+    write_rows(tmp_path / "train.jsonl", rows)
+    line = one_line(run_sft(tmp_path, config, "--max_length", "64"))
+    assert all(part in line for part in parts), line

@@ -15,7 +15,7 @@ esac
 bash scripts/setup.sh
 source .venv/bin/activate
 cores=$(getconf _NPROCESSORS_ONLN)
-# A model of 0.34 M parameters has no work for more threads than that.
+# A model of 0.37 M parameters has no work for more threads than that.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
 
 # The folder that a chain writes to; its output_dir is relative to the config.

@@ -1,4 +1,4 @@
-"""Sixteen symbols, eight list transformations: a verifiable task for a model of 0.34 M parameters.
+"""Sixteen symbols, eight list transformations: a verifiable task for a model of 0.37 M parameters.
 
 A prompt is a task symbol and six digits; a completion names a skill and writes the transformed digits:
 

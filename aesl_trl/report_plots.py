@@ -388,18 +388,22 @@ def _stack(ax: Axes, curve: Curve, shares: list[tuple], turning_point: int | Non
     steps = shares[0][0]
     bottom = np.zeros(len(steps))
     _step_axis(ax, steps[-1], turning_point)
-    middle = ax.transScale.inverted().transform((np.mean(ax.transScale.transform([(0, 0), (steps[-1], 0)])[:, 0]), 0))[
-        0
-    ]
+    ends = ax.transScale.transform([(0, 0), (steps[-1], 0)])[:, 0]
+    across = np.linspace(*ends, 101)  # even on paper, whatever the axis' scale
+    places = ax.transScale.inverted().transform(np.column_stack([across, np.zeros(101)]))[:, 0]
     colours = (LIGHT["wrong"], LIGHT[curve.arms[0].colour], LIGHT["right"])
     inks = (LIGHT["paper"], LIGHT["paper"], LIGHT["ink"])
     names = ("all wrong", "mixed: RL can learn", "all right")
     for (_, values), colour, ink, name in zip(shares, colours, inks, names, strict=True):
         top = bottom + np.nan_to_num(values)
         ax.fill_between(steps, bottom, top, color=colour, linewidth=0.6, edgecolor=LIGHT["paper"])
-        low, high = np.interp(middle, steps, bottom), np.interp(middle, steps, top)
-        if high - low > 0.075:
-            ax.text(middle, (low + high) / 2, name, ha="center", va="center", color=ink, size=9.5)
+        low, high = np.interp(places, steps, bottom), np.interp(places, steps, top)
+        half = len(name)  # about half the name, in hundredths of the axis
+        room = {i: (high - low)[i - half : i + half + 1].min() for i in range(half, 101 - half)}
+        place = max(room, key=room.get, default=None)
+        if place is not None and room[place] > 0.075:
+            middle = (low[place] + high[place]) / 2
+            ax.text(places[place], middle, name, ha="center", va="center", color=ink, size=9.5)
         bottom = top
     ax.set_ylim(0, 1)
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])

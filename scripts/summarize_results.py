@@ -1,6 +1,6 @@
 """Recorded runs as a markdown table: mean over seeds, and after RL each seed and the standard deviation.
 
-    python scripts/summarize_results.py recipes/skills-tiny/results
+python scripts/summarize_results.py recipes/skills-tiny/results
 """
 
 import statistics

@@ -235,8 +235,10 @@ def demo(checkout) -> Path:
     """A checkout with two chains whose `aesl` only prints what it is asked for."""
     recipe = checkout / "recipes" / "skills-tiny"
     recipe.mkdir(parents=True)
+    (recipe / "grpo.yaml").write_text("max_steps: 1\n")
     for arm in ("", "_nll"):
-        (recipe / f"chain{arm}.yaml").write_text(f"output_dir: ../../runs/skills-tiny/run{arm}\n")
+        lines = [f"output_dir: ../../runs/skills-tiny/run{arm}/seed-{{seed}}", "grpo: {config: grpo.yaml}"]
+        (recipe / f"chain{arm}.yaml").write_text("\n".join(lines) + "\n")
     write_executable(checkout / "scripts" / "setup.sh", "exit 0\n")
     environment = f'export PATH="{checkout}/bin:$PATH"\n'
     write_executable(checkout / ".venv" / "bin" / "activate", environment)
@@ -253,7 +255,7 @@ def test_demo_runs_the_chains_and_ends_with_the_reports(demo, flags, arms):
     assert [line for line in lines if line.startswith("ran")] == [
         f"ran chain --config recipes/skills-tiny/chain{arm}.yaml offline=1" for arm in arms
     ]
-    reports = [f"demo: report runs/skills-tiny/run{arm}/report.html" for arm in arms]
+    reports = [f"demo: report runs/skills-tiny/run{arm}/seed-0/report.html" for arm in arms]
     assert lines[-len(arms) :] == reports
 
 

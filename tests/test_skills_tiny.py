@@ -220,9 +220,13 @@ def test_mixture_is_what_the_base_is_trained_on():
     tokenizer = builder.build_tokenizer()
     ids, _ = next(builder.batches(tokenizer, builder.SKEWED, rows=2000, seed=0))
     rare = {tokenizer.convert_tokens_to_ids(skill) for skill in task.RARE}
-    share = sum(int(i) in rare for i in ids[:, task.LENGTH + 3]) / len(ids)
+    answers = ids[:, task.LENGTH + 3]
+    symbols, names = answers[::2], answers[1::2]  # rows alternate between a symbol and a skill called by its name
     assert sum(builder.SKEWED.values()) == pytest.approx(1)
-    assert 0.04 < share < 0.08  # 4 x 0.015, standard error 0.005
+    share = sum(int(i) in rare for i in symbols) / len(symbols)
+    assert 0.005 < share < 0.04  # 4 x 0.005, standard error 0.0044
+    assert 0.45 < sum(int(i) in rare for i in names) / len(names) < 0.55  # half of the skills, standard error 0.016
+    assert torch.equal(ids[1::2, 1], names)
 
 
 def test_shipped_tokenizer_is_the_builders():

@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterable
 
 
+UNFINISHED = 3  # exit code: stopped before the last step, by a signal; a checkpoint is there and no stage may follow
+
+
 class InputError(ValueError):
     """Unusable input: the message is one line that says what is wrong, where, and the nearest valid value."""
 

@@ -17,7 +17,8 @@ from .data import check_prompts, load_rows, prompt_rows
 from .diversity import Group, measure
 from .errors import InputError, exit_on_input_error
 from .files import EVALUATION, package_versions, write_json
-from .handoff import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, load_model
+from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG
+from .loading import load_model
 from .passk import bootstrap_interval, pass_at_k, powers_of_two
 from .rewards import check_columns, load_reward_funcs, score_groups
 from .sampling import sample_groups

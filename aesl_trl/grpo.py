@@ -19,16 +19,13 @@ from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from .arguments import parse
 from .data import check_prompts, load_rows
-from .errors import InputError, exit_on_input_error
+from .errors import UNFINISHED, InputError, exit_on_input_error
 from .files import RUN, package_versions, write_json
+from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
 from .rewards import check_columns, load_reward_funcs
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 REF_ADAPTER = "ref"
-UNFINISHED = 3  # exit code: stopped by a signal, a checkpoint is there
 
 
 @dataclass

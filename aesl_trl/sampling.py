@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl.models.utils import unwrap_model_for_generation
 
 from .diversity import Group
+from .stops import stop_ids
 
 
 class EntropyRecorder(LogitsProcessor):
@@ -67,13 +68,6 @@ def _prompt_ids(processing_class, tokenizer, prompt) -> list[int]:
         return tokenizer(prompt)["input_ids"]
     text = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def stop_ids(tokenizer, model) -> list[int]:
-    """Every token that ends a completion: those of the generation config and the tokenizer's."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def _generate(model, tokenizer, prompts: list[list[int]], generation_config: GenerationConfig) -> list[dict]:

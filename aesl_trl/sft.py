@@ -14,11 +14,8 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from .arguments import parse
 from .config import AESLSFTConfig
 from .data import check_demonstrations, check_trainable, load_rows, prompt_rows
-from .errors import InputError, exit_on_input_error
+from .errors import UNFINISHED, InputError, exit_on_input_error
 from .rewards import check_columns, load_reward_funcs
-
-
-UNFINISHED = 3  # exit code: stopped before the last step, e.g. by a signal; the next stage must not start
 
 
 @dataclass

@@ -17,7 +17,7 @@ from .config import AESLSFTConfig
 from .errors import InputError
 from .head import TokenScores, score_aesl, score_nll
 from .losses import prefix_sums, weighted_nll
-from .sampling import stop_ids
+from .stops import stop_ids
 
 
 LOW_WEIGHT = 0.1  # a token below this weight counts as released

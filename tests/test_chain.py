@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from small_chains import ALL, chain_project, checkpoint, cut, make
 
 from aesl_trl import chain as chains
 from aesl_trl import files
-from aesl_trl.chain import Chain, Stage, fingerprint, is_whole, last_whole_checkpoint, read_config
+from aesl_trl.chain_config import read_config
+from aesl_trl.chain_stages import Chain, Stage
 from aesl_trl.errors import InputError
+from aesl_trl.processes import locked
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,31 +40,7 @@ output.write_text(json.dumps({"mode": "full", "models": {}}))
 
 @pytest.fixture
 def project(tmp_path):
-    """A chain.yaml beside its configs; `write(**sections)` replaces parts of it."""
-    for name in ("sft.yaml", "grpo.yaml", "eval.yaml"):
-        (tmp_path / name).write_text("learning_rate: 0.1\n")
-    (tmp_path / "grpo.yaml").write_text("model_name_or_path: base\n")
-    (tmp_path / "sft.yaml").write_text("dataset_name: rows.jsonl\ndiversity_steps: 5\n")
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "base").mkdir()
-    (tmp_path / "cpu.yaml").write_text("use_cpu: true\n")
-    values = {
-        "output_dir": "runs/one",
-        "sft": {"config": "sft.yaml", "accelerate_config": "cpu.yaml"},
-        "grpo": {"config": "grpo.yaml", "accelerate_config": "cpu.yaml"},
-        "eval": {"config": "eval.yaml"},
-    }
-
-    def write(name="chain.yaml", **changes) -> Path:
-        sections = {key: value for key, value in {**values, **changes}.items() if value is not ...}
-        (tmp_path / name).write_text(json.dumps(sections))
-        return tmp_path / name
-
-    return write
-
-
-def make(path, **given) -> Chain:
-    return Chain(read_config(path, **given), Path(path).absolute())
+    return chain_project(tmp_path)
 
 
 @pytest.fixture
@@ -108,231 +82,6 @@ def run(path, *flags) -> list[str]:
 
 def started(order: Path) -> list:
     return [json.loads(line) for line in order.read_text().splitlines()] if order.exists() else []
-
-
-ALL = ["sft", "select", "handoff", "grpo", "eval", "report"]
-
-
-# ---- chain.yaml
-
-
-def test_paths_are_relative_to_the_file(project, tmp_path, monkeypatch):
-    monkeypatch.chdir("/")
-    config = read_config(project())
-    assert config.output_dir == str(tmp_path / "runs/one")
-    assert config.sft.config == str(tmp_path / "sft.yaml")
-    assert config.sft.accelerate_config == str(tmp_path / "cpu.yaml")
-    assert (config.seed, config.handoff.mode, config.selection.rule) == (0, "auto", None)
-
-
-def test_flags_win_and_are_relative_to_the_current_folder(project, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    config = read_config(project(seed=3), output_dir="out/{seed}", seed=5)
-    assert (config.output_dir, config.seed) == (str(tmp_path / "here/out/5"), 5)
-    assert read_config(project(output_dir=...), output_dir="out").output_dir == str(tmp_path / "here/out")
-
-
-def test_seed_in_folders(project, tmp_path):
-    (tmp_path / "recorded/seed-7").mkdir(parents=True)
-    path = project(
-        output_dir="runs/seed-{seed}",
-        sft={"config": "sft.yaml", "output_dir": "shared/{seed}"},
-        report={"compare": ["recorded/seed-{seed}"]},
-    )
-    config = read_config(path, seed=7)
-    assert config.output_dir == str(tmp_path / "runs/seed-7")
-    assert config.sft.output_dir == str(tmp_path / "shared/7")
-    assert config.report.compare == [str(tmp_path / "recorded/seed-7")]
-
-
-@pytest.mark.parametrize(
-    "changes, parts",
-    [
-        ({"gpro": {}}, ["chain.yaml: unknown key 'gpro'", "'grpo'"]),
-        ({"grpo": {"confg": "x"}}, ["chain.yaml: grpo: unknown key 'confg'", "'config'"]),
-        ({"grpo": ...}, ["grpo is missing"]),
-        ({"grpo": {}}, ["grpo: config is missing"]),
-        ({"output_dir": ...}, ["output_dir is missing"]),
-        ({"output_dir": 3}, ["output_dir must be str"]),
-        ({"seed": True}, ["seed must be int"]),
-        ({"seed": "1"}, ["seed must be int"]),
-        ({"sft": None}, ["sft must be a mapping", "null"]),
-        ({"sft": {"config": "stf.yaml"}}, ["sft.config: stf.yaml does not exist"]),
-        ({"grpo": {"config": "grpo.yaml", "accelerate_config": "none.yaml"}}, ["accelerate_config: none.yaml"]),
-        ({"handoff": {"mode": "merg"}}, ["mode must be one of auto, merge, continue", "'merge'"]),
-        ({"selection": {"rule": "lst"}}, ["rule must be", "'last'"]),
-        ({"selection": {"patience": 2.5}}, ["patience must be int or null"]),
-        ({"report": {"compare": ["nowhere"]}}, ["report.compare", "nowhere", "is no run folder"]),
-    ],
-)
-def test_refused_configs(project, changes, parts):
-    with pytest.raises(InputError) as error:
-        read_config(project(**changes))
-    for part in parts:
-        assert part in str(error.value)
-
-
-# ---- Commands
-
-
-def flags_of(stage: Stage) -> dict[str, str]:
-    return {
-        flag: value for flag, value in zip(stage.command, stage.command[1:], strict=False) if flag.startswith("--")
-    }
-
-
-def test_stage_commands(project, tmp_path):
-    chain = make(project(handoff={"mode": "merge"}, report={"title": "-t"}), seed=4)
-    sft, grpo = flags_of(chains.build_sft(chain)), flags_of(chains.build_grpo(chain))
-    assert chains.build_sft(chain).command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert sft["--config_file"] == grpo["--config_file"] == str(tmp_path / "cpu.yaml")
-    assert (sft["--config"], sft["--output_dir"]) == (str(tmp_path / "sft.yaml"), str(chain.run / "sft"))
-    assert sft["--seed"] == grpo["--seed"] == "4"
-    assert grpo["--model_name_or_path"] == str(chain.run / "handoff")
-    assert chains.build_handoff(chain).command[1:] == ["-m", "aesl_trl.handoff", str(chain.run), "--mode", "merge"]
-    evaluation = flags_of(chains.build_eval(chain))
-    assert (evaluation["--start"], evaluation["--final"]) == (str(chain.run / "handoff"), str(chain.run / "grpo"))
-    assert chains.build_report(chain).command[-1] == "--title=-t"
-
-
-def test_continued_adapter(project):
-    chain = make(project())
-    files.write_json(chain.run / files.HANDOFF, {"mode": "continue", "base": "org/base"})
-    flags = flags_of(chains.build_grpo(chain))
-    assert flags["--adapter_name_or_path"] == str(chain.run / "handoff")
-    assert flags["--model_name_or_path"] == "org/base"
-
-
-def test_without_sft_rl_starts_from_its_configs_model(project, tmp_path):
-    chain = make(project(sft=...))
-    assert chain.names == ["grpo", "eval", "report"]
-    assert "--model_name_or_path" not in flags_of(chains.build_grpo(chain))
-    assert flags_of(chains.build_eval(chain))["--start"] == str(tmp_path / "base")
-    (tmp_path / "grpo.yaml").write_text("learning_rate: 1\n")
-    with pytest.raises(InputError, match="model_name_or_path is missing"):
-        chains.build_eval(chain)
-
-
-def test_environment_of_a_stage(project, tmp_path, monkeypatch):
-    monkeypatch.setenv("AESL_OUTER", "x")
-    (tmp_path / "sft.yaml").write_text("env: {HF_TEST: '1', PATH: /nowhere}\n")
-    env = chains.child_env(chains.build_sft(make(project())))
-    assert (env["HF_TEST"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
-    assert env["PATH"] == os.environ["PATH"]
-
-
-# ---- Fingerprints
-
-
-def sft_print(path, **given) -> str:
-    chain = make(path, **given)
-    return fingerprint(chains.build_sft(chain), chain.sft_dir, None)
-
-
-@pytest.mark.parametrize("name", ["sft.yaml", "cpu.yaml", "rows.jsonl"])
-def test_fingerprint_sees_every_file(project, tmp_path, name):
-    before = sft_print(project())
-    assert sft_print(project()) == before
-    with open(tmp_path / name, "a") as file:
-        file.write("\n")
-    assert sft_print(project()) != before
-
-
-def test_fingerprint_sees_seed_and_the_stage_before(project):
-    chain = make(project())
-    stage = chains.build_grpo(chain)
-    prints = {fingerprint(stage, chain.run, previous) for previous in (None, "a", "b")}
-    assert len(prints) == 3
-    assert sft_print(project(), seed=1) != sft_print(project())
-
-
-def test_fingerprint_survives_a_move(project, tmp_path):
-    before = sft_print(project())
-    moved = tmp_path.with_name(tmp_path.name + "_moved")
-    shutil.copytree(tmp_path, moved)
-    assert sft_print(moved / "chain.yaml") == before
-
-
-def test_chains_that_share_an_sft_agree_on_it(project):
-    shared = {"config": "sft.yaml", "accelerate_config": "cpu.yaml", "output_dir": "shared"}
-    assert sft_print(project(sft=shared)) == sft_print(project("b.yaml", sft=shared, output_dir="other/deep/two"))
-
-
-# ---- Checkpoints
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    save_file({"a": torch.ones(4, 3), "b": torch.ones(2)}, path / "model.safetensors", metadata={"format": "pt"})
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
-        torch.save({"state": torch.ones(5)}, path / name)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
-
-
-def cut(path: Path, size: int) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(size)
-
-
-def test_the_newest_whole_checkpoint(tmp_path):
-    for step in (5, 10, 100):
-        checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-100", [])
-    cut(tmp_path / "checkpoint-100/model.safetensors", 100)
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", [tmp_path / "checkpoint-100"])
-
-
-def test_no_whole_checkpoint(tmp_path):
-    assert last_whole_checkpoint(tmp_path) == (None, [])
-    (tmp_path / "checkpoint-3").mkdir()
-    assert last_whole_checkpoint(tmp_path) == (None, [tmp_path / "checkpoint-3"])
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_missing_file_is_torn(tmp_path, name):
-    path = checkpoint(tmp_path, 1)
-    assert is_whole(path)
-    (path / name).unlink()
-    assert not is_whole(path)
-
-
-@given(
-    st.sampled_from(["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]),
-    st.floats(0, 1, exclude_max=True),
-)
-def test_a_file_cut_anywhere_is_torn(tmp_path_factory, name, share):
-    path = checkpoint(tmp_path_factory.mktemp("torn"), 1)
-    cut(path / name, int(share * (path / name).stat().st_size))
-    assert not is_whole(path)
-
-
-def test_a_missing_shard_is_torn(tmp_path):
-    path = checkpoint(tmp_path, 1)
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert not is_whole(path)
-
-
-def test_the_mark_of_an_unfinished_save(tmp_path):
-    path = checkpoint(tmp_path, 1)
-    (path / "checkpoint-is-incomplete.txt").write_text("x")
-    assert not is_whole(path)
-
-
-@pytest.mark.slow
-def test_checkpoints_that_trainer_writes_are_whole(tiny_model_dir, tmp_path):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    steps = {"max_steps": 2, "save_steps": 1, "logging_steps": 1}
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **steps)
-    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 16)
-    SFTTrainer(str(tiny_model_dir), args=args, train_dataset=rows).train()
-    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
 
 
 # ---- Running
@@ -472,7 +221,7 @@ def test_a_shared_sft_of_other_inputs_is_refused(project, fakes, tmp_path):
 
 def test_two_chains_in_one_folder_are_refused(project, fakes):
     path = project()
-    with chains._locked(Path(read_config(path).output_dir)):
+    with locked(Path(read_config(path).output_dir)):
         with pytest.raises(InputError, match="another chain is at work"):
             run(path)
     assert run(path) == ALL
@@ -498,7 +247,7 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
 DRIVER = """
 import sys
 from aesl_trl import chain as chains
-from aesl_trl.chain import Stage
+from aesl_trl.chain_stages import Stage
 
 STAGE = '''
 import pathlib, signal, subprocess, sys, time

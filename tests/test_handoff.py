@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from aesl_trl import handoff
 from aesl_trl.errors import InputError
 from aesl_trl.files import write_json, write_jsonl
-from aesl_trl.handoff import compare, hand_off, log_probs
+from aesl_trl.handoff import hand_off
+from aesl_trl.handoff_checks import check_differences, compare, log_probs
+from aesl_trl.loading import load_model
 from aesl_trl.sampling import sample_groups
 
 
@@ -377,7 +379,7 @@ def test_main_takes_the_run_first(full_run, capsys):
 
 def test_a_merge_that_loses_the_adapter_is_refused():
     """Limits by arithmetic: the share of the adapter's effect that may be lost, and noise that always passes."""
-    check, bfloat16 = handoff.check_differences, torch.bfloat16
+    check, bfloat16 = check_differences, torch.bfloat16
     check({"max": 0.4, "mean": 0.1}, 0.79, "merge", bfloat16)  # the measured case
     check({"max": 0.4, "mean": 0.05}, 0.001, "merge", bfloat16)
     check({"max": 1e-5, "mean": 1e-5}, 0.0, "merge", torch.float32)
@@ -409,7 +411,7 @@ def test_qlora_merges_into_the_original_with_its_shift_or_goes_on_in_4_bits(tmp_
     ).save_pretrained(base)
     build_tokenizer().save_pretrained(base)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = handoff.load_model(base, quantization.to_dict())
+    model = load_model(base, quantization.to_dict())
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ def launch(folder):
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [*command, str(TESTS / "processes.py"), str(folder)],
+        [*command, str(TESTS / "torchrun_script.py"), str(folder)],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,

@@ -1,0 +1,128 @@
+"""chain.yaml: its sections as dataclasses, read strictly, paths made absolute.
+
+What the stages' own configs say is left out: chain_stages.py has each checked by its stage's parser.
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from .arguments import check_fields, load_yaml
+from .errors import InputError, nearest
+
+
+@dataclass
+class SFTOptions:
+    config: str
+    accelerate_config: str | None = None
+    output_dir: str | None = None
+
+
+@dataclass
+class SelectionOptions:
+    rule: Literal["turning_point", "last", "best_eval"] | None = None
+    metric: Literal["entropy", "self_bleu"] | None = None
+    patience: int | None = None
+
+
+@dataclass
+class HandoffOptions:
+    mode: Literal["auto", "merge", "continue"] = "auto"
+
+
+@dataclass
+class GRPOOptions:
+    config: str
+    accelerate_config: str | None = None
+
+
+@dataclass
+class EvalOptions:
+    config: str
+
+
+@dataclass
+class ReportOptions:
+    compare: list[str] = field(default_factory=list)
+    title: str | None = None
+
+
+@dataclass
+class ChainConfig:
+    """chain.yaml, its paths absolute. `{seed}` in an output folder or a compared run stands for the seed."""
+
+    output_dir: str
+    grpo: GRPOOptions
+    seed: int = 0
+    sft: SFTOptions | None = None
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    handoff: HandoffOptions = field(default_factory=HandoffOptions)
+    eval: EvalOptions | None = None
+    report: ReportOptions = field(default_factory=ReportOptions)
+
+
+SECTIONS = {
+    "sft": SFTOptions,
+    "selection": SelectionOptions,
+    "handoff": HandoffOptions,
+    "grpo": GRPOOptions,
+    "eval": EvalOptions,
+    "report": ReportOptions,
+}
+
+
+def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | None = None) -> ChainConfig:
+    """The chain in `path`; `output_dir` (from the current folder) and `seed` win over it.
+
+    Raises:
+        InputError: an unknown or mistyped key, or a named file or run that does not exist.
+    """
+    path = Path(path)
+    values, known = load_yaml(path), {item.name for item in fields(ChainConfig)}
+    for key in values:
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    scalars = {"output_dir": values.get("output_dir", output_dir), "seed": values.get("seed", 0)}
+    if scalars["output_dir"] is None or "grpo" not in values:
+        raise InputError(f"{path}: {'grpo' if scalars['output_dir'] else 'output_dir'} is missing")
+    scalars = check_fields(scalars, _Scalars, str(path))
+    sections = {
+        name: kind(**check_fields(values[name], kind, f"{path}: {name}"))
+        for name, kind in SECTIONS.items()
+        if name in values
+    }
+    config = ChainConfig(**(scalars | ({} if seed is None else {"seed": seed})), **sections)
+    _resolve_paths(config, path)
+    if output_dir is not None:
+        config.output_dir = os.path.abspath(output_dir.replace("{seed}", str(config.seed)))
+    return config
+
+
+@dataclass
+class _Scalars:
+    output_dir: str
+    seed: int
+
+
+def _resolve_paths(config: ChainConfig, path: Path) -> None:
+    folder = path.absolute().parent
+
+    def absolute(value: str) -> str:
+        return os.path.abspath(folder / Path(value.replace("{seed}", str(config.seed))).expanduser())
+
+    config.output_dir = absolute(config.output_dir)
+    for name in ("sft", "grpo", "eval"):
+        section = getattr(config, name)
+        for key in ("config", "accelerate_config"):
+            value = getattr(section, key, None)
+            if value is not None:
+                setattr(section, key, absolute(value))
+                if not Path(getattr(section, key)).is_file():
+                    raise InputError(f"{path}: {name}.{key}: {value} does not exist, looked for {absolute(value)}")
+    if config.sft and config.sft.output_dir:
+        config.sft.output_dir = absolute(config.sft.output_dir)
+    config.report.compare = [absolute(run) for run in config.report.compare]
+    for run in config.report.compare:
+        if not Path(run).is_dir():
+            raise InputError(f"{path}: report.compare: {run} is no run folder")

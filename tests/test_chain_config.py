@@ -1,0 +1,69 @@
+"""chain.yaml: what is read, where its paths lead, and what is refused."""
+
+import pytest
+from small_chains import chain_project
+
+from aesl_trl.chain_config import read_config
+from aesl_trl.errors import InputError
+
+
+@pytest.fixture
+def project(tmp_path):
+    return chain_project(tmp_path)
+
+
+def test_paths_are_relative_to_the_file(project, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    config = read_config(project())
+    assert config.output_dir == str(tmp_path / "runs/one")
+    assert config.sft.config == str(tmp_path / "sft.yaml")
+    assert config.sft.accelerate_config == str(tmp_path / "cpu.yaml")
+    assert (config.seed, config.handoff.mode, config.selection.rule) == (0, "auto", None)
+
+
+def test_flags_win_and_are_relative_to_the_current_folder(project, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = read_config(project(seed=3), output_dir="out/{seed}", seed=5)
+    assert (config.output_dir, config.seed) == (str(tmp_path / "here/out/5"), 5)
+    assert read_config(project(output_dir=...), output_dir="out").output_dir == str(tmp_path / "here/out")
+
+
+def test_seed_in_folders(project, tmp_path):
+    (tmp_path / "recorded/seed-7").mkdir(parents=True)
+    path = project(
+        output_dir="runs/seed-{seed}",
+        sft={"config": "sft.yaml", "output_dir": "shared/{seed}"},
+        report={"compare": ["recorded/seed-{seed}"]},
+    )
+    config = read_config(path, seed=7)
+    assert config.output_dir == str(tmp_path / "runs/seed-7")
+    assert config.sft.output_dir == str(tmp_path / "shared/7")
+    assert config.report.compare == [str(tmp_path / "recorded/seed-7")]
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"gpro": {}}, ["chain.yaml: unknown key 'gpro'", "'grpo'"]),
+        ({"grpo": {"confg": "x"}}, ["chain.yaml: grpo: unknown key 'confg'", "'config'"]),
+        ({"grpo": ...}, ["grpo is missing"]),
+        ({"grpo": {}}, ["grpo: config is missing"]),
+        ({"output_dir": ...}, ["output_dir is missing"]),
+        ({"output_dir": 3}, ["output_dir must be str"]),
+        ({"seed": True}, ["seed must be int"]),
+        ({"seed": "1"}, ["seed must be int"]),
+        ({"sft": None}, ["sft must be a mapping", "null"]),
+        ({"sft": {"config": "stf.yaml"}}, ["sft.config: stf.yaml does not exist"]),
+        ({"grpo": {"config": "grpo.yaml", "accelerate_config": "none.yaml"}}, ["accelerate_config: none.yaml"]),
+        ({"handoff": {"mode": "merg"}}, ["mode must be one of auto, merge, continue", "'merge'"]),
+        ({"selection": {"rule": "lst"}}, ["rule must be", "'last'"]),
+        ({"selection": {"patience": 2.5}}, ["patience must be int or null"]),
+        ({"report": {"compare": ["nowhere"]}}, ["report.compare", "nowhere", "is no run folder"]),
+    ],
+)
+def test_refused_configs(project, changes, parts):
+    with pytest.raises(InputError) as error:
+        read_config(project(**changes))
+    for part in parts:
+        assert part in str(error.value)

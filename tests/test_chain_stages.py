@@ -1,0 +1,112 @@
+"""Stages: their commands and environment, and what their fingerprints see."""
+
+import os
+import shutil
+import sys
+
+import pytest
+from small_chains import chain_project, make
+
+from aesl_trl import files
+from aesl_trl.chain_stages import (
+    Stage,
+    build_eval,
+    build_grpo,
+    build_handoff,
+    build_report,
+    build_sft,
+    child_env,
+    fingerprint,
+)
+from aesl_trl.errors import InputError
+
+
+@pytest.fixture
+def project(tmp_path):
+    return chain_project(tmp_path)
+
+
+# ---- Commands
+
+
+def flags_of(stage: Stage) -> dict[str, str]:
+    return {
+        flag: value for flag, value in zip(stage.command, stage.command[1:], strict=False) if flag.startswith("--")
+    }
+
+
+def test_stage_commands(project, tmp_path):
+    chain = make(project(handoff={"mode": "merge"}, report={"title": "-t"}), seed=4)
+    sft, grpo = flags_of(build_sft(chain)), flags_of(build_grpo(chain))
+    assert build_sft(chain).command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert sft["--config_file"] == grpo["--config_file"] == str(tmp_path / "cpu.yaml")
+    assert (sft["--config"], sft["--output_dir"]) == (str(tmp_path / "sft.yaml"), str(chain.run / "sft"))
+    assert sft["--seed"] == grpo["--seed"] == "4"
+    assert grpo["--model_name_or_path"] == str(chain.run / "handoff")
+    assert build_handoff(chain).command[1:] == ["-m", "aesl_trl.handoff", str(chain.run), "--mode", "merge"]
+    evaluation = flags_of(build_eval(chain))
+    assert (evaluation["--start"], evaluation["--final"]) == (str(chain.run / "handoff"), str(chain.run / "grpo"))
+    assert build_report(chain).command[-1] == "--title=-t"
+
+
+def test_continued_adapter(project):
+    chain = make(project())
+    files.write_json(chain.run / files.HANDOFF, {"mode": "continue", "base": "org/base"})
+    flags = flags_of(build_grpo(chain))
+    assert flags["--adapter_name_or_path"] == str(chain.run / "handoff")
+    assert flags["--model_name_or_path"] == "org/base"
+
+
+def test_without_sft_rl_starts_from_its_configs_model(project, tmp_path):
+    chain = make(project(sft=...))
+    assert chain.names == ["grpo", "eval", "report"]
+    assert "--model_name_or_path" not in flags_of(build_grpo(chain))
+    assert flags_of(build_eval(chain))["--start"] == str(tmp_path / "base")
+    (tmp_path / "grpo.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(InputError, match="model_name_or_path is missing"):
+        build_eval(chain)
+
+
+def test_environment_of_a_stage(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("AESL_OUTER", "x")
+    (tmp_path / "sft.yaml").write_text("env: {HF_TEST: '1', PATH: /nowhere}\n")
+    env = child_env(build_sft(make(project())))
+    assert (env["HF_TEST"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
+    assert env["PATH"] == os.environ["PATH"]
+
+
+# ---- Fingerprints
+
+
+def sft_print(path, **given) -> str:
+    chain = make(path, **given)
+    return fingerprint(build_sft(chain), chain.sft_dir, None)
+
+
+@pytest.mark.parametrize("name", ["sft.yaml", "cpu.yaml", "rows.jsonl"])
+def test_fingerprint_sees_every_file(project, tmp_path, name):
+    before = sft_print(project())
+    assert sft_print(project()) == before
+    with open(tmp_path / name, "a") as file:
+        file.write("\n")
+    assert sft_print(project()) != before
+
+
+def test_fingerprint_sees_seed_and_the_stage_before(project):
+    chain = make(project())
+    stage = build_grpo(chain)
+    prints = {fingerprint(stage, chain.run, previous) for previous in (None, "a", "b")}
+    assert len(prints) == 3
+    assert sft_print(project(), seed=1) != sft_print(project())
+
+
+def test_fingerprint_survives_a_move(project, tmp_path):
+    before = sft_print(project())
+    moved = tmp_path.with_name(tmp_path.name + "_moved")
+    shutil.copytree(tmp_path, moved)
+    assert sft_print(moved / "chain.yaml") == before
+
+
+def test_chains_that_share_an_sft_agree_on_it(project):
+    shared = {"config": "sft.yaml", "accelerate_config": "cpu.yaml", "output_dir": "shared"}
+    assert sft_print(project(sft=shared)) == sft_print(project("b.yaml", sft=shared, output_dir="other/deep/two"))

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
+import torchrun_script
 from small_runs import assert_close_by_name
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     """Results of both ranks and of one process."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     first, second = launch(two)
-    return {"rank0": first, "rank1": second, "one": processes.run_all(one, 1), "two_dir": two, "one_dir": one}
+    return {"rank0": first, "rank1": second, "one": torchrun_script.run_all(one, 1), "two_dir": two, "one_dir": one}
 
 
 KINDS = ("aesl", "nll", "accumulated", "packed", "measured")

@@ -1,4 +1,4 @@
-"""What test_trainer_processes.py launches with torchrun, and runs itself for one process: `python processes.py
+"""What test_trainer_processes.py launches with torchrun, and runs itself for one process: `python torchrun_script.py
 FOLDER`.
 
 Each process writes what it holds to FOLDER/rank-R.pt.

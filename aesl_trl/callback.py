@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
 from . import files
+from .config import DIVERSITY_BACKENDS
 from .data import prompt_rows
 from .diversity import measure
 from .errors import InputError, nearest
@@ -17,9 +18,6 @@ from .rewards import score_groups
 from .sampling import sample_groups
 from .selection import EVAL_METRICS, METRICS, RULES, select_run
 from .turning_point import find_turning_point
-
-
-BACKENDS = ("auto", "generate")
 
 
 class DiversityCallback(TrainerCallback):
@@ -89,7 +87,7 @@ class DiversityCallback(TrainerCallback):
         if not temperature > 0:
             raise InputError(f"temperature is {temperature!r}, but must be above 0")
         for name, value, choices in (
-            ("backend", backend, BACKENDS),
+            ("backend", backend, DIVERSITY_BACKENDS),
             ("metric", metric, METRICS),
             ("selection", selection, (None, *RULES)),
             ("best_eval_metric", best_eval_metric, EVAL_METRICS),

@@ -7,13 +7,11 @@ from trl import SFTConfig
 
 from .errors import InputError, nearest
 from .losses import PREFIX_MODES
+from .selection import EVAL_METRICS, METRICS, RULES, default_rule
 
 
 COLD_START_LOSSES = ("aesl", "nll")
-SELECTIONS = ("turning_point", "last", "best_eval")
 DIVERSITY_BACKENDS = ("auto", "generate")
-DIVERSITY_METRICS = ("entropy", "self_bleu")
-BEST_EVAL_METRICS = ("eval_nll", "pass@1")
 
 
 @dataclass
@@ -87,7 +85,7 @@ class AESLSFTConfig(SFTConfig):
     )
     diversity_metric: str = field(
         default="entropy",
-        metadata={"help": "Series whose turning point is sought.", "choices": list(DIVERSITY_METRICS)},
+        metadata={"help": "Series whose turning point is sought.", "choices": list(METRICS)},
     )
     diversity_patience: int = field(
         default=3, metadata={"help": "Measurements after the peak that must confirm the fall."}
@@ -99,12 +97,12 @@ class AESLSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Which checkpoint goes to RL. Default: turning_point for nll, last for aesl.",
-            "choices": list(SELECTIONS),
+            "choices": list(RULES),
         },
     )
     best_eval_metric: str = field(
         default="eval_nll",
-        metadata={"help": "What selection best_eval looks at.", "choices": list(BEST_EVAL_METRICS)},
+        metadata={"help": "What selection best_eval looks at.", "choices": list(EVAL_METRICS)},
     )
     max_candidates: int = field(default=5, metadata={"help": "Weights-only candidates kept on disk at a time."})
 
@@ -112,8 +110,8 @@ class AESLSFTConfig(SFTConfig):
         self._check_choice("cold_start_loss", COLD_START_LOSSES)
         self._check_choice("prefix_mode", PREFIX_MODES)
         self._check_choice("diversity_backend", DIVERSITY_BACKENDS)
-        self._check_choice("diversity_metric", DIVERSITY_METRICS)
-        self._check_choice("best_eval_metric", BEST_EVAL_METRICS)
+        self._check_choice("diversity_metric", tuple(METRICS))
+        self._check_choice("best_eval_metric", tuple(EVAL_METRICS))
         for name in ("t_scaling", "min_temperature", "diversity_temperature"):
             self._check_number(name, 0.0, exclusive=True)
         for name, low in (
@@ -135,7 +133,7 @@ class AESLSFTConfig(SFTConfig):
             name = "selection" if self.selection is not None else "stop_at_turning_point"
             raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
         if self.selection is not None:
-            self._check_choice("selection", SELECTIONS)
+            self._check_choice("selection", RULES)
         if (self.metric_for_best_model or "").endswith("nll"):
             # Trainer takes every metric whose name does not end in "loss" for a score, and would keep the worst model
             self.greater_is_better = False
@@ -144,7 +142,7 @@ class AESLSFTConfig(SFTConfig):
     @property
     def selection_rule(self) -> str:
         """`selection`, or its default for the loss."""
-        return self.selection or ("last" if self.cold_start_loss == "aesl" else "turning_point")
+        return self.selection or default_rule(self.cold_start_loss)
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

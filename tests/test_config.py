@@ -6,8 +6,9 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from aesl_trl import AESLSFTConfig
-from aesl_trl.config import COLD_START_LOSSES, SELECTIONS
+from aesl_trl.config import COLD_START_LOSSES
 from aesl_trl.errors import InputError
+from aesl_trl.selection import RULES
 
 
 def test_defaults_are_the_documented_ones(tmp_path):
@@ -57,7 +58,7 @@ def test_every_added_field_has_help_that_argparse_takes(tmp_path, capsys):
 @pytest.mark.parametrize(("loss", "rule"), [("aesl", "last"), ("nll", "turning_point")])
 def test_selection_rule_follows_the_loss(loss, rule, tmp_path):
     assert small_config(tmp_path, cold_start_loss=loss).selection_rule == rule
-    for selection in SELECTIONS:
+    for selection in RULES:
         chosen = small_config(tmp_path, cold_start_loss=loss, selection=selection, diversity_steps=5)
         assert chosen.selection_rule == selection
 

@@ -1,9 +1,11 @@
 """The files through which stages meet: their names in a run folder, and atomic JSON.
 
-A reader never sees half a file: each write goes to a temporary sibling that replaces the target in one step. NaN and
+A reader never sees half a file: a write goes to a temporary sibling that replaces the target in one step, a line is
+added whole or not at all. NaN and
 infinity become null, so that every line is valid JSON.
 """
 
+import errno
 import importlib.metadata
 import json
 import math
@@ -65,10 +67,18 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, row: dict) -> None:
-    """Add one line; the file is rewritten whole, so that a kill leaves either the old or the new one."""
-    path = Path(path)
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    _write(path, old + _dumps(row) + "\n")
+    """Add one line in one write: a kill leaves it out or whole, and a full disk the file as it was."""
+    path, line = Path(path), (_dumps(row) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_json(path: str | Path) -> Any:

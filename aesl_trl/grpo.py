@@ -5,9 +5,6 @@ from SFT that RL continues to train), checks before the model loads, and `run.js
 unchanged.
 """
 
-import importlib.util
-import math
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -19,9 +16,10 @@ from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from .arguments import parse
 from .data import check_prompts, load_rows
-from .errors import UNFINISHED, InputError, exit_on_input_error
+from .errors import InputError, exit_on_input_error
 from .files import RUN, package_versions, write_json
 from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
+from .mains import check_exists, check_finished, check_gradients, check_quantization, end, model_init_kwargs
 from .rewards import check_columns, load_reward_funcs
 
 
@@ -64,18 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     train_rows, eval_rows = load_datasets(script_args, training_args, reward_funcs)
     trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train_rows, eval_rows)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    state = trainer.state
-    check_gradients(state.log_history)
-    if state.global_step < state.max_steps:
-        # A signal with enable_jit_checkpoint saves and returns as if all steps were done; what follows must not
-        # believe that.
-        trainer.accelerator.print(
-            f"aesl grpo: stopped at step {state.global_step} of {state.max_steps}", file=sys.stderr
-        )
-        sys.exit(UNFINISHED)
+    check_gradients(trainer.state.log_history)
+    check_finished(trainer, "aesl grpo")
     save(trainer, script_args, model_args)
-    if hasattr(trainer, "end"):  # from transformers 5.18: finishes the trackers and the process group
-        trainer.end()
+    end(trainer)
 
 
 # ---- Checks before the model loads
@@ -100,8 +90,7 @@ def find_model(script_args: GRPOScriptArguments, model_args: ModelConfig, traini
         model_args.model_name_or_path = model or base_of(adapter)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: the folder or hub name of the model that RL starts from")
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes, which is not installed")
+    check_quantization(model_args)
     check_exists("model_name_or_path", model_args.model_name_or_path)
     check_exists("resume_from_checkpoint", training_args.resume_from_checkpoint)
 
@@ -117,13 +106,6 @@ def base_of(adapter: str) -> str:
     if not base:
         raise InputError(f"{adapter} does not name its base model: give it as model_name_or_path")
     return base
-
-
-def check_exists(name: str, value: Any) -> None:
-    """Refuse a path that is not there; `org/name` may be a model on the hub and passes."""
-    is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith(".") or value.count("/") > 1)
-    if is_path and not Path(value).exists():
-        raise InputError(f"{name}: {value} does not exist")
 
 
 def load_rewards(script_args: GRPOScriptArguments) -> list:
@@ -193,13 +175,7 @@ def build_trainer(
     """GRPOTrainer as TRL's script builds it, or on the adapter that RL continues."""
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     quantization = get_quantization_config(model_args)
     common = {
         "reward_funcs": reward_funcs,
@@ -252,16 +228,6 @@ def load_tokenizer(adapter: str, training_args: GRPOConfig) -> Any:
         return None
     sides = {"truncation_side": "left", "padding_side": "left"}
     return AutoProcessor.from_pretrained(adapter, trust_remote_code=training_args.trust_remote_code, **sides)
-
-
-def check_gradients(log_history: list[dict]) -> None:
-    """Stop before saving when the gradient is not finite: Trainer logs a NaN loss as 0.0 and ends with exit code 0."""
-    norms = [(row["step"], row["grad_norm"]) for row in log_history if row.get("grad_norm") is not None]
-    if norms and not math.isfinite(norms[-1][1]):
-        first = next(step for step, norm in norms if not math.isfinite(norm))
-        raise InputError(
-            f"the gradient is {norms[-1][1]} since step {first}: not saved; lower learning_rate or max_grad_norm"
-        )
 
 
 # ---- Results

@@ -4,8 +4,6 @@ What TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the di
 check of the data before the model loads.
 """
 
-import importlib.util
-import math
 import sys
 from dataclasses import dataclass, field
 
@@ -14,7 +12,8 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from .arguments import parse
 from .config import AESLSFTConfig
 from .data import check_demonstrations, check_trainable, load_rows, prompt_rows
-from .errors import UNFINISHED, InputError, exit_on_input_error
+from .errors import InputError, exit_on_input_error
+from .mains import check_exists, check_finished, check_gradients, check_quantization, end, model_init_kwargs
 from .rewards import check_columns, load_reward_funcs
 
 
@@ -52,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog="aesl sft")
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install 'aesl_trl[qlora]'")
+    check_quantization(model_args)
+    check_exists("model_name_or_path", model_args.model_name_or_path)
+    check_exists("resume_from_checkpoint", args.resume_from_checkpoint)
     reward_funcs = load_reward_funcs(script_args.reward_funcs)
     train, evaluation, prompts = load_datasets(script_args, args)
     if prompts is not None and reward_funcs:
@@ -108,13 +108,7 @@ def build_trainer(args: AESLSFTConfig, model_args: ModelConfig, train, evaluatio
     """AESLSFTTrainer built as TRL's script builds SFTTrainer."""
     from .trainer import AESLSFTTrainer
 
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(model_args, args)
     trainer = AESLSFTTrainer(
         model=model_args.model_name_or_path,
         args=args,
@@ -133,22 +127,16 @@ def finish(trainer, script_args: SFTScriptArguments) -> None:
     """Save what was trained, unless it was cut off or is not a number."""
     state, args = trainer.state, trainer.args
     stopped = getattr(trainer, "diversity_callback", None) is not None and trainer.diversity_callback.stopped
-    if state.global_step < state.max_steps and not stopped:
-        print(f"aesl sft: stopped at step {state.global_step} of {state.max_steps}", file=sys.stderr)
-        sys.exit(UNFINISHED)
-    norms = [row["grad_norm"] for row in state.log_history if row.get("grad_norm") is not None]
-    if norms and not math.isfinite(norms[-1]):
-        raise InputError(
-            f"the gradient is {norms[-1]} at the last step: nothing was saved; lower learning_rate or max_grad_norm"
-        )
+    if not stopped:
+        check_finished(trainer, "aesl sft")
+    check_gradients(state.log_history)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(
         f"aesl sft: trained {state.global_step} steps; the last weights are in {args.output_dir}"
     )
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if hasattr(trainer, "end"):  # from transformers 5.18: finishes the trackers and the process group
-        trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":

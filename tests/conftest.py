@@ -40,22 +40,29 @@ def build_tokenizer():
     return fast
 
 
-def build_model(tokenizer, seed=0, **overrides):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    settings = {
+def tiny_shape(tokenizer):
+    """What every architecture's config takes: two layers of width 16, and the tokenizer's ids."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_model(tokenizer, seed=0, **overrides):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    settings = {
+        **tiny_shape(tokenizer),
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).float()

@@ -7,7 +7,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
-from aesl_trl import AESLSFTConfig
+from aesl_trl import AESLSFTConfig, AESLSFTTrainer
 from aesl_trl.losses import aesl_loss, nll_loss
 
 
@@ -56,6 +56,20 @@ def cpu_settings(folder, **changes):
 
 def small_config(folder, **changes):
     return AESLSFTConfig(**cpu_settings(folder, **changes))
+
+
+def trainer_for(
+    tokenizer, folder, model=None, rows=None, *, eval_rows=None, peft_config=None, compute_loss_func=None, **changes
+):
+    return AESLSFTTrainer(
+        model=build_model(tokenizer) if model is None else model,
+        args=small_config(folder, **changes),
+        train_dataset=prompt_completion_rows() if rows is None else rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        compute_loss_func=compute_loss_func,
+    )
 
 
 def documents(dataset):

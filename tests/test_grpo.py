@@ -13,8 +13,8 @@ import yaml
 from conftest import build_tokenizer
 from safetensors.torch import load_file
 
-from aesl_trl import grpo
-from aesl_trl.errors import InputError
+from aesl_trl import grpo, mains
+from aesl_trl.errors import UNFINISHED, InputError
 
 
 REWARD = """
@@ -183,7 +183,7 @@ def test_a_signal_is_no_success(config, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     rest, _ = process.communicate(timeout=120)
-    assert process.returncode == grpo.UNFINISHED, "".join(lines)[-2000:] + rest[-2000:]
+    assert process.returncode == UNFINISHED, "".join(lines)[-2000:] + rest[-2000:]
     assert "of 5000" in rest
     assert not (tmp_path / "out" / "run.json").exists()
 
@@ -245,8 +245,8 @@ def test_a_gradient_that_is_no_number_is_refused():
     norms = [0.5, float("nan"), float("nan")]
     rows = [{"step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)]
     with pytest.raises(InputError, match="nan since step 2"):
-        grpo.check_gradients(rows)
-    grpo.check_gradients([*rows, {"step": 4, "grad_norm": 1.0}, {"train_runtime": 1.0}])
+        mains.check_gradients(rows)
+    mains.check_gradients([*rows, {"step": 4, "grad_norm": 1.0}, {"train_runtime": 1.0}])
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from small_runs import (
     steps_of,
     text_rows,
     trained_weights,
+    trainer_for,
 )
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -28,16 +29,6 @@ from aesl_trl import AESLSFTConfig, AESLSFTTrainer, files
 from aesl_trl.errors import InputError
 from aesl_trl.head import score_aesl
 from aesl_trl.losses import aesl_scores, gold_log_probs
-
-
-def trainer_for(tokenizer, folder, *, model=None, rows=None, eval_rows=None, **changes):
-    return AESLSFTTrainer(
-        model=build_model(tokenizer) if model is None else model,
-        args=small_config(folder, **changes),
-        train_dataset=prompt_completion_rows() if rows is None else rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-    )
 
 
 # ---- nll is TRL's own

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, tiny_shape
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_runs import (
@@ -25,6 +25,7 @@ from small_runs import (
     small_config,
     steps_of,
     trained_weights,
+    trainer_for,
     true_gradients,
 )
 from transformers import Trainer
@@ -35,17 +36,6 @@ from aesl_trl.losses import aesl_loss
 
 
 LOSSES = ("aesl", "nll")
-
-
-def trainer_for(tokenizer, folder, model=None, rows=None, peft_config=None, compute_loss_func=None, **changes):
-    return AESLSFTTrainer(
-        model=build_model(tokenizer) if model is None else model,
-        args=small_config(folder, **changes),
-        train_dataset=prompt_completion_rows() if rows is None else rows,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        compute_loss_func=compute_loss_func,
-    )
 
 
 def assert_trains(trainer):
@@ -81,16 +71,9 @@ def gemma2(tokenizer):
 
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **tiny_shape(tokenizer),
         head_dim=8,
         final_logit_softcapping=2.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         attn_implementation="eager",
     )
     return Gemma2ForCausalLM(config)
@@ -102,15 +85,8 @@ def cohere(tokenizer):
 
     torch.manual_seed(0)
     config = CohereConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **tiny_shape(tokenizer),
         logit_scale=0.25,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     return CohereForCausalLM(config)
 
@@ -133,17 +109,10 @@ def mixture_of_experts(tokenizer, kind):
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        **tiny_shape(tokenizer),
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.5,
         "output_router_logits": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ from trl import SFTConfig
 
 from .errors import InputError, nearest
 from .losses import PREFIX_MODES
+from .rules import TOKEN_RULES
 from .selection import EVAL_METRICS, METRICS, RULES, default_rule
 
 
-COLD_START_LOSSES = ("aesl", "nll")
 DIVERSITY_BACKENDS = ("auto", "generate")
 
 
@@ -63,7 +63,7 @@ class AESLSFTConfig(SFTConfig):
 
     cold_start_loss: str = field(
         default="aesl",
-        metadata={"help": "Loss of the cold start.", "choices": list(COLD_START_LOSSES)},
+        metadata={"help": "Loss of the cold start.", "choices": list(TOKEN_RULES)},
     )
     t_scaling: float = field(default=3.0, metadata={"help": "Scale of AESL's temperature, positive (paper, Eq. 4)."})
     min_temperature: float = field(default=1e-2, metadata={"help": "Lower clamp of AESL's temperature, positive."})
@@ -107,7 +107,7 @@ class AESLSFTConfig(SFTConfig):
     max_candidates: int = field(default=5, metadata={"help": "Weights-only candidates kept on disk at a time."})
 
     def __post_init__(self):
-        self._check_choice("cold_start_loss", COLD_START_LOSSES)
+        self._check_choice("cold_start_loss", tuple(TOKEN_RULES))
         self._check_choice("prefix_mode", PREFIX_MODES)
         self._check_choice("diversity_backend", DIVERSITY_BACKENDS)
         self._check_choice("diversity_metric", tuple(METRICS))

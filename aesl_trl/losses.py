@@ -62,33 +62,33 @@ def prefix_sums(values: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
 
 def aesl_temperatures(
     log_probs: Tensor,
-    mask: Tensor,
+    prefix_sums: Tensor,
+    prefix_counts: Tensor,
     *,
     t_scaling: float = 3.0,
     min_temperature: float = 1e-2,
     prefix_mode: str = "inclusive",
-    sequence_ids: Tensor | None = None,
 ) -> Tensor:
     """Temperature of each trained token, from the log-probabilities alone (paper, Eq. 4).
 
     Args:
-        log_probs: `[B, L]` log-probabilities of the labels, in nats, 0 where `mask` is False.
-        mask: `[B, L]`, True on trained tokens.
-        t_scaling, min_temperature, prefix_mode, sequence_ids: as in [`aesl_weights`].
+        log_probs: log-probabilities of the labels, in nats, of any shape.
+        prefix_sums, prefix_counts: same shape, float64: the log-probabilities summed over the token's sequence up to
+            and with the token, and how many they are.
+        t_scaling, min_temperature, prefix_mode: as in [`aesl_weights`].
 
     Returns:
-        `[B, L]` in the dtype of `log_probs`, >= `min_temperature`; 1 on tokens that are not trained.
+        The shape and dtype of `log_probs`, >= `min_temperature`; meaningless where no token is trained.
     """
     if prefix_mode not in PREFIX_MODES:
         raise ValueError(f"prefix_mode is {prefix_mode!r}, but must be one of {', '.join(PREFIX_MODES)}")
     if prefix_mode == "none":
-        return torch.full_like(log_probs, max(t_scaling, min_temperature)).where(mask, 1.0)
-    sums, counts = prefix_sums(log_probs, sequence_ids), prefix_sums(mask, sequence_ids)
+        return torch.full_like(log_probs, max(t_scaling, min_temperature))
     if prefix_mode == "exclusive":
-        sums, counts = sums - log_probs, counts - mask.double()
-    temperatures = (-t_scaling * sums / counts).clamp(min=min_temperature)
-    # The first token of an exclusive prefix has no mean yet: T = 1. Elsewhere a count of 0 means "not trained"
-    return temperatures.where(mask & (counts > 0), 1.0).clamp(min=min_temperature).to(log_probs.dtype)
+        prefix_sums, prefix_counts = prefix_sums - log_probs, prefix_counts - 1
+    temperatures = -t_scaling * prefix_sums / prefix_counts.clamp(min=1)
+    # The first token of an exclusive prefix has no mean yet: T = 1
+    return temperatures.where(prefix_counts > 0, 1.0).clamp(min=min_temperature).to(log_probs.dtype)
 
 
 @torch.no_grad()
@@ -107,12 +107,12 @@ def aesl_scores(
     log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
     temperatures = aesl_temperatures(
         log_probs,
-        mask,
+        prefix_sums(log_probs, sequence_ids),
+        prefix_sums(mask, sequence_ids),
         t_scaling=t_scaling,
         min_temperature=min_temperature,
         prefix_mode=prefix_mode,
-        sequence_ids=sequence_ids,
-    )
+    ).where(mask, 1.0)
     # (z - max z) / T cannot overflow. Summing over the other tokens keeps every digit of 1 - p as p nears 1
     exp = ((logits - logits.amax(-1, keepdim=True)) / temperatures.unsqueeze(-1)).exp()
     index = labels.where(mask, 0).unsqueeze(-1)

@@ -15,8 +15,9 @@ from . import files
 from .callback import DiversityCallback, RunCallback, held_out_rows
 from .config import AESLSFTConfig
 from .errors import InputError
-from .head import TokenScores, score_aesl, score_nll
-from .losses import prefix_sums, weighted_nll
+from .losses import prefix_sums
+from .rules import TOKEN_RULES
+from .scoring import TokenScores, add_fused_head
 from .stops import stop_ids
 
 
@@ -82,6 +83,8 @@ class AESLSFTTrainer(SFTTrainer):
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset"))
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
+        self._token_rule = TOKEN_RULES[args.cold_start_loss](args)
+        add_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
         self._eos_ids = stop_ids(self._tokenizer, self.model)
@@ -106,27 +109,14 @@ class AESLSFTTrainer(SFTTrainer):
             )
             self.add_callback(self.diversity_callback)
 
-    def _score_tokens(self, model, inputs: dict) -> TokenScores:
-        """Per-token scores of a batch under the configured loss."""
-        args = self.args
-        if args.cold_start_loss == "nll":
-            return score_nll(model, inputs)
-        return score_aesl(
-            model,
-            inputs,
-            t_scaling=args.t_scaling,
-            min_temperature=args.min_temperature,
-            prefix_mode=args.prefix_mode,
-        )
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False  # a default of True would warn beside gradient checkpointing
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        scores = self._score_tokens(model, inputs)
+        scores = model(**inputs, token_rule=self._token_rule)
         num_items = scores.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = weighted_nll(scores.log_probs, scores.weights, num_items)
+        loss = scores.loss_sum / torch.as_tensor(num_items, device=scores.loss_sum.device).clamp(min=1)
         # num_items_in_batch counts the tokens of every rank while DDP averages the gradients over them
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -177,7 +167,7 @@ class AESLSFTTrainer(SFTTrainer):
         ):
             return scores
         kept = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
-        values = {name: value[:kept] for name, value in vars(scores).items() if value is not None and value.dim() == 2}
+        values = {name: value[:kept] for name, value in scores.items() if value.dim() == 2}
         return replace(scores, **values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

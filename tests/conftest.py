@@ -7,6 +7,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+# Read where a kernel is defined, so before aesl_trl is imported: without a GPU the tests interpret the Triton kernels
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 CHAT_TEMPLATE = (
@@ -55,7 +61,6 @@ def tiny_shape(tokenizer):
 
 
 def build_model(tokenizer, seed=0, **overrides):
-    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     settings = {

@@ -6,8 +6,8 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from aesl_trl import AESLSFTConfig
-from aesl_trl.config import COLD_START_LOSSES
 from aesl_trl.errors import InputError
+from aesl_trl.rules import TOKEN_RULES
 from aesl_trl.selection import RULES
 
 
@@ -104,7 +104,7 @@ def test_unusable_values_are_refused_in_one_line(changes, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("loss", COLD_START_LOSSES)
+@pytest.mark.parametrize("loss", TOKEN_RULES)
 def test_whole_numbers_are_taken_for_numbers(loss, tmp_path):
     assert small_config(tmp_path, cold_start_loss=loss, t_scaling=3).t_scaling == 3
 

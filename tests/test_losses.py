@@ -216,9 +216,10 @@ def test_weight_keeps_its_digits_as_the_probability_nears_one():
 
 def test_temperature_clamp_and_first_tokens():
     log_probs, mask = torch.tensor([[0.0, -0.001, -2.0]]).double(), torch.tensor([[True, True, True]])
-    temperatures = aesl_temperatures(log_probs, mask, t_scaling=3.0, min_temperature=0.01)
+    sums, counts = prefix_sums(log_probs), prefix_sums(mask)
+    temperatures = aesl_temperatures(log_probs, sums, counts, t_scaling=3.0, min_temperature=0.01)
     torch.testing.assert_close(temperatures, torch.tensor([[0.01, 0.01, 2.001]]).double())
-    exclusive = aesl_temperatures(log_probs, mask, prefix_mode="exclusive")
+    exclusive = aesl_temperatures(log_probs, sums, counts, prefix_mode="exclusive")
     torch.testing.assert_close(exclusive, torch.tensor([[1.0, 0.01, 0.01]]).double())
 
 

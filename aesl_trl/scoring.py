@@ -1,0 +1,205 @@
+"""A model and a batch -> per-token scores under a rule, through the fused head inside the model's own forward.
+
+Inside, because there FSDP and ZeRO have their hooks armed, and DDP sees the output. The head gets the hidden states at
+the trained positions only; the rows of a batch, packed documents and PEFT's virtual tokens are this file's business,
+the arithmetic is head.py's.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .errors import InputError
+from .head import LogitTransform, fused_head
+from .rules import TokenRule
+
+
+@dataclass
+class TokenScores(ModelOutput):
+    """Per-token quantities of a batch, each `[B, L]`, 0 where `label_mask` is False.
+
+    Only `loss_sum` and `aux_loss` carry gradients. A ModelOutput, so that FSDP finds the tensors to hook.
+    """
+
+    loss_sum: Tensor | None = None  # scalar: -sum(weights * log_probs) over the trained tokens, nats
+    log_probs: Tensor | None = None  # nats
+    label_mask: Tensor | None = None  # bool
+    entropy: Tensor | None = None  # nats, of the teacher-forced distribution
+    is_top1: Tensor | None = None  # bool: whether the label is the most likely token
+    weights: Tensor | None = None  # 1 for plain nll
+    temperatures: Tensor | None = None  # None where the rule has none
+    labels: Tensor | None = None  # shifted, as long as log_probs
+    sequence_ids: Tensor | None = None  # the document of each label; None: one sequence a row
+    aux_loss: Tensor | None = None  # MoE load balancing, unweighted
+
+
+def add_fused_head(model) -> None:
+    """Let `model(**inputs, labels=labels, token_rule=rule)` return [`TokenScores`] instead of logits.
+
+    Without `token_rule` the forward is the one that was there, so `generate` and TRL's own head are unchanged. Give it
+    the base model, before PEFT or a distributed wrapper.
+
+    Raises:
+        InputError: the architecture does more between backbone and logits than one linear layer, a scale and a cap.
+    """
+    _refuse_larger_head(model)
+    original_forward = model.forward
+    text_config = model.config.get_text_config()
+    transform = logit_transform(text_config)
+
+    # The original signature: `generate` validates its arguments against it
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, token_rule: TokenRule | None = None, **kwargs):
+        if token_rule is None:
+            return original_forward(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        # Backbone and head are looked up on each call, since FSDP and PEFT replace them after this
+        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
+        head = self.get_output_embeddings()
+        sequence_ids = packed_sequence_ids(kwargs)
+        scores = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, transform)
+        if kwargs.get("output_router_logits"):
+            scores.aux_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),  # None in packed rows: every token counts
+            )
+        return scores
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _refuse_larger_head(model) -> None:
+    """Prediction heads with layers of their own (BERT) would silently train with other logits than the model's."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if model.base_model is model or name is None or "." in name:
+        raise InputError(
+            f"{type(model).__name__} is not a backbone followed by one linear LM head (found {name}), which is what "
+            "the fused head computes: use a decoder-only model such as Qwen, Llama, Gemma or Mistral"
+        )
+
+
+def logit_transform(text_config) -> LogitTransform:
+    """What the architecture does to the head's products, read from its config.
+
+    The names under which transformers keeps a scale: Cohere `logit_scale`, Muse Glimmer `output_multiplier`, Falcon-H1
+    `lm_head_multiplier`; Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+    """
+
+    def setting(name: str) -> Any:
+        return getattr(text_config, name, None)
+
+    scale = next(
+        (
+            setting(name)
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if setting(name) is not None
+        ),
+        None,
+    )
+    if scale is None and setting("logits_scaling") is not None:
+        divides = text_config.model_type != "hyperclovax"
+        scale = 1 / text_config.logits_scaling if divides else text_config.logits_scaling
+    return LogitTransform(1.0 if scale is None else float(scale), setting("final_logit_softcapping"))
+
+
+def packed_sequence_ids(inputs: dict) -> Tensor | None:
+    """The document of each token `[B, L]` in a packed or padding-free batch; None when every row is one sequence."""
+    if inputs.get("seq_idx") is not None:
+        return inputs["seq_idx"]
+    position_ids = inputs.get("position_ids")
+    if position_ids is None or inputs.get("attention_mask") is not None or position_ids.dim() != 2:
+        return None
+    return (position_ids == 0).cumsum(1)
+
+
+# Dynamo stops here and compiles the backbone: the head is kernels of its own
+@torch.compiler.disable
+def score_hidden(
+    hidden_states: Tensor,
+    head,
+    labels: Tensor,
+    sequence_ids: Tensor | None,
+    rule: TokenRule,
+    transform: LogitTransform,
+) -> TokenScores:
+    """Scores of the next token at each position but the last: `[B, L + 1, H]`, labels `[B, L + 1]` -> `[B, L]`.
+
+    ZeRO-3: the weight is a placeholder without elements outside its module's own forward, so it is gathered here. The
+    gradient is built while it is gathered and handed to autograd as a finished tensor, so nothing has to be gathered
+    again in the backward pass; the parameter's own gradient hook then reduces it as any other.
+
+    FSDP2: inside the root's forward the root's parameters are whole. A head that is a unit of its own is still a
+    sharded DTensor, since its forward never runs: it is gathered here, and the ranks' gradients are averaged on the
+    way back (without `Partial("avg")` each shard would get its own rank's gradient alone).
+    """
+    weight, bias = _parameters(head)
+    # With the model split over devices, the backbone may end on another one than the head
+    hidden, device = hidden_states[:, :-1].to(weight.device), weight.device
+    labels = _without_first(labels.to(device), hidden.size(1), -100)
+    sequence_ids = None if sequence_ids is None else sequence_ids[:, 1:].to(device)
+    mask = labels != -100
+    with maybe_gather_lm_head_ctx(weight, bias):
+        _refuse_foreign_weight(weight, hidden)
+        scores = fused_head(
+            hidden[mask],
+            weight,
+            bias,
+            labels[mask],
+            _row_and_document(mask, sequence_ids)[mask],
+            rule,
+            transform,
+        )
+
+    def unpack(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    return TokenScores(
+        loss_sum=scores.loss_sum,
+        log_probs=unpack(scores.log_probs),
+        label_mask=mask,
+        entropy=unpack(scores.entropy),
+        is_top1=unpack(scores.is_top1),
+        weights=unpack(scores.weights),
+        temperatures=unpack(scores.temperatures),
+        labels=labels,
+        sequence_ids=sequence_ids,
+    )
+
+
+def _parameters(head) -> tuple[Tensor, Tensor | None]:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not isinstance(weight, DTensor):
+        return weight, bias
+    gradients = [Partial("avg")] * weight.device_mesh.ndim
+    return tuple(None if value is None else value.full_tensor(grad_placements=gradients) for value in (weight, bias))
+
+
+def _refuse_foreign_weight(weight: Tensor, hidden: Tensor) -> None:
+    if weight.dim() != 2 or weight.size(1) != hidden.size(-1) or not weight.is_floating_point():
+        raise InputError(
+            f"the LM head's weight is {weight.dtype} of shape {tuple(weight.shape)}, but must be floating point of "
+            f"shape (vocabulary, {hidden.size(-1)}): a quantized head, or one that FSDP1 wraps as a unit of its own, "
+            "is not supported (keep lm_head out of the quantization, or use fsdp_version 2)"
+        )
+
+
+def _without_first(labels: Tensor, length: int, ignore_index: int) -> Tensor:
+    """Drop the first label, which nothing predicts, and pad for virtual tokens in front, as PEFT does."""
+    return torch.nn.functional.pad(labels, (length + 1 - labels.size(1), 0), value=ignore_index)[:, 1:]
+
+
+def _row_and_document(mask: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """A number for each (row, document): `[B, L]`."""
+    rows = torch.arange(mask.size(0), device=mask.device).unsqueeze(1).expand_as(mask)
+    return rows if sequence_ids is None else rows * (sequence_ids.max() + 1) + sequence_ids

@@ -1,5 +1,6 @@
 """The callbacks: they only wire. Sampling, metrics, the turning point and the selection live in files of their own."""
 
+import math
 import os
 import shutil
 import time
@@ -194,7 +195,7 @@ class DiversityCallback(TrainerCallback):
                 "max_new_tokens": self.max_new_tokens,
                 "backend": "generate",
                 "seed": seed,
-                **measure(groups),
+                **self._figures(groups),
             }
             row["seconds"] = time.perf_counter() - start
             series = [self._write(step, row, groups)]
@@ -206,6 +207,17 @@ class DiversityCallback(TrainerCallback):
         Trainer.log(trainer, {f"diversity/{key}": value for key, value in figures.items()})
         trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
         return series
+
+    def _figures(self, groups: list) -> dict[str, float]:
+        """Figures of the samples; all nan, a gap in the series, where the model's logits were not finite."""
+        figures = measure(groups)
+        broken = sum(not math.isfinite(entropy) for group in groups for entropy in group.entropy)
+        if not broken:
+            return figures
+        self.trainer.accelerator.print(
+            f"aesl_trl: the logits of {broken} samples are not finite: this measurement is a gap in {files.DIVERSITY}"
+        )
+        return dict.fromkeys(figures, math.nan)
 
     def _write(self, step: int, row: dict, groups: list) -> list[dict]:
         samples = [{"prompt_index": index, **asdict(group)} for index, group in enumerate(groups)]

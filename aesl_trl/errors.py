@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable, Iterable
 
 
-UNFINISHED = 3  # exit code: stopped before the last step, by a signal; a checkpoint is there and no stage may follow
+UNFINISHED = 3  # exit code: stopped before the last step; no stage may follow
 
 
 class InputError(ValueError):
     """Unusable input: the message is one line that says what is wrong, where, and the nearest valid value."""
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; the message is one line with the step, the rank and the rows."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -20,10 +24,13 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
-    """Run `main`; an [`InputError`] becomes one line on stderr (on the first local process only) and exit code 2."""
+    """Run `main`; an [`InputError`] becomes one line on stderr (on the first local process only) and exit code 2.
+
+    [`Diverged`] becomes one such line and exit code [`UNFINISHED`].
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, Diverged) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else UNFINISHED)

@@ -22,16 +22,19 @@ from .stops import stop_ids
 class EntropyRecorder(LogitsProcessor):
     """Keeps the entropy of each next-token distribution, in nats.
 
-    At temperature 1: custom processors run before the one of the temperature.
+    At temperature 1: custom processors run before the one of the temperature. Logits that are not finite have the
+    entropy nan and are sampled as if all were equal: a draw from nan raises on CPU and kills the process on CUDA.
     """
 
     def __init__(self):
         self.steps: list[Tensor] = []  # one [B] a generated position
 
     def __call__(self, input_ids, scores):
-        log_probs = scores.float().log_softmax(-1)
-        self.steps.append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1))
-        return scores
+        log_probs = scores.float().log_softmax(-1)  # nan where a logit is nan or +inf, or all are -inf
+        is_broken = log_probs.isnan().any(-1)
+        entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+        self.steps.append(entropy.masked_fill(is_broken, torch.nan))
+        return scores.masked_fill(is_broken.unsqueeze(-1), 0.0)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """AESLSFTTrainer: TRL's SFTTrainer with the Adaptive Early-Stop Loss."""
 
 import inspect
+import math
 import os
 import textwrap
 from dataclasses import fields, replace
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -14,9 +15,10 @@ from trl.trainer.utils import get_config_model_id
 from . import files
 from .callback import DiversityCallback, RunCallback, held_out_rows
 from .config import AESLSFTConfig
+from .divergence import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .errors import InputError
 from .losses import prefix_sums
-from .rules import TOKEN_RULES
+from .rules import TOKEN_RULES, TokenRule
 from .scoring import TokenScores, add_fused_head
 from .stops import stop_ids
 
@@ -25,7 +27,7 @@ LOW_WEIGHT = 0.1  # a token below this weight counts as released
 POSITION_BINS = 24  # bin i holds the positions 2**(i-1) < p <= 2**i of the trained tokens: up to 8M tokens
 
 
-class AESLSFTTrainer(SFTTrainer):
+class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement Learning with
     Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
@@ -83,7 +85,7 @@ class AESLSFTTrainer(SFTTrainer):
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset"))
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
-        self._token_rule = TOKEN_RULES[args.cold_start_loss](args)
+        self._token_rule = self.create_token_rule()
         add_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
@@ -108,6 +110,10 @@ class AESLSFTTrainer(SFTTrainer):
                 max_candidates=args.max_candidates,
             )
             self.add_callback(self.diversity_callback)
+
+    def create_token_rule(self) -> TokenRule:
+        """The loss as a function of each token's statistics; override it for a loss of your own (see rules.py)."""
+        return TOKEN_RULES[self.args.cold_start_loss](self.args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -138,7 +144,9 @@ class AESLSFTTrainer(SFTTrainer):
             scores = self._without_repeated_rows(scores)
         sums = self.accelerator.gather(_batch_sums(scores, self._eos_ids).unsqueeze(0)).sum(0)
         self._sums[mode] = sums if self._sums[mode] is None else self._sums[mode] + sums
-        tokens, _, _, _, entropy, top1 = sums[:6].tolist()
+        tokens, nll, _, _, entropy, top1 = sums[:6].tolist()
+        if mode == "train" and not math.isfinite(nll):
+            self._stop_at_loss(inputs, scores)
         self._metrics[mode]["entropy"].append(entropy / tokens if tokens else 0.0)
         self._metrics[mode]["mean_token_accuracy"].append(top1 / tokens if tokens else 0.0)
         if mode == "train":
@@ -152,6 +160,16 @@ class AESLSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(scores.aux_loss.detach().reshape(1)).mean().item()
             self._metrics[mode]["aux_loss"].append(aux_loss)
+
+    def _stop_at_loss(self, inputs: dict, scores: TokenScores) -> None:
+        """End the training on all ranks, unless an fp16 scaler is going to skip the step."""
+        if self.accelerator.scaler is not None:
+            return
+        input_ids = inputs["input_ids"][:, -scores.log_probs.size(1) - 1 :]
+        log_probs = scores.log_probs[:, -input_ids.size(1) + 1 :]  # without prompt learning's virtual tokens
+        rows = rows_not_finite(log_probs, input_ids, scores.sequence_ids, self._tokenizer.decode)
+        here = [f"rank {self.accelerator.process_index}, {row}" for row in rows[:SHOWN_ROWS]]
+        self.stop_diverged(f"the loss is not finite ({'; '.join(gather_object(here))})")
 
     def _without_repeated_rows(self, scores: TokenScores) -> TokenScores:
         """Without the rows that accelerate repeats to fill each rank's last evaluation batch.

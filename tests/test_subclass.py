@@ -103,14 +103,13 @@ def test_everything_else_still_works(tokenizer, tmp_path):
     assert "decaying" in (tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1]
 
 
-def test_a_plain_function_in_place_of_a_column(tokenizer, tmp_path):
-    """The per-token scores are there for a subclass that weights them itself."""
+def test_a_loss_of_ones_own(tokenizer, tmp_path):
+    """A weight as a function of the token's statistics: the fused head does the rest."""
 
     class TopTrainer(AESLSFTTrainer):
-        def _score_tokens(self, model, inputs):
-            scores = super()._score_tokens(model, inputs)
-            scores.weights = scores.weights * (scores.is_top1 == 0)
-            return scores
+        def create_token_rule(self):
+            aesl = super().create_token_rule()
+            return aesl._replace(weights=lambda stats: stats.rest * ~stats.is_top1)
 
     trainer = TopTrainer(
         model=build_model(tokenizer),

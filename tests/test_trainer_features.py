@@ -7,6 +7,7 @@ In other files: forms of data (test_trainer_data_modes.py), evaluation, resume a
 import copy
 import importlib.util
 import math
+import shutil
 
 import pytest
 import torch
@@ -391,15 +392,19 @@ def test_setting_works(changes, cold_start_loss, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile_trains_as_eager_does(tokenizer, tmp_path):
-    """With AESL: tracing TRL's fused head, which nll goes through, takes Dynamo minutes on a CPU."""
+@pytest.mark.parametrize("backend", ["eager", "inductor"])  # Dynamo traces; Inductor generates code as well
+@pytest.mark.parametrize("cold_start_loss", LOSSES)
+def test_torch_compile_trains_as_eager_does(cold_start_loss, backend, tokenizer, tmp_path):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler on CPU")
     losses = []
     for compiled in (False, True):
         trainer = trainer_for(
             tokenizer,
             tmp_path / str(compiled),
+            cold_start_loss=cold_start_loss,
             torch_compile=compiled,
-            torch_compile_backend="eager" if compiled else None,  # Dynamo traces; Inductor would need a C++ compiler
+            torch_compile_backend=backend if compiled else None,
         )
         trainer.train()
         losses.append(steps_of(trainer))

@@ -177,7 +177,8 @@ def _unwrapped(model, accelerator, gradient_checkpointing_kwargs):
     if accelerator is None:
         yield model
         return
-    with unwrap_model_for_generation(
-        model, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
-    ) as unwrapped:
+    with unwrap_model_for_generation(model, accelerator) as unwrapped:
         yield unwrapped
+    # TRL turns checkpointing on again with defaults; it takes the arguments itself from 1.16 on
+    if gradient_checkpointing_kwargs and unwrapped.is_gradient_checkpointing:
+        unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -23,26 +23,41 @@ from .rules import TokenRule
 
 
 @dataclass
-class TokenScores(ModelOutput):
-    """Per-token quantities of a batch, each `[B, L]`, 0 where `label_mask` is False.
+class TokenScores:
+    """Per-token quantities of a batch, each `[B, L]`, without gradient, 0 where `label_mask` is False."""
 
-    Only `loss_sum` and `aux_loss` carry gradients. A ModelOutput, so that FSDP finds the tensors to hook.
-    """
+    log_probs: Tensor  # nats
+    label_mask: Tensor  # bool
+    entropy: Tensor  # nats, of the teacher-forced distribution
+    is_top1: Tensor  # bool: whether the label is the most likely token
+    weights: Tensor  # 1 for plain nll
+    temperatures: Tensor | None  # None where the rule has none
+    labels: Tensor  # shifted, as long as log_probs
+    sequence_ids: Tensor | None  # the document of each label; None: one sequence a row
+
+
+class Uncast:
+    """Keeps a value as it is: FSDP's mixed precision rounds every tensor that it finds in a model's output to bf16."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a model returns under a rule. A ModelOutput, so that FSDP finds the tensors that carry gradients."""
 
     loss_sum: Tensor | None = None  # scalar: -sum(weights * log_probs) over the trained tokens, nats
-    log_probs: Tensor | None = None  # nats
-    label_mask: Tensor | None = None  # bool
-    entropy: Tensor | None = None  # nats, of the teacher-forced distribution
-    is_top1: Tensor | None = None  # bool: whether the label is the most likely token
-    weights: Tensor | None = None  # 1 for plain nll
-    temperatures: Tensor | None = None  # None where the rule has none
-    labels: Tensor | None = None  # shifted, as long as log_probs
-    sequence_ids: Tensor | None = None  # the document of each label; None: one sequence a row
     aux_loss: Tensor | None = None  # MoE load balancing, unweighted
+    kept: Uncast | None = None
+
+    @property
+    def scores(self) -> TokenScores:
+        return self.kept.value
 
 
 def add_fused_head(model) -> None:
-    """Let `model(**inputs, labels=labels, token_rule=rule)` return [`TokenScores`] instead of logits.
+    """Let `model(**inputs, labels=labels, token_rule=rule)` return a [`ScoredOutput`] instead of logits.
 
     Without `token_rule` the forward is the one that was there, so `generate` and TRL's own head are unchanged. Give it
     the base model, before PEFT or a distributed wrapper.
@@ -65,15 +80,15 @@ def add_fused_head(model) -> None:
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
         head = self.get_output_embeddings()
         sequence_ids = packed_sequence_ids(kwargs)
-        scores = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, transform)
+        scored = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, transform)
         if kwargs.get("output_router_logits"):
-            scores.aux_loss = load_balancing_loss_func(
+            scored.aux_loss = load_balancing_loss_func(
                 outputs.router_logits,
                 text_config.num_experts,
                 text_config.num_experts_per_tok,
                 kwargs.get("attention_mask"),  # None in packed rows: every token counts
             )
-        return scores
+        return scored
 
     model.forward = types.MethodType(forward, model)
 
@@ -132,16 +147,18 @@ def score_hidden(
     sequence_ids: Tensor | None,
     rule: TokenRule,
     transform: LogitTransform,
-) -> TokenScores:
+) -> ScoredOutput:
     """Scores of the next token at each position but the last: `[B, L + 1, H]`, labels `[B, L + 1]` -> `[B, L]`.
 
-    ZeRO-3: the weight is a placeholder without elements outside its module's own forward, so it is gathered here. The
-    gradient is built while it is gathered and handed to autograd as a finished tensor, so nothing has to be gathered
-    again in the backward pass; the parameter's own gradient hook then reduces it as any other.
+    ZeRO-3: reading `head.weight` inside the engine's forward gathers the weight and registers it with the model, whose
+    hooks gather it in later forwards and again before the backward pass: autograd refuses a full gradient for a
+    parameter without elements. A forward that is not the engine's finds a placeholder, which is gathered here. The
+    gradient, built in the forward pass, then meets the parameter's own hook, which reduces it as any other.
 
-    FSDP2: inside the root's forward the root's parameters are whole. A head that is a unit of its own is still a
-    sharded DTensor, since its forward never runs: it is gathered here, and the ranks' gradients are averaged on the
-    way back (without `Partial("avg")` each shard would get its own rank's gradient alone).
+    FSDP2: inside the root's forward the root's parameters are whole, and so is a head in one unit with the final norm,
+    whose forward gathers both (accelerate 1.15). A head that is a unit of its own is still a sharded DTensor, since
+    its forward never runs: it is gathered here, and the ranks' gradients are averaged on the way back (without
+    `Partial("avg")` each shard would get its own rank's gradient alone).
     """
     weight, bias = _parameters(head)
     # With the model split over devices, the backbone may end on another one than the head
@@ -164,8 +181,7 @@ def score_hidden(
     def unpack(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    return TokenScores(
-        loss_sum=scores.loss_sum,
+    tokens = TokenScores(
         log_probs=unpack(scores.log_probs),
         label_mask=mask,
         entropy=unpack(scores.entropy),
@@ -175,6 +191,7 @@ def score_hidden(
         labels=labels,
         sequence_ids=sequence_ids,
     )
+    return ScoredOutput(loss_sum=scores.loss_sum, kept=Uncast(tokens))
 
 
 def _parameters(head) -> tuple[Tensor, Tensor | None]:

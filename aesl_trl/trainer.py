@@ -120,17 +120,21 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         inputs["use_cache"] = False  # a default of True would warn beside gradient checkpointing
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        scores = model(**inputs, token_rule=self._token_rule)
+        scored = model(**inputs, token_rule=self._token_rule)
+        scores = scored.scores
         num_items = scores.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = scores.loss_sum / torch.as_tensor(num_items, device=scores.loss_sum.device).clamp(min=1)
+        loss = scored.loss_sum / torch.as_tensor(num_items, device=scored.loss_sum.device).clamp(min=1)
         # num_items_in_batch counts the tokens of every rank while DDP averages the gradients over them
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             # A mean of each micro-batch, so it is averaged over the accumulation steps that Trainer leaves to the loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * scores.aux_loss.to(loss.device) / steps
+            loss = loss + self.router_aux_loss_coef * scored.aux_loss.to(loss.device) / steps
         self._record(mode, inputs, scores)
+        if self.aux_loss_enabled:
+            aux_loss = self.accelerator.gather(scored.aux_loss.detach().reshape(1)).mean().item()
+            self._metrics[mode]["aux_loss"].append(aux_loss)
         if not return_outputs:
             return loss
         with torch.no_grad():  # compute_metrics asks for the logits in evaluation only
@@ -157,9 +161,6 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             )
             self._total_train_tokens += self.accelerator.gather(num_tokens.to(sums.device)).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if self.aux_loss_enabled:
-            aux_loss = self.accelerator.gather(scores.aux_loss.detach().reshape(1)).mean().item()
-            self._metrics[mode]["aux_loss"].append(aux_loss)
 
     def _stop_at_loss(self, inputs: dict, scores: TokenScores) -> None:
         """End the training on all ranks, unless an fp16 scaler is going to skip the step."""
@@ -185,7 +186,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         ):
             return scores
         kept = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
-        values = {name: value[:kept] for name, value in scores.items() if value.dim() == 2}
+        values = {name: value[:kept] for name, value in vars(scores).items() if value is not None}
         return replace(scores, **values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -61,9 +61,9 @@ def test_scores_are_those_of_the_models_own_logits(kind, tokenizer):
     true_gradients = gradients(model)
     model.zero_grad()
     add_fused_head(model)
-    scores = model(**inputs, labels=input_ids, token_rule=aesl_rule())
-    scores.loss_sum.backward()
-    torch.testing.assert_close(scores.loss_sum, expected, rtol=1e-6, atol=0)  # some compute rotary angles in float32
+    scored = model(**inputs, labels=input_ids, token_rule=aesl_rule())
+    scored.loss_sum.backward()
+    torch.testing.assert_close(scored.loss_sum, expected, rtol=1e-6, atol=0)  # some compute rotary angles in float32
     found = gradients(model)
     assert found.keys() == true_gradients.keys()
     for name, value in true_gradients.items():
@@ -114,7 +114,7 @@ def test_scores_of_a_masked_position_are_zero():
     input_ids = torch.arange(20).reshape(2, 10)
     labels = input_ids.clone()
     labels[0, :4] = labels[1] = -100
-    scores = model(input_ids=input_ids, labels=labels, token_rule=aesl_rule())
+    scores = model(input_ids=input_ids, labels=labels, token_rule=aesl_rule()).scores
     expected = aesl_scores(model(input_ids=input_ids).logits[:, :-1], labels[:, 1:])
     assert scores.label_mask.sum() == 6
     torch.testing.assert_close(scores.weights, expected.weights)
@@ -127,9 +127,9 @@ def test_a_batch_without_labels_is_a_differentiable_zero():
     model = double_model()
     add_fused_head(model)
     input_ids = torch.arange(20).reshape(2, 10)
-    scores = model(input_ids=input_ids, labels=torch.full_like(input_ids, -100), token_rule=aesl_rule())
-    scores.loss_sum.backward()
-    assert scores.loss_sum.item() == 0
+    scored = model(input_ids=input_ids, labels=torch.full_like(input_ids, -100), token_rule=aesl_rule())
+    scored.loss_sum.backward()
+    assert scored.loss_sum.item() == 0
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 

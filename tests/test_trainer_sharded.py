@@ -1,0 +1,127 @@
+"""FSDP2 and ZeRO-3 on two processes against one, over gloo on the CPU: the fused head gathers its weight where it is
+sharded, and the gradient finds its way back to every shard."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import sharded_script
+import torch
+from conftest import build_model, build_tokenizer
+from sharded_script import RUNS
+from small_runs import assert_close_by_name
+
+
+FSDP = ("root", "root-tied", "auto", "auto-tied", "own", "own-nll", "own-accumulated", "own-without-average")
+FSDP_MORE = ("root-nll", "root-tied-accumulated", "auto-accumulated", "auto-tied-accumulated")
+ZERO = ("zero", "zero-nll", "zero-tied", "zero-accumulated", "zero-tied-accumulated")
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="ZeRO-3 needs deepspeed")
+# (fixture that launches it, name)
+EVERY_RUN = [
+    *(pytest.param("fsdp", name, id=name) for name in FSDP if RUNS[name].get("average", True)),
+    *(pytest.param("fsdp_more", name, id=name, marks=pytest.mark.slow) for name in FSDP_MORE),
+    *(pytest.param("zero", name, id=name, marks=NEEDS_DEEPSPEED) for name in ZERO),
+]
+
+
+def launch(folder, names):
+    """Results of both ranks by the names of the runs."""
+    tests = Path(__file__).parent
+    # No visible GPU: FSDP2 and DeepSpeed would take one, whatever the trainer uses
+    settings = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, sharded_script.__file__, str(folder), *names],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("fsdp"), FSDP)
+
+
+@pytest.fixture(scope="module")
+def fsdp_more(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("fsdp-more"), FSDP_MORE)
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("zero"), ZERO)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """By a run's name the same training in one process and in one piece: neither sharded nor accumulated."""
+
+    @cache
+    def trained(tied=False, loss="aesl"):
+        return sharded_script.train(tmp_path_factory.mktemp("one"), tied=tied, loss=loss)
+
+    def train_whole(name):
+        return trained(**{key: value for key, value in RUNS[name].items() if key in ("tied", "loss")})
+
+    return train_whole
+
+
+@pytest.fixture
+def ranks(group, name, request):
+    """What each rank holds at the end of the run."""
+    return [results[name] for results in request.getfixturevalue(group)]
+
+
+@pytest.mark.parametrize("group, name", EVERY_RUN)
+def test_two_processes_train_as_one(name, ranks, one):
+    """1e-6: sums in float32 and in another order, of losses near 5; the weights move by more than 1e-2."""
+    (found, other), expected = ranks, one(name)
+    assert_close_by_name(found["weights"], expected["weights"], rtol=0, atol=1e-6)
+    for key in ("loss", "nll", "weight_mean", "temperature_mean", "eval_nll"):
+        assert found[key] == pytest.approx(expected[key], rel=0, abs=1e-6), key
+        assert found[key] == other[key], key
+    assert all(torch.equal(found["weights"][key], weight) for key, weight in other["weights"].items())
+
+
+@pytest.mark.parametrize("group, name", EVERY_RUN)
+def test_model_is_sharded(group, ranks):
+    for run in ranks:
+        assert run["num_processes"] == 2
+        assert run["distributed_type"] == ("DEEPSPEED" if group == "zero" else "FSDP")
+        assert all(run["sharded"]) and len(run["sharded"]) > 20
+
+
+@pytest.mark.parametrize("group, name", EVERY_RUN)
+def test_head_is_found_where_it_was_put(name, ranks):
+    """When its scores are computed. ZeRO-3 finds it on the way and from the second step on gathers it before."""
+    expected = {"root": {"whole"}, "auto": {"whole"}, "own": {"sharded"}, "zero": {"sharded", "whole"}}
+    assert [run["heads"] for run in ranks] == [expected[RUNS[name]["sharding"]]] * 2
+
+
+def test_runs_are_worth_comparing(one):
+    """The weights move, and AESL trains another model than plain nll."""
+    aesl, nll, start = one("own"), one("own-nll"), build_model(build_tokenizer(), tie_word_embeddings=False)
+    head = "lm_head.weight"
+    assert (aesl["weights"][head] - start.lm_head.weight).abs().max() > 1e-2
+    assert (aesl["weights"][head] - nll["weights"][head]).abs().max() > 1e-2
+    assert min(aesl["weight_mean"]) < 0.9
+
+
+def test_head_of_its_own_needs_the_average(fsdp, one):
+    """Without it each shard gets its own rank's gradient alone."""
+    found, expected = fsdp[0]["own-without-average"], one("own-without-average")
+    assert found["heads"] == {"sharded"}
+    assert (found["weights"]["lm_head.weight"] - expected["weights"]["lm_head.weight"]).abs().max() > 1e-2

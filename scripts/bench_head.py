@@ -10,18 +10,19 @@ ratios within a turn. Memory is the peak of forward and backward beyond the inpu
 allocator's, on CPU the resident memory of a fresh process for each method.
 
 TRL's head computes the log-probabilities, entropy and top-1 flags that its SFTTrainer logs, as ours always does; the
-other peers compute the loss alone. The bare products are the floor of a head in one pass: three (two for a frozen
-head) over tiles of as many rows as ours, and nothing else.
+other peers compute the loss alone. The bare products are the floor of a head in one pass: three of them (two for a
+frozen head) over tiles of as many rows as ours, and nothing else.
 
 `--errors` compares the AESL weights by the dtype of the logits' tile with the float64 definition on the same bf16
 operands.
 
-The operands resemble a language model's (bulk of the logits of std 2, four candidates up to 24, labels drawn from the
-softmax): low temperatures and kernels that skip small probabilities meet what they would meet in training.
+The operands resemble a language model's (see `make_problem`), so that low temperatures and kernels that skip small
+probabilities meet here what they meet in training.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -37,10 +38,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
-from aesl_trl.head import _add_product, _product, _tile_rows, fused_head
+from aesl_trl.head import HeadOutput, _add_product, _product, _tile_rows, fused_head
 from aesl_trl.losses import aesl_loss, aesl_weights
-from aesl_trl.rules import aesl_rule, nll_rule
+from aesl_trl.rules import TokenRule, aesl_rule, nll_rule
 
 
 SHAPES = {  # name -> (hidden size, vocabulary)
@@ -50,46 +52,49 @@ SHAPES = {  # name -> (hidden size, vocabulary)
     "small": (512, 32768),
     "tiny": (64, 1000),
 }
-DEFAULT_SHAPES = {"cuda": ["Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"], "cpu": ["small"]}
-DEFAULT_TOKENS = {"cuda": 8192, "cpu": 2048}
+GPU_SHAPES = ["Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"]
 ERROR_TOKENS = 1024  # the float64 definition holds several copies of the logits
 TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
-# Token and vocabulary chunks tried in search of TRL's best, in a pre-run of at most so many tokens
-TRL_TILES = {"cuda": ((1024, 2048, 4096, 8192), (8192, 16384, 32768, 65536, 262144)), "cpu": ((128, 256, 512), (8192, 32768))}
-SEARCH_TOKENS = {"cuda": 8192, "cpu": 512}
-# Of the loss and of the hidden states' gradient (as vectors), relative: float32 loses 1e-7 on each logit, near 20, and
-# some over the product; bf16 rounds a logit near 20 by up to 1/16, and its probability by as much
+DEFAULT_TRL = "TRL nll, default tiles"
+# Relative difference of the loss and of the hidden states' gradient, as vectors: logits are near 20, which float32
+# rounds and sums with an error of about 1e-5, while bf16 rounds it by up to 1/16, and its probability by as much
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-BEST_TRL, DEFAULT_TRL = "TRL nll, best tiles", "TRL nll, default tiles"
 
 
 class Problem(NamedTuple):
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
+    weight: Tensor  # [V, H], requires a gradient where the head is trained
     labels: Tensor  # [N]
-    autocast: bool  # float32 weights, bf16 products
-
-    @property
-    def trained(self) -> bool:
-        return self.weight.requires_grad
+    autocast: bool  # products in bf16 of float32 operands
 
     @property
     def products(self) -> torch.dtype:
         return torch.bfloat16 if self.autocast else self.hidden.dtype
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.hidden.device.type == "cpu"
+
     def context(self):
         return torch.autocast(self.hidden.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+    def first(self, tokens: int) -> "Problem":
+        return self._replace(hidden=self.hidden[:tokens].detach().requires_grad_(), labels=self.labels[:tokens])
 
 
 class Method(NamedTuple):
     name: str
     family: str | None  # whose losses and gradients must agree
-    run: Callable[[Problem], Tensor | None]  # forward and backward, returns the loss
-    is_peer: bool = False  # another package's, which may be missing or refuse the device
+    run: Callable[[Problem], Tensor | None]  # forward and backward; returns the loss
+    is_peer: bool = False  # another package's: it may be missing or refuse the device
 
 
-def make_problem(args, shape: str, tokens: int, trained: bool) -> Problem:
-    """Operands like a language model's, the same on each call with the same arguments."""
+def make_problem(args: argparse.Namespace, shape: str, tokens: int, trained: bool) -> Problem:
+    """Operands like a language model's, the same on each call.
+
+    The bulk of a token's logits has a standard deviation of 2, four candidates rise to 24, and the label is drawn from
+    the softmax: the mean nll is about 1, and a third of the labels has a probability above 0.9.
+    """
     hidden_size, vocab = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(args.device):
@@ -101,124 +106,359 @@ def make_problem(args, shape: str, tokens: int, trained: bool) -> Problem:
             hidden += height * weight[torch.randint(vocab, (tokens,))]
     dtype = getattr(torch, args.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    draws = [(part @ weight.t()).float().softmax(1).multinomial(1).squeeze(1) for part in hidden.split(256)]
-    return Problem(hidden.requires_grad_(), weight.requires_grad_(trained), torch.cat(draws), args.autocast)
+    labels = [(part @ weight.t()).float().softmax(1).multinomial(1).squeeze(1) for part in hidden.split(256)]
+    return Problem(hidden.requires_grad_(), weight.requires_grad_(trained), torch.cat(labels), args.autocast)
 
 
 def bare_products(problem: Problem) -> None:
-    dtype = torch.float32 if problem.hidden.device.type == "cpu" else problem.products
+    # As in the fused head: a CPU has no product of half-precision operands with a float32 result
+    dtype = torch.float32 if problem.on_cpu else problem.products
     hidden, weight = problem.hidden.detach().to(dtype), problem.weight.detach().to(dtype)
-    vocab, half = weight.size(0), dtype.itemsize < 4
-    rows = _tile_rows(problem.weight, problem.trained, vocab * (4 + 2 * half), hidden.device.type == "cpu")
+    trained, vocab = problem.weight.requires_grad, weight.size(0)
+    rows = _tile_rows(problem.weight, trained, vocab * (4 + 2 * (dtype.itemsize < 4)), problem.on_cpu)
     tile = hidden.new_empty(min(rows, len(hidden)), vocab)
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if problem.trained else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
     for part, out in zip(hidden.split(rows), grad_hidden.split(rows), strict=True):
-        _product(part, weight.t(), out=tile[: len(part)])
-        _product(tile[: len(part)], weight, out=out)
-        if problem.trained:
-            _add_product(grad_weight, tile[: len(part)].t(), part)
+        logits = tile[: len(part)]
+        _product(part, weight.t(), out=logits)
+        _product(logits, weight, out=out)
+        if trained:
+            _add_product(grad_weight, logits.t(), part)
 
 
-def one_pass(problem: Problem, rule, tile_dtype: torch.dtype) -> Tensor:
-    one_sequence = torch.zeros_like(problem.labels)
-    with problem.context():
-        scores = fused_head(
-            problem.hidden, problem.weight, None, problem.labels, one_sequence, rule, tile_dtype=tile_dtype
-        )
-    return _backward(scores.loss_sum)
+def with_backward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward(problem, ...)` under the problem's autocast, and its backward pass; returns the loss."""
+
+    def run(problem: Problem, *arguments) -> Tensor:
+        with problem.context():
+            loss = forward(problem, *arguments)
+        loss.backward()
+        return loss.detach()
+
+    return run
 
 
-def full_logits(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    with problem.context():
-        logits = torch.nn.functional.linear(problem.hidden, problem.weight)
-        return _backward(loss(logits, problem.labels))
+@with_backward
+def one_pass(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> Tensor:
+    return fused_scores(problem, rule, tile_dtype).loss_sum
 
 
-def full_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+def fused_scores(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> HeadOutput:
+    hidden, weight, labels, _ = problem
+    one_sequence = torch.zeros_like(labels)
+    return fused_head(hidden, weight, None, labels, one_sequence, rule, tile_dtype=tile_dtype)
 
 
-def full_aesl(logits: Tensor, labels: Tensor) -> Tensor:
-    return aesl_loss(logits.unsqueeze(0), labels.unsqueeze(0), num_items=1)
-
-
-def trl_nll(problem: Problem, tiles: tuple[int, int] | None) -> Tensor:
-    """As `add_fused_lm_head` calls it; `tiles` are (tokens, vocabulary entries), `None` for TRL's own."""
+def trl_nll(problem: Problem, tiles: tuple[int, int] | None = None) -> Tensor:
+    """As `add_fused_lm_head` calls it; `tiles` are (tokens, vocabulary entries), by default TRL's own."""
     from trl.kernels import chunked_logprob
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     rows, columns = tiles or (chunked_logprob.TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+
+    def forward(problem: Problem) -> Tensor:
+        hidden, weight, labels, _ = problem
+        head = chunked_logprob.ChunkedLogProbFunction
+        return -head.apply(hidden, weight, None, labels, 1.0, columns, None, 1.0, TRL_OUTPUTS)[0].sum()
+
     with patch.object(chunked_logprob, "TOKEN_CHUNK_SIZE", rows):
-        with problem.context():
-            log_probs, *_ = chunked_logprob.ChunkedLogProbFunction.apply(
-                problem.hidden, problem.weight, None, problem.labels, 1.0, columns, None, 1.0, TRL_OUTPUTS
-            )
-        return _backward(-log_probs.sum())
+        return with_backward(forward)(problem)
 
 
+@with_backward
+def full_nll(problem: Problem) -> Tensor:
+    """As transformers computes it."""
+    logits = linear(problem.hidden, problem.weight)
+    return cross_entropy(logits.float(), problem.labels, reduction="sum")
+
+
+@with_backward
+def full_aesl(problem: Problem) -> Tensor:
+    logits = linear(problem.hidden, problem.weight)
+    return aesl_loss(logits.unsqueeze(0), problem.labels.unsqueeze(0), num_items=1)
+
+
+@with_backward
 def liger_nll(problem: Problem) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    _needs_gpu(problem)
+    _refuse_cpu(problem)
+    # dW is summed in float32, as everywhere here; Liger's own default is the weight's dtype
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
-    with problem.context():
-        return _backward(loss(problem.weight, problem.hidden, problem.labels))
+    return loss(problem.weight, problem.hidden, problem.labels)
 
 
+@with_backward
 def cut_cross_entropy_nll(problem: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    _needs_gpu(problem)
-    hidden, weight = problem.hidden.to(problem.products), problem.weight.to(problem.products)  # autocast skips it
-    return _backward(linear_cross_entropy(hidden, weight, problem.labels, reduction="sum", impl="cce"))
+    _refuse_cpu(problem)
+    hidden, weight = problem.hidden.to(problem.products), problem.weight.to(problem.products)  # it ignores autocast
+    return linear_cross_entropy(hidden, weight, problem.labels, reduction="sum", impl="cce")
 
 
-def _needs_gpu(problem: Problem) -> None:
-    if problem.hidden.device.type == "cpu":
-        raise RuntimeError("needs a GPU")
-
-
-def _backward(loss: Tensor) -> Tensor:
-    loss.backward()
-    return loss.detach()
+def _refuse_cpu(problem: Problem) -> None:
+    if problem.on_cpu:
+        raise RuntimeError("it needs a GPU")
 
 
 def methods_for(products: torch.dtype, tiles: tuple[int, int] | None) -> list[Method]:
-    """`tiles`: TRL's best, `None` where it does not run."""
-    dtypes = list(dict.fromkeys((torch.float32, products)))
-    aesl = [Method(f"AESL in one pass, tile {_name(d)}", "aesl", partial(one_pass, rule=aesl_rule(), tile_dtype=d)) for d in dtypes]
-    best = Method(f"{BEST_TRL} ({tiles[0]} x {tiles[1]})", "nll", partial(trl_nll, tiles=tiles), True) if tiles else None
+    """`tiles` are TRL's best, `None` where it does not run."""
+
+    def ours(loss: str, rule: TokenRule, dtype: torch.dtype) -> Method:
+        name = f"{loss} in one pass, tile {_short(dtype)}"
+        return Method(name, loss.lower(), lambda problem: one_pass(problem, rule, dtype))
+
+    best = [Method(best_name(tiles), "nll", partial(trl_nll, tiles=tiles), True)] if tiles else []
     return [
         Method("bare products", None, bare_products),
-        *aesl,
-        Method("nll in one pass, tile float32", "nll", partial(one_pass, rule=nll_rule(), tile_dtype=torch.float32)),
-        *([best] if best else []),
-        Method(DEFAULT_TRL, "nll", partial(trl_nll, tiles=None), True),
-        Method("full-logits nll", "nll", partial(full_logits, loss=full_nll)),
-        Method("full-logits AESL (the definition)", "aesl", partial(full_logits, loss=full_aesl)),
+        *(ours("AESL", aesl_rule(), dtype) for dtype in dict.fromkeys((torch.float32, products))),
+        ours("nll", nll_rule(), torch.float32),
+        *best,
+        Method(DEFAULT_TRL, "nll", trl_nll, True),
+        Method("full-logits nll", "nll", full_nll),
+        Method("full-logits AESL, the definition", "aesl", full_aesl),
         Method("Liger nll", "nll", liger_nll, True),
         Method("cut-cross-entropy nll", "nll", cut_cross_entropy_nll, True),
     ]
 
 
+def best_name(tiles: tuple[int, int]) -> str:
+    return f"TRL nll, best tiles ({tiles[0]} x {tiles[1]})"
+
+
+def best_tiles(problem: Problem) -> tuple[int, int] | None:
+    """TRL's fastest tiles (tokens, vocabulary entries), the better of two runs each; `None` where it does not run."""
+    if problem.on_cpu:
+        problem, token_chunks, vocab_chunks = problem.first(1024), (128, 256, 512), (2048, 4096, 8192)
+    else:
+        token_chunks, vocab_chunks = (1024, 2048, 4096, 8192), (8192, 16384, 32768, 65536, problem.weight.size(0))
+    times = {(rows, columns): [] for rows in token_chunks for columns in vocab_chunks}
+    try:
+        trl_nll(problem)
+    except Exception:  # verify() tells why
+        return None
+    for _ in range(2):
+        for tiles, seconds in times.items():
+            seconds.append(measure(partial(trl_nll, tiles=tiles), problem)[0])
+    return min(times, key=lambda tiles: min(times[tiles]))
+
+
 def verify(methods: list[Method], problem: Problem) -> dict[str, str]:
-    """Run each method once, exit where one disagrees with the first of its family; why others do not run, by name."""
-    references, missing = {}, {}
+    """Run each method once: exit where one disagrees with the first of its family; why others do not run, by name."""
+    first, refusals = {}, {}
     for method in methods:
-        _clear(problem)
+        clear(problem)
         try:
             loss = method.run(problem)
         except Exception as error:
             if not method.is_peer and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            missing[method.name] = f"not available: {str(error).splitlines()[0]}"
+            reason = str(error).strip() or type(error).__name__
+            refusals[method.name] = f"not available: {reason.splitlines()[0]}"
             continue
-        if method.family is None:
+        if method.family is not None:
+            found = {"loss": loss.double(), "gradient": problem.hidden.grad.double()}
+            _compare(method, found, first.setdefault(method.family, found), TOLERANCE[problem.products])
+    return refusals
+
+
+def _compare(method: Method, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, truth in expected.items():
+        error = ((found[name] - truth).norm() / truth.norm()).item()
+        if not error <= tolerance:  # NaN disagrees too
+            raise SystemExit(f"{method.name}: {name} is {error:.1e} off the first {method.family} method's")
+
+
+def clear(problem: Problem) -> None:
+    problem.hidden.grad = problem.weight.grad = None
+
+
+def measure(run: Callable[[Problem], Tensor | None], problem: Problem) -> tuple[float, int]:
+    """Seconds of one forward and backward, and on GPU the bytes of its peak beyond what was there."""
+    clear(problem)
+    if problem.on_cpu:
+        start = time.perf_counter()
+        run(problem)
+        return time.perf_counter() - start, 0
+    torch.cuda.reset_peak_memory_stats()
+    before, start, end = torch.cuda.memory_allocated(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run(problem)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() - before
+
+
+def resident_bytes(name: str) -> int:
+    """`VmRSS`, what is resident, or `VmHWM`, its peak. Not getrusage, which counts what the parent process held."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Bytes resident now, from where `VmHWM` then rises."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    """In a fresh process on CPU: the rise of one method's resident memory, in bytes."""
+    shape, head, name, *tiles = args.peak_of
+    problem = make_problem(args, shape, args.tokens, head == "full")
+    method = next(each for each in methods_for(problem.products, tuple(map(int, tiles))) if each.name == name)
+    method.run(problem.first(16))  # loads the libraries' code
+    clear(problem)
+    before = reset_peak()
+    method.run(problem)
+    print(resident_bytes("VmHWM") - before)
+
+
+def in_fresh_process(*arguments) -> int:
+    """The number that this script prints with these arguments added to its own."""
+    # A fixed threshold: glibc otherwise keeps freed tensors of up to 32 MB, and a later one adds nothing to the peak
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, *sys.argv, *map(str, arguments)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(result.stdout.split()[-1])
+
+
+def bench(args: argparse.Namespace, shape: str, head: str) -> dict:
+    """One table: the heading, and for each method its seconds and peak bytes, or why it did not run."""
+    problem = make_problem(args, shape, args.tokens, head == "full")
+    tiles = best_tiles(problem)
+    methods = methods_for(problem.products, tiles)
+    refusals = verify(methods, problem)
+    methods = [method for method in methods if method.name not in refusals]
+    rows = {method.name: {"seconds": [], "peak_bytes": 0} for method in methods}
+    for _ in range(args.repeats):
+        for method in methods:
+            seconds, peak = measure(method.run, problem)
+            rows[method.name]["seconds"].append(seconds)
+            rows[method.name]["peak_bytes"] = max(rows[method.name]["peak_bytes"], peak)
+    if problem.on_cpu:
+        for name, row in rows.items():
+            row["peak_bytes"] = in_fresh_process("--peak-of", shape, head, name, *(tiles or ()))
+    hidden_size, vocab = SHAPES[shape]
+    operands = f"{_short(problem.hidden.dtype)}{' under autocast' if args.autocast else ''}"
+    title = (
+        f"{head.capitalize()} head, {shape} (H {hidden_size}, V {vocab}), {args.tokens} tokens, {operands}, tiles of "
+        f"the peers in {_short(problem.products)}, {machine(args.device)}"
+    )
+    return {"title": title, "best": best_name(tiles) if tiles else None, "rows": rows, "refusals": refusals}
+
+
+def print_table(table: dict) -> None:
+    rows, peers = table["rows"], {"best": table["best"], "default": DEFAULT_TRL}
+    print(f"\n{table['title']}\n")
+    cells = [("method", "median ms", "min..max ms", *(f"to TRL {name}" for name in peers), "peak MiB")]
+    for name, row in rows.items():
+        ratios = [ratio(row["seconds"], rows[peer]["seconds"]) if peer in rows else "-" for peer in peers.values()]
+        cells.append((name, *spread_ms(row["seconds"]), *ratios, f"{row['peak_bytes'] / 2**20:.0f}"))
+    print_markdown(cells)
+    for name, reason in table["refusals"].items():
+        print(f"{name}: {reason}")
+
+
+def spread_ms(seconds: list[float]) -> tuple[str, str]:
+    low, middle, high = (f"{1000 * value:.1f}" for value in (min(seconds), statistics.median(seconds), max(seconds)))
+    return middle, f"{low}..{high}"
+
+
+def ratio(seconds: list[float], others: list[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(seconds, others, strict=True)):.2f}"
+
+
+def print_markdown(rows: list[tuple[str, ...]]) -> None:
+    """The first row is the header; the first column is text, the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = tuple("-" * (width - 1) + (":" if i else "-") for i, width in enumerate(widths))
+    for first, *others in (rows[0], line, *rows[1:]):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def machine(device: str) -> str:
+    """Device, threads and versions, for a table's heading."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    versions = [f"{package} {_version(package)}" for package in ("torch", "trl", "triton")]
+    return ", ".join([name, f"{torch.get_num_threads()} CPU thread(s)", *versions])
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # Triton is for Linux only
+        return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def print_errors(args: argparse.Namespace, shape: str) -> None:
+    """|weight - float64 definition| by rule and by dtype of the tile."""
+    problem = make_problem(args, shape, min(args.tokens, ERROR_TOKENS), trained=False)
+    logits, labels = problem.hidden.double() @ problem.weight.double().t(), problem.labels
+    probs = logits.softmax(1).gather(1, labels.unsqueeze(1))
+    print(
+        f"\nAESL weights, bf16 operands, {shape}, {len(labels)} tokens, {machine(args.device)}\n"
+        f"Logits: std {logits.std():.1f}, largest {logits.max():.0f}; labels: mean nll {-probs.log().mean():.2f}, "
+        f"{(probs > 0.9).double().mean():.0%} above probability 0.9\n"
+    )
+    cells = [("temperature", "tile", "median", "99 %", "max", "mean weight")]
+    fixed = {f"fixed at {t}": {"t_scaling": t, "prefix_mode": "none"} for t in (0.1, 0.3, 1.0, 3.0)}
+    for name, setting in {**fixed, "of the inclusive prefix": {}}.items():
+        truth = aesl_weights(logits.unsqueeze(0), labels.unsqueeze(0), **setting).squeeze(0)
+        for dtype in (torch.float32, torch.bfloat16):
+            errors = (fused_scores(problem, aesl_rule(**setting), dtype).weights - truth).abs()
+            figures = (errors.median(), errors.quantile(0.99), errors.max())
+            cells.append((name, _short(dtype), *(f"{figure:.1e}" for figure in figures), f"{truth.mean():.2f}"))
+    print_markdown(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), help="default: three models' on GPU, small on CPU")
+    parser.add_argument("--tokens", type=int, help="default: 8192 on GPU, 2048 on CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    parser.add_argument("--autocast", action="store_true", help="float32 operands under bf16 autocast")
+    parser.add_argument("--head", choices=["full", "frozen", "both"], default="both")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--errors", action="store_true", help="the error of the AESL weights by tile dtype instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="record every time of every table")
+    parser.add_argument("--peak-of", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    on_cpu = args.device == "cpu"
+    args.tokens = args.tokens or (2048 if on_cpu else 8192)
+    args.dtype = args.dtype or ("float32" if on_cpu or args.autocast else "bfloat16")
+    if args.autocast and args.dtype != "float32":
+        parser.error("--autocast is for float32 operands")
+    if args.peak_of:
+        print_peak(args)
+        return
+    tables = []
+    for shape in args.shape or (["small"] if on_cpu else GPU_SHAPES):
+        if args.errors:
+            args.dtype = "bfloat16"
+            print_errors(args, shape)
             continue
-        found = (loss.double().reshape(1), problem.hidden.grad)
-        for name, value, truth in zip(("loss", "gradient"), found, references.setdefault(method.family, found), strict=True):
-            error = ((value - truth).norm() / truth.norm()).item()
-            if not error <= TOLERANCE[problem.products]:
-                raise SystemExit(f"{method.name}: {name} is off by {error:.1e} of the first {method.family} method's")
-    return missing
+        for head in ("full", "frozen") if args.head == "both" else (args.head,):
+            tables.append(bench(args, shape, head))
+            print_table(tables[-1])
+    if args.json:
+        args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,35 +1,44 @@
 """Reward functions by name, and samples scored as GRPOTrainer would score them.
 
-The rewards that run math-verify are graded in a child process with a hard deadline: a completion such as
-`5^(5^(5^(5^5)))` keeps sympy inside one long multiplication, where neither an alarm nor a thread can stop it, and the
-whole training would wait.
+TRL's rewards that read completions are graded in child processes (grading.py). A function of the user's own is code
+and runs here; what it does wrong becomes one line.
 """
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
-import json
+import logging
 import math
 import numbers
 import os
-import subprocess
+import reprlib
 import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterable
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from .data import load_function
-from .errors import InputError, exit_on_input_error, nearest
+from .errors import InputError, nearest
+from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Graders
 
 
-GRADED_IN_CHILD = ("accuracy_reward", "reasoning_accuracy_reward")
-TRL_REWARDS = (*GRADED_IN_CHILD, "think_format_reward", "get_soft_overlong_punishment")
+TRL_REWARDS = (*GRADERS, "get_soft_overlong_punishment")
 # What GRPOTrainer passes to every reward function, besides the dataset's columns.
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+# A function of the user's own that takes longer hangs. As `ddp_timeout`: other processes would not wait longer.
+HANG_S = 1800.0
+
+logger = logging.getLogger(__name__)
 
 
 def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None = None) -> list[Callable]:
@@ -39,10 +48,12 @@ def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None =
     `get_soft_overlong_punishment` with the values of TRL's script: 1280 and 256 tokens), a dotted import path, or
     `path/file.py:function`, relative to `base_dir` (default: the current folder).
 
+    The functions are [`guarded`].
+
     Raises:
         InputError: a name that means nothing, is not callable, or two functions that TRL would log under one name.
     """
-    functions = [_load(name, Path(base_dir or os.getcwd())) for name in names or ()]
+    functions = [guarded(_load(name, Path(base_dir or os.getcwd()))) for name in names or ()]
     labels = [reward_name(function) for function in functions]
     for label in labels:
         if labels.count(label) > 1:
@@ -54,6 +65,8 @@ def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None =
 
 def reward_name(function: Callable) -> str:
     """The name under which TRL logs `function`."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -73,12 +86,8 @@ def _load(name: str, base_dir: Path) -> Callable:
 def _trl_reward(name: str) -> Callable:
     from trl import rewards
 
-    if name == "get_soft_overlong_punishment":
+    if name == "get_soft_overlong_punishment":  # it counts tokens and reads no text: no child is needed
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if name in GRADED_IN_CHILD:
-        if importlib.util.find_spec("math_verify") is None:
-            raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
-        return GradedReward(name)
     return getattr(rewards, name)
 
 
@@ -88,9 +97,12 @@ def _from_module(name: str, base_dir: Path) -> Callable:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
-        return _callable(importlib.import_module(module), function, where=module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(f"reward_funcs: cannot import {name!r}: {error}{nearest(name, TRL_REWARDS)}") from None
+    except Exception as error:
+        raise InputError(f"reward_funcs: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    return _callable(found, function, where=module)
 
 
 def _callable(module: Any, name: str, *, where: str) -> Callable:
@@ -187,96 +199,168 @@ def _drop(*_args, **_kwargs) -> None:
 
 
 def _call(function: Callable, keywords: dict) -> list[float]:
-    result = function(**keywords)
-    result = list(asyncio.run(result) if inspect.isawaitable(result) else result)
-    num = len(keywords["completions"])
-    if len(result) != num:
-        raise InputError(f"reward {reward_name(function)!r} returned {len(result)} rewards for {num} completions")
-    return [_as_float(value, function, index) for index, value in enumerate(result)]
+    result = guarded(function)(**keywords)
+    result = asyncio.run(result) if inspect.isawaitable(result) else result
+    return [math.nan if value is None else value for value in result]
 
 
-def _as_float(value: Any, function: Callable, index: int) -> float:
-    if value is None:
-        return math.nan
-    if hasattr(value, "item"):  # a scalar of numpy or torch
-        value = value.item()
-    if not isinstance(value, numbers.Real):
-        raise InputError(
-            f"reward {reward_name(function)!r} returned {value!r} for completion {index}: a number or None is needed"
-        )
-    return float(value)
+# ---- TRL's rewards, in child processes
 
 
 class GradedReward:
-    """TRL's reward `name`, computed in a child process that is killed when one completion takes longer than
-    `deadline_s` seconds.
+    """TRL's reward `name`, one of those that compare with a solution, computed in child processes.
 
-    A completion that outlasts the deadline gets 0.0, as an answer that cannot be read. Completions may be text or
-    messages. TRL's `log_extra` columns are not filled.
+    A completion that takes longer than `deadline_s` seconds, that breaks the grader or is too long to be parsed gets
+    0.0, as an answer that cannot be read; `failures` counts them by reason, a warning tells, and TRL logs their share
+    as `<name>/not_graded`. Completions may be text or messages. TRL's `log_extra` columns are not filled.
+
+    Args:
+        graders: the child processes; by default those that all rewards of this process share.
     """
 
-    def __init__(self, name: str, deadline_s: float = 10.0):
+    def __init__(self, name: str, deadline_s: float = 10.0, graders: Graders = SHARED_GRADERS):
         self.__name__ = name
         self.deadline_s = deadline_s
-        self._child = None
+        self.graders = graders
+        self.failures = Counter()
 
-    def __call__(self, completions: list, solution: list[str], **kwargs) -> list[float | None]:
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        return [self._grade(text, answer) for text, answer in zip(texts, solution, strict=True)]
+    def __call__(self, completions: list, solution: list[str | None], **kwargs) -> list[float | None]:
+        for index, text in enumerate(solution):
+            if not isinstance(text, str | None):
+                raise InputError(
+                    f"reward {self.__name__!r} got the solution {reprlib.repr(text)} for completion {index}: the "
+                    "column solution must hold text"
+                )
+        answers = [Answer(self.__name__, _text(item), gold) for item, gold in zip(completions, solution, strict=True)]
+        grades = self.graders.grade(answers, self.deadline_s)
+        self._report(Counter(grade.failure for grade in grades if grade.failure), len(grades), **kwargs)
+        return [grade.reward for grade in grades]
 
-    def __getstate__(self) -> dict:
-        return {**vars(self), "_child": None}
-
-    def _grade(self, completion: str, solution: str) -> float | None:
-        if self._child is None:
-            self._child = _start_child(self.__name__)
-        timer = threading.Timer(self.deadline_s, self._child.kill)
-        timer.start()
-        try:
-            self._child.stdin.write(json.dumps([completion, solution]) + "\n")
-            self._child.stdin.flush()
-            answer = self._child.stdout.readline()
-        finally:
-            timer.cancel()
-        if answer:
-            return json.loads(answer)
-        code = self._child.wait()
-        self._child = None
-        if code >= 0:  # not killed: it failed by itself, and its traceback is on stderr
-            raise RuntimeError(f"grading {self.__name__} failed with exit code {code}")
-        return 0.0
+    def _report(self, failures: Counter, num: int, log_metric: Callable = _drop, **kwargs) -> None:
+        self.failures += failures
+        if failures:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in failures.most_common())
+            logger.warning(f"{self.__name__}: {failures.total()} of {num} answers not graded, scored 0.0: {reasons}")
+        log_metric(f"{self.__name__}/not_graded", failures.total() / max(num, 1))
 
 
-def _start_child(name: str) -> subprocess.Popen:
-    package = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    child = subprocess.Popen(
-        [sys.executable, "-m", "aesl_trl.rewards", name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path},
+class GradedFormat(GradedReward):
+    """As [`GradedReward`], for a reward that needs no solution."""
+
+    def __call__(self, completions: list, **kwargs) -> list[float | None]:
+        return super().__call__(completions, **{**kwargs, "solution": [None] * len(completions)})
+
+
+def _text(completion: str | list[dict]) -> str:
+    """As TRL's rewards read it: the first message; what is no text (a tool call) cannot be read."""
+    content = completion if isinstance(completion, str) else completion[0]["content"]
+    return content if isinstance(content, str) else ""
+
+
+# ---- The user's own functions
+
+
+def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
+    """`function` with TRL's graders replaced by [`GradedReward`], and any other one checked at each call.
+
+    An exception, another number of rewards than completions, and a reward that is neither a finite number nor None
+    raise an InputError that names the function. A function that has not returned after `hang_s` seconds cannot be
+    stopped from within its process: one line says where it is, and the process leaves with exit code 2.
+    """
+    if isinstance(function, GradedReward) or hasattr(function, "_guards"):
+        return function
+    name = reward_name(function)
+    if name in GRADERS and str(getattr(function, "__module__", None)).startswith("trl.rewards"):
+        return _graded(name)
+    if _is_async(function):
+
+        @functools.wraps(function)
+        async def guard(*args, **kwargs) -> list[float | None]:
+            with _one_line(name, hang_s):
+                return _checked(await function(*args, **kwargs), name, kwargs)
+    else:
+
+        @functools.wraps(function)
+        def guard(*args, **kwargs) -> list[float | None]:
+            with _one_line(name, hang_s):
+                return _checked(function(*args, **kwargs), name, kwargs)
+
+    guard.__name__, guard._guards = name, True
+    return guard
+
+
+def _graded(name: str) -> GradedReward:
+    if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
+        raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
+    return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)
+
+
+def _is_async(function: Callable) -> bool:
+    """As TRL decides it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
+
+
+@contextmanager
+def _one_line(name: str, hang_s: float) -> Iterator[None]:
+    """What a reward function raises as an InputError; leave the process when it hangs."""
+    watchdog = threading.Timer(hang_s, _leave, [name, hang_s, threading.get_ident()])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        where, text = _in_function(traceback.extract_tb(error.__traceback__)), textwrap.shorten(str(error), 300)
+        raise InputError(
+            f"reward {name!r} raised {type(error).__name__}{where}: {text}; correct it, or let it return None for a "
+            "completion that it cannot judge"
+        ) from error
+    finally:
+        watchdog.cancel()
+
+
+def _leave(name: str, hang_s: float, thread: int) -> None:
+    where = _in_function(traceback.extract_stack(sys._current_frames()[thread]))
+    print(
+        f"aesl_trl: reward {name!r} has not returned for {hang_s:g} s{where}; give what it waits for a time limit",
+        file=sys.stderr,
+        flush=True,
     )
-    if not child.stdout.readline():  # written once its imports are done, which no deadline should count
-        raise RuntimeError(f"the process that grades {name} did not start (exit code {child.wait()})")
-    return child
+    os._exit(2)  # nothing gentler ends a thread inside C code
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The grading child: reads `[completion, solution]` as JSON lines, answers each with a reward or null."""
-    (name,) = sys.argv[1:] if argv is None else argv
-    from trl import rewards
-
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a parser prints must not pass for an answer
-    function = getattr(rewards, name)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        completion, solution = json.loads(line)
-        (reward,) = function(completions=[[{"role": "assistant", "content": completion}]], solution=[solution])
-        print(json.dumps(reward), file=answers, flush=True)
+def _in_function(frames: list[traceback.FrameSummary]) -> str:
+    """` at file:line`, the line of the function that a guard called; empty where the guard called none."""
+    inner = list(takewhile(lambda frame: frame.filename != __file__, reversed(frames)))
+    return f" at {inner[-1].filename}:{inner[-1].lineno}" if 0 < len(inner) < len(frames) else ""
 
 
-if __name__ == "__main__":
-    exit_on_input_error("aesl rewards", main)
+def _checked(result: Any, name: str, keywords: dict) -> list[float | None]:
+    try:
+        values = list(result)
+    except TypeError:
+        raise InputError(
+            f"reward {name!r} returned {reprlib.repr(result)}: a list with one reward per completion is needed"
+        ) from None
+    num = len(keywords.get("completions", values))
+    if len(values) != num:
+        raise InputError(
+            f"reward {name!r} returned {len(values)} rewards for {num} completions: one per completion is needed"
+        )
+    return [_checked_value(value, name, index) for index, value in enumerate(values)]
+
+
+def _checked_value(value: Any, name: str, index: int) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a scalar of numpy or torch
+        value = value.item()
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    raise InputError(
+        f"reward {name!r} returned {reprlib.repr(value)} for completion {index}: a finite number is needed, or None "
+        "where it does not apply"
+    )

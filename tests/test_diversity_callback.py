@@ -243,7 +243,7 @@ def short_reward(completions, **kwargs):
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
-        (broken_reward, RuntimeError, "no grader here"),
+        (broken_reward, InputError, "broken_reward.* raised RuntimeError.*no grader here"),
         (short_reward, InputError, "'short_reward' returned 1 rewards for 9 completions"),
     ],
 )

@@ -1,15 +1,43 @@
-"""Rewards by name, and samples scored as GRPOTrainer scores them."""
+"""Rewards by name, and samples scored as GRPOTrainer scores them.
 
+How answers survive in their children: test_grading.py.
+"""
+
+import asyncio
+import copy
+import functools
+import importlib.util
+import inspect
 import math
+import os
+import pickle
+import subprocess
 import sys
+import threading
 import time
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+import trl.rewards
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import get_callable_name, is_async_callable
 
+from aesl_trl import grading
 from aesl_trl.diversity import Group
 from aesl_trl.errors import InputError
-from aesl_trl.rewards import GradedReward, check_columns, load_reward_funcs, score_groups
+from aesl_trl.grading import Graders
+from aesl_trl.rewards import (
+    GradedFormat,
+    GradedReward,
+    check_columns,
+    guarded,
+    load_reward_funcs,
+    reward_name,
+    score_groups,
+)
 
 
 def group(prompt, completions):
@@ -54,9 +82,12 @@ def test_functions_come_from_a_file_a_module_and_trl(tmp_path, monkeypatch):
         ("missing.py:right", "missing.py does not exist"),
         ("own.py:rigth", "did you mean 'right'"),
         ("own.THRESHOLD", "not a function"),
+        ("broken.right", "broken cannot be imported: ZeroDivisionError"),
+        ("broken.py:right", "broken.py cannot be imported: ZeroDivisionError"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, monkeypatch, name, message):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "own.py").write_text("THRESHOLD = 1\ndef right(completions, **kwargs):\n    return [1.0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)
@@ -101,11 +132,40 @@ def test_each_sample_gets_one_reward_per_function():
     assert GROUPS[0].rewards is None
 
 
-def test_scores_are_those_of_grpo_trainer(monkeypatch):
-    """The same functions, called by GRPOTrainer's own method, see the same arguments and give the same numbers."""
-    import torch
-    from trl.trainer import grpo_trainer
+def calculate_rewards(functions, rows, texts, async_loop=None):
+    """GRPOTrainer's own method on `texts` for each row, as conversations where the prompts are."""
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", is_main_process=True),
+        reward_funcs=functions,
+        reward_processing_classes=[None] * len(functions),
+        reward_func_names=[get_callable_name(function) for function in functions],
+        state=SimpleNamespace(global_step=0),
+        environments=None,
+        async_loop=async_loop,
+        _log_completion_extra=print,
+        _log_metric=print,
+        args=SimpleNamespace(report_to=[]),
+        model=SimpleNamespace(training=True),
+    )
+    inputs = [row for row in rows for _ in texts]
+    prompts = [row["prompt"] for row in inputs]
+    completions = [text for _ in rows for text in texts]
+    if not isinstance(prompts[0], str):
+        completions = messages(*completions)
+    return grpo_trainer.GRPOTrainer._calculate_rewards(trainer, inputs, prompts, completions, [[0]] * len(inputs))
 
+
+def messages(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(grpo_trainer, "gather", lambda tensor: tensor)
+
+
+def test_scores_are_those_of_grpo_trainer():
+    """The same functions, called by GRPOTrainer's own method, see the same arguments and give the same numbers."""
     seen = []
 
     def recorder(prompts, completions, answer, trainer_state, log_extra, log_metric, **kwargs):
@@ -119,40 +179,11 @@ def test_scores_are_those_of_grpo_trainer(monkeypatch):
 
     rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
     ours = score_groups([group(row["prompt"], ["2", "4"]) for row in rows], rows, [recorder, right])
-    monkeypatch.setattr(grpo_trainer, "gather", lambda tensor: tensor)
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu", is_main_process=True),
-        reward_funcs=[recorder, right],
-        reward_processing_classes=[None, None],
-        reward_func_names=["recorder", "right"],
-        state=SimpleNamespace(global_step=0),
-        environments=None,
-        _log_completion_extra=print,
-        _log_metric=print,
-        args=SimpleNamespace(report_to=[]),
-        model=SimpleNamespace(training=True),
-    )
-    inputs = [row for row in rows for _ in range(2)]
-    completions = [[{"role": "assistant", "content": text}] for _ in rows for text in ("2", "4")]
-    theirs = grpo_trainer.GRPOTrainer._calculate_rewards(
-        trainer, inputs, [row["prompt"] for row in inputs], completions, [[0]] * 4
-    )
+    theirs = calculate_rewards([recorder, right], rows, ["2", "4"])
     assert seen[0] == seen[1]
     flat = torch.tensor([sample for group in ours for sample in group.rewards])
     torch.testing.assert_close(flat, theirs, equal_nan=True)
     assert math.isnan(ours[0].rewards[0][0]) and ours[1].rewards == [[1.0, 0.0], [1.0, 1.0]]
-
-
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [([1.0], "returned 1 rewards for 4 completions"), (["good"] * 4, "returned 'good' for completion 0")],
-)
-def test_a_function_that_returns_something_else_is_refused(result, message):
-    def wrong(completions, **kwargs):
-        return result
-
-    with pytest.raises(InputError, match=message):
-        score_groups(GROUPS, ROWS, [wrong])
 
 
 def test_a_function_that_needs_token_ids_cannot_score_saved_text():
@@ -162,8 +193,6 @@ def test_a_function_that_needs_token_ids_cannot_score_saved_text():
 
 
 def test_async_functions_and_scalars_of_torch_are_taken():
-    import torch
-
     async def later(completions, **kwargs):
         return torch.arange(len(completions))
 
@@ -175,28 +204,242 @@ def test_rows_and_groups_must_pair_up():
         score_groups(GROUPS, ROWS[:1], [has_answer])
 
 
-# ---- Grading in a child
+# ---- TRL's rewards, graded in children
 
 
-@pytest.mark.slow
-def test_an_answer_that_hangs_the_parser_costs_its_deadline_and_no_more():
+@pytest.fixture(scope="module")
+def graders():
+    graders = Graders(1)
+    yield graders
+    grading._kill(graders._children)
+
+
+@pytest.mark.parametrize("name", grading.GRADERS)
+@pytest.mark.parametrize("spelling", ["{}", "trl.rewards.{}"])
+def test_every_reward_of_trl_that_reads_completions_is_graded_in_a_child(name, spelling):
+    (reward,) = load_reward_funcs([spelling.format(name)])
+    assert isinstance(reward, GradedReward) and reward.graders is grading.SHARED_GRADERS
+    assert (reward.__name__, reward.deadline_s) == (name, 10.0)
+    own = inspect.signature(reward).parameters
+    theirs = inspect.signature(getattr(trl.rewards, name)).parameters
+    required = [key for key, value in theirs.items() if value.default is value.empty]
+    assert [key for key, value in own.items() if value.default is value.empty] == required
+
+
+def test_trl_s_own_function_given_as_an_object_is_graded_in_a_child(monkeypatch):
+    graded = []
+    monkeypatch.setattr(GradedReward, "__call__", lambda self, completions, **_: graded.append(self) or [0.0] * 4)
+    score_groups(GROUPS, [{**row, "solution": "$2$"} for row in ROWS], [trl.rewards.accuracy_reward])
+    assert [reward.__name__ for reward in graded] == ["accuracy_reward"]
+
+
+def test_rewards_by_name_without_math_verify(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
+    load_reward_funcs(["think_format_reward"])
+    with pytest.raises(InputError, match=r"accuracy_reward needs math-verify; install aesl-trl\[math\]"):
+        load_reward_funcs(["accuracy_reward"])
+
+
+def test_an_answer_without_a_verdict_gets_zero_and_is_counted(graders, caplog):
     """A tower of powers keeps sympy busy for more than 25 s; the answers around it are graded as by TRL itself."""
-    from trl.rewards import accuracy_reward
-
-    (reward,) = load_reward_funcs(["accuracy_reward"])
-    reward.deadline_s = 3.0
+    reward = GradedReward("accuracy_reward", deadline_s=2.0, graders=graders)
     texts, gold = [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{3}"], [r"$\frac{1}{2}$"] * 3
-    truth = accuracy_reward([[{"role": "assistant", "content": text}] for text in texts], gold)
+    truth = trl.rewards.accuracy_reward(messages(*texts), gold)
     assert truth == [1.0, 1.0, 0.0]
-    tower = r"\boxed{5^{5^{5^{5^{5}}}}}"
-    start = time.monotonic()
-    scores = reward(completions=[texts[0], tower, *texts[1:]], solution=["$2$", "$2$", *gold[1:]])
-    assert scores == [0.0, 0.0, 1.0, 0.0]
-    assert reward(completions=texts, solution=gold) == truth
-    assert 3 <= time.monotonic() - start < 60  # the deadline did bite
+    logged = []
+    tower, endless = r"\boxed{5^{5^{5^{5^{5}}}}}", "9" * 2_000_000
+    given = messages(texts[0], tower, *texts[1:], endless)
+    solutions = ["$2$", "$2$", *gold[1:], "$2$"]
+    scores = reward(completions=given, solution=solutions, log_metric=lambda *row: logged.append(row))
+    assert scores == [0.0, 0.0, 1.0, 0.0, 0.0]
+    assert reward(completions=texts, solution=gold, trainer_state=None) == truth
+    assert reward.failures == {"timeout": 1, "too long": 1}
+    assert logged == [("accuracy_reward/not_graded", 0.4)]
+    (line,) = caplog.messages
+    assert line == "accuracy_reward: 2 of 5 answers not graded, scored 0.0: timeout 1, too long 1"
 
 
-@pytest.mark.slow
-def test_an_unreadable_solution_gives_none_as_in_trl():
-    messages = [[{"role": "assistant", "content": r"\boxed{1}"}]]
-    assert GradedReward("accuracy_reward")(completions=messages, solution=["no maths here"]) == [None]
+def test_a_solution_decides_as_in_trl(graders):
+    reward = GradedReward("accuracy_reward", graders=graders)
+    solutions = ["$1$", "no maths here", None]
+    assert reward(completions=messages(*[r"\boxed{1}"] * 3), solution=solutions) == [1.0, None, None]
+    with pytest.raises(InputError, match="got the solution 1 for completion 1: the column solution must hold text"):
+        reward(completions=messages("1", "1"), solution=["1", 1])
+
+
+def test_completions_that_are_no_text(graders):
+    """A tool call has no content, an image's content is a list; a column solution is nothing to a format."""
+    form = "<think>\na\n</think>\nb"
+    given = [form, *messages(form, None, [{"type": "image"}])]
+    reward = GradedFormat("think_format_reward", graders=graders)
+    assert reward(completions=given, solution=[1, 2, 3, 4]) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_graded_reward_can_be_copied(graders):
+    reward = GradedReward("accuracy_reward", deadline_s=3.0, graders=graders)
+    copied = pickle.loads(pickle.dumps(reward))
+    assert (copied.__name__, copied.deadline_s) == ("accuracy_reward", 3.0)
+    assert copy.deepcopy(load_reward_funcs(["accuracy_reward"])[0]).graders is grading.SHARED_GRADERS
+
+
+# ---- The user's own functions
+
+
+def raising(completions, **kwargs):
+    raise KeyError("unit\nprice")
+
+
+async def raising_later(completions, **kwargs):
+    await asyncio.sleep(0)
+    raise KeyError("unit\nprice")
+
+
+RAISED = r"raised KeyError at .*test_rewards.py:{}: 'unit\\nprice'; correct it, or let it return None"
+BAD_RESULTS = {
+    "shorter": ([1.0], "returned 1 rewards for 4 completions"),
+    "longer": ([1.0] * 5, "returned 5 rewards for 4 completions"),
+    "none at all": (None, "returned None: a list with one reward per completion is needed"),
+    "a number": (1.0, "returned 1.0: a list"),
+    "text": (["good"] * 4, "returned 'good' for completion 0: a finite number is needed, or None"),
+    "nan": ([1.0, None, math.nan, 1.0], "returned nan for completion 2"),
+    "inf": ([1.0, 1.0, 1.0, math.inf], "returned inf for completion 3"),
+    "nan of torch": (torch.tensor([0.0, math.nan, 0.0, 0.0]), "returned nan for completion 1"),
+    "rows": (torch.zeros(4, 2), r"returned tensor\(\[0., 0.\]\) for completion 0"),
+    "complex": ([1j] * 4, "returned 1j for completion 0"),
+}
+
+
+def returning(result, is_async):
+    def reward(completions, **kwargs):
+        return result
+
+    async def later(completions, **kwargs):
+        return result
+
+    later.__name__ = "reward"
+    return later if is_async else reward
+
+
+def by_score_groups(function):
+    return score_groups(GROUPS, ROWS, [function])
+
+
+def by_grpo_trainer(function):
+    """What TRL does with a function that `load_reward_funcs` returned."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        return calculate_rewards([guarded(function)], ROWS, ["2", "3"], async_loop=loop)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.mark.parametrize("caller", [by_score_groups, by_grpo_trainer])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("case", BAD_RESULTS)
+def test_a_function_that_returns_something_else_is_refused(caller, is_async, case):
+    result, message = BAD_RESULTS[case]
+    with pytest.raises(InputError, match=f"reward 'reward' {message}") as caught:
+        caller(returning(result, is_async))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("caller", [by_score_groups, by_grpo_trainer])
+@pytest.mark.parametrize("function", [raising, raising_later])
+def test_a_function_that_raises_is_named_with_its_line(caller, function):
+    line = next(n for n, text in enumerate(inspect.getsource(function).splitlines()) if "raise Key" in text)
+    where = function.__code__.co_firstlineno + line
+    with pytest.raises(InputError, match=f"reward '{function.__name__}' " + RAISED.format(where)) as caught:
+        caller(function)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError) and caught.value.__cause__.__traceback__
+
+
+@pytest.mark.parametrize("caller", [by_score_groups, by_grpo_trainer])
+def test_an_input_error_of_the_function_keeps_its_text(caller):
+    def refusing(completions, **kwargs):
+        raise InputError("the judge has no key: set JUDGE_KEY")
+
+    with pytest.raises(InputError, match="^the judge has no key: set JUDGE_KEY$"):
+        caller(refusing)
+
+
+def test_a_call_that_does_not_fit_the_function_names_it():
+    with pytest.raises(InputError, match=r"^reward 'has_answer' raised TypeError: .*'answer'; correct it"):
+        guarded(has_answer)(completions=["a"])
+
+
+def test_trl_sees_the_function_itself():
+    """Name, arguments and kind decide how GRPOTrainer logs and calls a reward."""
+
+    class Judge:
+        async def __call__(self, completions, answer, **kwargs):
+            return [1.0] * len(completions)
+
+    partial = functools.partial(has_answer, answer=["2"])
+    for function in (has_answer, raising_later, Judge(), partial):
+        guard = guarded(function)
+        assert get_callable_name(guard) == reward_name(guard) == get_callable_name(function)
+        assert is_async_callable(guard) == is_async_callable(function)
+        assert inspect.signature(guard) == inspect.signature(function)
+        assert guarded(guard) is guard
+
+
+def test_numbers_of_any_kind_and_none_are_taken():
+    values = [True, 2, Fraction(1, 2), None, np.float32(0.25), torch.tensor(-1), np.int64(3)]
+    rewards = guarded(returning(values, False))(completions=[""] * 7)
+    assert rewards == [1.0, 2.0, 0.5, None, 0.25, -1.0, 3.0]
+    assert {type(reward) for reward in rewards} == {float, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("stuck", " at {}:5"), ("stuck_later", " at {}:9"), ("waiting", "")],
+    ids=lambda value: value[:11],
+)
+def test_a_function_that_hangs_ends_the_process_with_one_line(tmp_path, name, where):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import time\nimport asyncio\n\ndef stuck(completions, **kwargs):\n    time.sleep(60)\n\n\n"
+        "async def stuck_later(completions, **kwargs):\n    time.sleep(60)\n\n\n"
+        "async def waiting(completions, **kwargs):\n    await asyncio.sleep(60)\n"
+    )
+    script = f"""
+import asyncio, inspect
+from aesl_trl.data import load_function
+from aesl_trl.rewards import guarded
+guard = guarded(load_function("own.py:{name}", field="reward_funcs"), hang_s=0.2)
+print("before", flush=True)
+result = guard(completions=["a"])
+asyncio.run(result)
+print("after")
+"""
+    package = os.path.dirname(os.path.dirname(grading.__file__))
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": package},
+    )
+    assert (result.returncode, result.stdout) == (2, "before\n"), result.stderr
+    line = (
+        f"aesl_trl: reward {name!r} has not returned for 0.2 s{where.format(own)}; give what it waits for a time limit"
+    )
+    assert result.stderr.splitlines() == [line]
+
+
+def test_a_function_that_returns_stops_its_watchdog():
+    before = threading.active_count()
+    guarded(has_answer, hang_s=30.0)(completions=["a"], answer=["a"])
+    with pytest.raises(InputError):
+        guarded(raising, hang_s=30.0)(completions=["a"])
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() == before

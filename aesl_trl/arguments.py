@@ -2,7 +2,8 @@
 
 `TrlParser` builds the dataclasses. Before it does, every key and value of the config is checked against them, because
 by itself it accepts null, duplicate keys, values outside `choices` and abbreviated flags, and reads an `.args` file
-that happens to lie beside the script. Whatever is refused is one [`~aesl_trl.errors.InputError`] line.
+that happens to lie beside the script. So are the ranges of the numbers that TRL and transformers take as they come.
+Whatever is refused is one [`~aesl_trl.errors.InputError`] line.
 """
 
 import argparse
@@ -34,6 +35,15 @@ INPUT_FIELDS = {
 }
 OUTPUT_FIELDS = {"output_dir", "logging_dir", "output"}
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# Numbers below these train nothing, or another thing than is asked (`max_length: -1` cuts off the end of each row), or
+# fail once the model has loaded.
+AT_LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_length", "max_completion_length", "lora_r"), 1),
+    "num_generations": 2,
+}
+ABOVE = dict.fromkeys(("num_train_epochs", "temperature", "logging_steps", "eval_steps", "save_steps"), 0)
 # TRL takes booleans here although its annotations do not say so.
 ALSO_BOOL = {"scale_rewards", "resume_from_checkpoint"}
 # What a dataclass's __post_init__ raises for a value that it cannot use, or for a package that is not installed.
@@ -125,13 +135,16 @@ def load_yaml(path: str | Path) -> dict:
         InputError: the file is missing, not UTF-8, not YAML, not a mapping, or has a key twice.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the config file in it{_nearest_file(path / 'config.yaml')}")
     if not path.is_file():
         raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise InputError(f"{path}, line {line}: {error.problem}") from None
+        hint = "; indent with spaces" if "'\\t'" in error.problem else ""
+        raise InputError(f"{path}, line {line}: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
@@ -187,7 +200,7 @@ def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str | P
     try:
         value = _convert(value, hint)
     except _Mismatch:
-        wanted = f"must be {_kind_name(hint)}, got {_shown(value)}{_hint(value, hint)}"
+        wanted = f"must be {_kind_name(hint)}, got {_shown(value)}{_hint(value, hint)}{_default(value, field)}"
         raise InputError(f"{where}: {field.name} {wanted}") from None
     choices = field.metadata.get("choices")
     if choices and value is not None and value not in choices:
@@ -289,6 +302,14 @@ def _hint(value: Any, hint: Any) -> str:
     return nearest(value, options) if options and isinstance(value, str) else ""
 
 
+def _default(value: Any, field: dataclasses.Field) -> str:
+    """Null is often meant as "leave it alone"."""
+    if value is not None or _has_no_default(field) or field.default is dataclasses.MISSING:
+        return ""
+    default = field.default.value if isinstance(field.default, Enum) else field.default
+    return f"; leave the line out for the default, {default!r}"
+
+
 def _options(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
         return [str(option) for option in get_args(hint)]
@@ -302,7 +323,45 @@ def _shown(value: Any) -> str:
     return f"the {type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
+# ---- Ranges
+
+
+def _check_range(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if name == "max_steps" and value != -1 and value < 1:
+        raise InputError(f"max_steps is {value}, but must be at least 1, or -1 to train for num_train_epochs")
+    if name in AT_LEAST and value < AT_LEAST[name]:
+        raise InputError(f"{name} is {value}, but must be at least {AT_LEAST[name]}")
+    if name in ABOVE and value <= ABOVE[name]:
+        kind = name.removesuffix("_steps")
+        hint = f"; {kind}_strategy: 'no' turns it off" if name.endswith("_steps") else ""
+        raise InputError(f"{name} is {value}, but must be above {ABOVE[name]}{hint}")
+
+
 # ---- Paths
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Refuse a folder, given as the setting `name`, that cannot be made or written to; nothing is made here."""
+    path = Path(os.path.abspath(path))
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not place.is_dir():
+        problem = "is a file" if place == path else f"cannot be made, {place} is a file"
+        raise InputError(f"{name}: {path} {problem}; name another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: no permission to write in {place}; name another folder")
+
+
+def _check_output_dir(values: dict[str, Any]) -> None:
+    folder = values.get("output_dir")
+    if not isinstance(folder, str):
+        return
+    check_folder("output_dir", folder)
+    for name in ("model_name_or_path", "adapter_name_or_path"):
+        source = values.get(name)
+        if isinstance(source, str) and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
+            raise InputError(f"output_dir: {folder} is {name} too, and would be overwritten; name another folder")
 
 
 def resolve(name: str, value: Any, folder: Path) -> Any:
@@ -364,6 +423,9 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
                 # The config's values are resolved already, and a default is no path of the command line.
                 if value != self.config.get(name, self.get_default(name)):
                     setattr(namespace, name, resolve(name, _bool_word(name, value), Path.cwd()))
+            for name, value in vars(namespace).items():
+                _check_range(name, value)
+            _check_output_dir(vars(namespace))
             return namespace, rest
 
     return StrictParser(dataclass_types, prog=prog, allow_abbrev=False)

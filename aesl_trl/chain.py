@@ -23,14 +23,28 @@ from typing import Any
 
 from . import files
 from .chain_config import read_config
-from .chain_stages import BUILDERS, NAME, REPORT, Chain, Stage, check_stages, child_env, fingerprint, plan, portable
-from .checkpoints import last_whole_checkpoint
+from .chain_stages import (
+    BUILDERS,
+    GRPO_DIR,
+    NAME,
+    REPORT,
+    Chain,
+    Stage,
+    check_stages,
+    child_env,
+    fingerprint,
+    plan,
+    portable,
+)
+from .checkpoints import find_checkpoint, sweep
 from .errors import InputError, exit_on_input_error
-from .processes import Interrupts, locked, run_process
+from .mains import TRAINING_LOCK
+from .processes import Interrupts, end_processes, locked, run_process
 
 
 STAGE = "stage.json"  # in the SFT folder, which several chains may share
 LOGS = "logs"
+ORPHANS_S = 30  # seconds that a killed process is waited for; it may be in the midst of a write
 
 
 # ---- Running
@@ -97,12 +111,13 @@ def _run_stage(chain: Chain, stage: Stage, inputs: str, interrupts: Interrupts) 
     _note(chain, stage, status="running", **facts, seconds=None, returncode=None, inputs=inputs)
     log, began = chain.run / LOGS / f"{stage.name}.log", time.monotonic()
     if stage.name == "select":
-        code = _select(chain, log)
+        with interrupts.held():
+            code = _select(chain, log)
     else:
         code = run_process(command, log, interrupts, env=child_env(stage), append=resume is not None)
     facts |= {"seconds": round(time.monotonic() - began, 1), "returncode": code, "inputs": inputs}
-    is_done = code == 0 and not interrupts.received
-    _note(chain, stage, status="done" if is_done else "failed", **facts)
+    status = "interrupted" if interrupts.received else "done" if code == 0 else "failed"
+    _note(chain, stage, status=status, **facts)
     if interrupts.received:
         # The stage may have saved and returned 0: what comes next must not start all the same.
         say(f"stopped by {signal.Signals(interrupts.received[0]).name} in stage {stage.name}; run it again to go on")
@@ -114,7 +129,8 @@ def _run_stage(chain: Chain, stage: Stage, inputs: str, interrupts: Interrupts) 
 
 def _prepare_folder(chain: Chain, stage: Stage, inputs: str) -> Path | None:
     """The checkpoint to resume from; a folder that another run left is moved aside, or refused where it is shared."""
-    if stage.folder is None or not stage.folder.exists() or set(os.listdir(stage.folder)) <= {STAGE}:
+    sweep(stage.folder or chain.run)
+    if stage.folder is None or not stage.folder.exists() or set(os.listdir(stage.folder)) <= {STAGE, TRAINING_LOCK}:
         return None
     if _recorded(chain, stage).get("inputs") != inputs:
         if stage.name == "sft" and chain.config.sft.output_dir:
@@ -124,11 +140,8 @@ def _prepare_folder(chain: Chain, stage: Stage, inputs: str) -> Path | None:
             )
         _move_aside(stage.folder)
         return None
-    checkpoint, torn = last_whole_checkpoint(stage.folder)
-    for path in torn:
-        say(f"{path} was cut off while it was saved: not used")
-    say(f"{stage.name} was cut off: it goes on from {checkpoint.name if checkpoint else 'its beginning'}")
-    return checkpoint
+    say(f"{stage.name} was cut off")
+    return find_checkpoint(True, stage.folder, say)
 
 
 def _move_aside(folder: Path) -> None:
@@ -227,10 +240,22 @@ def main(argv: list[str] | None = None) -> None:
         interrupts = stack.enter_context(Interrupts())
         for folder in {chain.run, chain.sft_dir or chain.run}:
             stack.enter_context(locked(folder))
+        end_orphans(chain)
         check_in_child(argv)
         run_chain(chain, interrupts)
     print(closing_table(chain))
     print(chain.run / REPORT)
+
+
+def end_orphans(chain: Chain) -> None:
+    """End what a killed chain left running: it would write to the same folders as what is started now."""
+    for folder in filter(None, (chain.run, chain.sft_dir, chain.run / GRPO_DIR)):
+        ended, deadline = set(), time.monotonic() + ORPHANS_S
+        while (found := end_processes(str(folder))) and time.monotonic() < deadline:
+            ended |= set(found)
+            time.sleep(0.1)
+        if ended:
+            say(f"ended {len(ended)} processes that a killed chain had left at work in {folder}")
 
 
 def check_in_child(argv: list[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from .arguments import check_fields, load_yaml
+from .arguments import check_fields, check_folder, load_yaml
 from .errors import InputError, nearest
 
 
@@ -83,6 +83,8 @@ def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | 
     for key in values:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    if "sft" not in values and (unused := [name for name in ("selection", "handoff") if name in values]):
+        raise InputError(f"{path}: {unused[0]} needs an sft section: without one, RL starts from grpo's own model")
     scalars = {"output_dir": values.get("output_dir", output_dir), "seed": values.get("seed", 0)}
     if scalars["output_dir"] is None or "grpo" not in values:
         raise InputError(f"{path}: {'grpo' if scalars['output_dir'] else 'output_dir'} is missing")
@@ -112,17 +114,23 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
         return os.path.abspath(folder / Path(value.replace("{seed}", str(config.seed))).expanduser())
 
     config.output_dir = absolute(config.output_dir)
+    check_folder(f"{path}: output_dir", config.output_dir)
     for name in ("sft", "grpo", "eval"):
         section = getattr(config, name)
         for key in ("config", "accelerate_config"):
             value = getattr(section, key, None)
             if value is not None:
                 setattr(section, key, absolute(value))
-                if not Path(getattr(section, key)).is_file():
-                    raise InputError(f"{path}: {name}.{key}: {value} does not exist, looked for {absolute(value)}")
+                _check_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
     if config.sft and config.sft.output_dir:
         config.sft.output_dir = absolute(config.sft.output_dir)
     config.report.compare = [absolute(run) for run in config.report.compare]
     for run in config.report.compare:
         if not Path(run).is_dir():
             raise InputError(f"{path}: report.compare: {run} is no run folder")
+
+
+def _check_file(what: str, path: Path) -> None:
+    if not path.is_file():
+        siblings = [item.name for item in path.parent.glob("*.y*ml")]
+        raise InputError(f"{what} does not exist, looked for {path}{nearest(path.name, siblings)}")

@@ -16,6 +16,7 @@ from . import files
 from .arguments import ENV_PREFIXES, INPUT_FIELDS, load_yaml, parse, resolve
 from .chain_config import ChainConfig, GRPOOptions, SFTOptions
 from .errors import InputError
+from .processes import GRACE_S, MARK
 
 
 NAME = "aesl chain"
@@ -147,7 +148,13 @@ def base_model(config: str) -> str:
 def child_env(stage: Stage) -> dict[str, str]:
     """This environment and the config's `env`, which the stage itself can only apply after torch is imported."""
     env = load_yaml(stage.configs[0]).get("env", {}) if stage.configs else {}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **{k: v for k, v in env.items() if k.startswith(ENV_PREFIXES)}}
+    return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),  # torchrun's own is 30 s, then it kills its workers
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        **{k: v for k, v in env.items() if k.startswith(ENV_PREFIXES)},
+        MARK: str(stage.folder or stage.output.parent),
+    }
 
 
 # ---- Checks before anything starts

@@ -2,15 +2,18 @@
 
 A dataset is named as `name` in a config: a name on the hub, a local .jsonl, .json, .parquet or .csv file, a folder, or
 `file.py:function`, whose function takes the seed and returns a dataset or a list of rows. Loading and preparing is the
-work of `datasets` and TRL; here are the checks that turn their late StopIteration, KeyError or AttributeError into one
-line beforehand.
+work of `datasets` and TRL; here are the checks that turn their late StopIteration, KeyError or AttributeError, and
+what they would train on in silence, into one line beforehand.
 """
 
 import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,6 +29,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 # The columns that make a demonstration, in the order in which TRL looks for them; `conversations` is from/value.
 DEMONSTRATIONS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
 STREAMED_ROWS = 64  # rows of a streaming dataset that are looked at before training
+MAX_CHARACTERS = 2**22  # of one row, about a million tokens: longer than any context, and minutes of tokenizing
+GIT_LFS = b"version https://git-lfs"
 
 
 def load_rows(
@@ -100,11 +105,18 @@ def _function_rows(name: str, base_dir: Path, seed: int, streaming: bool, field:
         inspect.signature(function).bind(seed)
     except TypeError as error:
         raise InputError(f"{field}: {name} must take the seed: {error}") from None
-    rows = function(seed)
+    try:
+        rows = function(seed)
+    except InputError:
+        raise
+    except Exception as error:
+        where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__][:1]
+        place = f" at {where[0].filename}:{where[0].lineno}" if where else ""
+        raise InputError(f"{field}: {name} raised {type(error).__name__}{place}: {error}") from error
     if isinstance(rows, list):
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{field}: {name} must return a dataset or a non-empty list of dicts")
-        rows = Dataset.from_list(rows)
+        rows = _guarded(lambda: Dataset.from_list(rows), field, name)
     if not isinstance(rows, Dataset | IterableDataset):
         raise InputError(
             f"{field}: {name} must return a dataset or a list of dicts, it returned {type(rows).__name__}"
@@ -119,6 +131,13 @@ def _file_rows(path: Path, split: str, streaming: bool, field: str) -> "Dataset 
         known = ", ".join(BUILDERS)
         raise InputError(
             f"{field}: {path} is no dataset file, its name must end in one of {known}, or be file.py:function"
+        )
+    # Before the split's first punctuation: `train[:100]` is of train.
+    asked = re.match(r"\w*", split)[0]
+    if asked != "train":
+        raise InputError(
+            f"{field}: {path} has no split {asked!r}{nearest(asked, ['train'])}; a file is one split, train: give "
+            "other rows as a file of their own"
         )
     builder = BUILDERS[path.suffix]
     if not streaming and builder != "parquet":
@@ -159,11 +178,21 @@ def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
 
 
 def check_file(path: str | Path, *, field: str) -> None:
-    """Refuse a data file that is empty, not UTF-8, or has a line that is not a JSON object, by its line number."""
+    """Refuse a data file that is empty, not UTF-8, or has a line that is not a JSON object, by its line number.
+
+    An array of objects, over as many lines as it likes, is read as well.
+    """
     path = Path(path)
-    if path.stat().st_size == 0:
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    if not start:
         raise InputError(f"{field}: {path} is empty")
-    if path.suffix != ".jsonl":
+    if start.startswith(GIT_LFS):
+        raise InputError(f"{field}: {path} is a pointer of git-lfs, not the file itself: run git lfs pull")
+    if BUILDERS.get(path.suffix) != "json":
+        return
+    if start.lstrip().startswith(b"["):
+        _check_array(path, field)
         return
     number = 0
     with open(path, "rb") as file:
@@ -173,6 +202,13 @@ def check_file(path: str | Path, *, field: str) -> None:
                 _check_line(text, f"{field}: {path}, line {line}")
     if not number:
         raise InputError(f"{field}: {path} is empty")
+
+
+def _check_array(path: Path, field: str) -> None:
+    try:
+        json.loads(_decoded(path.read_bytes(), f"{field}: {path}"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{field}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
 
 
 def _check_utf8(path: Path, field: str) -> None:
@@ -232,18 +268,60 @@ def check_demonstrations(
 def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset_name") -> None:
     """Refuse a dataset with a row that has no `prompt` (or `messages`): every row, or the first of a streaming one."""
     first, rows = _peek(dataset, field)
-    column = next((name for name in ("prompt", "messages") if name in first), None)
+    column = _prompt_column(first)
     if column is None:
         raise InputError(f"{field} has no prompts: {_missing_columns(first, (('prompt',), ('messages',)))}")
+    kind = None
     for number, row in enumerate(_only(rows, (column,))):
-        if not isinstance(row[column], str | list) or not row[column]:
-            raise InputError(f"{field}, row {number} (from 0): {column} is {_what(row[column])}")
+        prompt = row.get(column)
+        problem = _prompt_problem(prompt, column) or _too_long(prompt)
+        if not problem and kind not in (None, type(prompt)):
+            # TRL looks at the first row alone, and would take messages for text, or text for messages
+            problem = f"{column} is {_form(prompt)}, and those before it are not: all must be alike"
+        if problem:
+            raise InputError(f"{field}, row {number} (from 0): {problem}")
+        kind = type(prompt)
 
 
-def check_trainable(dataset: Any, max_length: int | None, *, field: str = "dataset_name") -> None:
+def _prompt_column(row: dict) -> str | None:
+    return next((name for name in ("prompt", "messages") if name in row), None)
+
+
+def check_held_out(
+    train: "Dataset | IterableDataset", prompts: list[dict], *, field: str, train_field: str = "dataset_name"
+) -> None:
+    """Refuse prompts of `prompt_rows` that are trained on too: their samples tell what was learnt by heart.
+
+    Of a streaming `train` the first rows are looked at. Prompts are alike if every character is; texts of whole
+    conversations, and `from`/`value` pairs, are not looked into.
+    """
+    first, rows = _peek(train, train_field)
+    column = _prompt_column(first)
+    if column is None:
+        return
+    held_out = {_prompt_key(row["prompt"]) for row in prompts}
+    trained = held_out & {_prompt_key(_prompt_row(row)["prompt"]) for row in _only(rows, (column,))}
+    shared = [number for number, row in enumerate(prompts) if _prompt_key(row["prompt"]) in trained]
+    if shared:
+        prompt = prompts[shared[0]]["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        raise InputError(
+            f"{len(shared)} of {len(prompts)} prompts of {field} are in {train_field} too, the first is row "
+            f"{shared[0]} (from 0), {textwrap.shorten(str(text), 60)!r}: take them out of one of the two"
+        )
+
+
+def _prompt_key(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(without_none(prompt), sort_keys=True, default=str)
+
+
+def check_trainable(
+    dataset: Any, max_length: int | None, *, num_embeddings: int | None = None, field: str = "dataset_name"
+) -> None:
     """Refuse a dataset, as TRL prepared it, in which no token is trained: `max_length` cut every completion off.
 
-    A streaming dataset, or one without `labels` (images), is not looked at.
+    Or one with a token that the model has no embedding for: on a GPU it would end in an assertion of a kernel. A
+    streaming dataset, or one without `labels` (images), is not looked at.
     """
     if not hasattr(dataset, "__len__") or (len(dataset) and "labels" not in dataset.column_names):
         return
@@ -251,6 +329,19 @@ def check_trainable(dataset: Any, max_length: int | None, *, field: str = "datas
     if not any(label != -100 for row in dataset for label in row["labels"][1:]):
         cause = f"max_length={max_length}: raise it, or set it to null" if max_length else "the masks of its rows"
         raise InputError(f"{field} has nothing to learn: every row lost its completion to {cause}")
+    if num_embeddings is not None and "input_ids" in dataset.column_names:
+        highest = max(_highest(batch["input_ids"]) for batch in dataset.with_format("arrow").iter(1000))
+        if highest >= num_embeddings:
+            raise InputError(
+                f"{field} has token {highest}, and the model {num_embeddings} embeddings: its tokenizer is another "
+                "model's, or was enlarged without model.resize_token_embeddings"
+            )
+
+
+def _highest(tokens: Any) -> int:
+    import pyarrow.compute
+
+    return pyarrow.compute.max(pyarrow.compute.list_flatten(tokens)).as_py() or 0
 
 
 def _peek(dataset: Any, field: str) -> tuple[dict, Iterable[dict]]:
@@ -280,6 +371,10 @@ def _missing_columns(first: dict, kinds: Iterable[tuple[str, ...]]) -> str:
 
 def _row_problem(row: dict, kind: tuple[str, ...]) -> str:
     """What is wrong with the demonstration in `row`, or an empty string."""
+    return _demonstration_problem(row, kind) or _too_long([row[column] for column in kind])
+
+
+def _demonstration_problem(row: dict, kind: tuple[str, ...]) -> str:
     if kind == ("prompt", "completion"):
         return _prompt_completion_problem(row["prompt"], row["completion"])
     (column,) = kind
@@ -287,33 +382,77 @@ def _row_problem(row: dict, kind: tuple[str, ...]) -> str:
     if column == "messages":
         return _messages_problem(value, column)
     if column == "conversations":
-        return "" if isinstance(value, list) and value else f"{column} is {_what(value)}, not a list of messages"
-    return "" if isinstance(value, str) and value else f"{column} is {_what(value)}"
+        is_list = isinstance(value, list) and value
+        return "" if is_list else f"{column} is {_what(value)}; it must be a list of messages"
+    return _text_problem(value, column)
 
 
 def _prompt_completion_problem(prompt: Any, completion: Any) -> str:
     if not isinstance(prompt, str | list):
-        return f"prompt is {_what(prompt)}, not a str or messages"
+        return f"prompt is {_what(prompt)}; it must be text or a list of messages"
+    problem = _turns_problem(prompt, "prompt") if isinstance(prompt, list) else ""
     if isinstance(completion, list) and completion:
-        return _messages_problem(completion, "completion") or _mixed(prompt, list)
-    if not isinstance(completion, str) or not completion:
-        return f"completion is {_what(completion)}"
-    return _mixed(prompt, str)
+        return problem or _messages_problem(completion, "completion") or _mixed(prompt, completion)
+    return problem or _text_problem(completion, "completion") or _mixed(prompt, completion)
 
 
-def _mixed(prompt: Any, kind: type) -> str:
-    return "" if isinstance(prompt, kind) else "one of prompt and completion is a str and the other messages"
+def _mixed(prompt: str | list, completion: str | list) -> str:
+    is_mixed = isinstance(prompt, str) != isinstance(completion, str)
+    return f"prompt is {_form(prompt)} and completion {_form(completion)}: both must be alike" if is_mixed else ""
+
+
+def _text_problem(text: Any, column: str) -> str:
+    if not isinstance(text, str) or not text:
+        return f"{column} is {_what(text)}; it must be text"
+    return "" if text.strip() else f"{column} is blank; it must be text"
 
 
 def _messages_problem(messages: Any, column: str) -> str:
     if not isinstance(messages, list) or not messages:
-        return f"{column} is {_what(messages)}, not a list of messages"
-    if not all(isinstance(message, dict) and message.get("role") for message in messages):
-        return f"{column} has a message without a role"
-    said = [message for message in messages if message["role"] == "assistant"]
-    if not any(message.get("content") or message.get("tool_calls") for message in said):
-        return f"{column} has no assistant message with content"
+        return f"{column} is {_what(messages)}; it must be a list of messages"
+    problem = _turns_problem(messages, column)
+    if problem:
+        return problem
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return f"{column} has no assistant message to learn, its roles are {', '.join(dict.fromkeys(roles))}"
+    if roles[-1] != "assistant":
+        return f"{column} ends with a message of the {roles[-1]}; a demonstration ends with the assistant's"
+    is_empty = not (messages[-1].get("content") or messages[-1].get("tool_calls"))
+    return f"the last message of {column} is empty" if is_empty else ""
+
+
+def _prompt_problem(prompt: Any, column: str) -> str:
+    if not isinstance(prompt, str | list) or not prompt:
+        return f"{column} is {_what(prompt)}; it must be text or a list of messages"
+    return "" if isinstance(prompt, str) else _turns_problem(prompt, column)
+
+
+def _turns_problem(messages: list, column: str) -> str:
+    """What no chat template can show."""
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not message.get("role"):
+            is_pair = isinstance(message, dict) and "from" in message
+            hint = "; from/value pairs belong in a column 'conversations'" if is_pair else ""
+            return f"{column} has a message without a role{hint}"
+        if message.get("content") is None and not message.get("tool_calls"):
+            return f"message {number} of {column} ({message['role']}) has no content"
     return ""
+
+
+def _too_long(value: Any) -> str:
+    num = _num_characters(value)
+    return "" if num <= MAX_CHARACTERS else f"it has {num} characters, more than {MAX_CHARACTERS}: cut it or drop it"
+
+
+def _num_characters(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(_num_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
+
+
+def _form(value: str | list) -> str:
+    return "text" if isinstance(value, str) else "a list of messages"
 
 
 def _what(value: Any) -> str:
@@ -321,7 +460,8 @@ def _what(value: Any) -> str:
         return "missing"
     if isinstance(value, str | list) and not value:
         return "empty"
-    return f"a {type(value).__name__}, not text"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 # ---- Prompts
@@ -335,26 +475,25 @@ def prompt_rows(
     `messages` give the prompt up to their last assistant turn, which is the demonstration.
 
     Raises:
-        InputError: the dataset is empty or has neither `prompt` nor `messages`.
+        InputError: the dataset is empty, has neither `prompt` nor `messages`, or a row whose prompt cannot be used.
     """
-    rows = [_prompt_row(row, field) for row in islice(dataset, num)]
+    rows = list(islice(dataset, num))
     if not rows:
         raise InputError(f"{field} is empty: it has no rows")
-    return rows
+    check_prompts(rows, field=field)
+    return [_prompt_row(row) for row in rows]
 
 
-def _prompt_row(row: dict, field: str) -> dict:
+def _prompt_row(row: dict) -> dict:
     if "prompt" in row:
-        return {**row, "prompt": _without_none(row["prompt"])}
-    if "messages" not in row:
-        raise InputError(f"{field} has no prompts: {_missing_columns(row, (('prompt',), ('messages',)))}")
+        return {**row, "prompt": without_none(row["prompt"])}
     others = {key: value for key, value in row.items() if key != "messages"}
-    messages = _without_none(row["messages"])
+    messages = without_none(row["messages"])
     assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return {"prompt": messages[: assistant[-1]] if assistant else messages, **others}
 
 
-def _without_none(prompt: Any) -> Any:
+def without_none(prompt: Any) -> Any:
     # Arrow gives every message the keys of all: a template would see `tool_calls: None` where there are none.
     if not isinstance(prompt, list):
         return prompt

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from .arguments import parse
+from .arguments import check_folder, parse
 from .data import check_prompts, load_rows, prompt_rows
 from .diversity import Group, measure
 from .errors import InputError, exit_on_input_error
 from .files import EVALUATION, package_versions, write_json
-from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG
-from .loading import load_model
+from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
+from .loading import base_of, check_model, check_tokenizer, load_model, put_adapter
 from .passk import bootstrap_interval, pass_at_k, powers_of_two
 from .rewards import check_columns, load_reward_funcs, score_groups
 from .sampling import sample_groups
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the models given as first arguments, `--start` and `--final`, and write evaluation.json.
 
     Raises:
-        InputError: no model, or prompts, rewards or models that cannot be used; before any model loads.
+        InputError: no model, an output that cannot be written, or prompts, rewards or models that cannot be used;
+            before any model loads.
     """
     names, flags = leading_names(sys.argv[1:] if argv is None else argv)
     (args,) = parse(ARGUMENT_TYPES, flags, prog="aesl eval")
@@ -82,13 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     models |= {name: getattr(args, name) for name in ("start", "final") if getattr(args, name)}
     if not models:
         raise InputError("which model? aesl eval MODEL --config eval.yaml, or --start A --final B")
-    for name, path in models.items():
-        check_model(name, path)
+    target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
+    check_folder("output", target.parent)
     reward_funcs = load_reward_funcs(args.reward_funcs)
     rows = load_prompts(args, reward_funcs)
+    for name, path in models.items():
+        check_start(name, path, rows, args.trust_remote_code)
     result = evaluate(models, rows, reward_funcs, args)
     if result is not None:
-        target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
         write_json(target, result)
         print("\n".join(summary(name, figures) for name, figures in result["models"].items()))
 
@@ -99,13 +101,16 @@ def leading_names(argv: list[str]) -> tuple[list[str], list[str]]:
     return list(argv[:count]), list(argv[count:])
 
 
-def check_model(name: str, path: str) -> None:
-    """Refuse a folder that holds no model; what is no folder may be a model on the hub."""
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
-        raise InputError(f"{name}: {path} holds neither {CONFIG} nor {ADAPTER_CONFIG}")
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
-        raise InputError(f"{name}: {path} is not a folder")
+def check_start(name: str, path: str, rows: list[dict], trust_remote_code: bool = False) -> None:
+    """Refuse what cannot answer the prompts, before the first of several models is at work for hours."""
+    folder, name = Path(path), "model" if name == path else name
+    model, tokenizer = path, path
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = base_of(path, name)
+        tokenizer = path if (folder / TOKENIZER_CONFIG).is_file() else model
+    field = name if model == path else f"{name}: the base of {path}"
+    check_model(model, field, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, model, rows[:8], field=name, trust_remote_code=trust_remote_code)
 
 
 def load_prompts(args: EvalArguments, reward_funcs: list) -> list[dict]:
@@ -174,12 +179,8 @@ def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         model = load_model(path, device=device, trust_remote_code=trust_remote_code)
         return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    model = PeftModel.from_pretrained(
-        load_model(base, device=device, trust_remote_code=trust_remote_code), path
-    ).eval()
+    base = base_of(path, "model")
+    model = put_adapter(load_model(base, device=device, trust_remote_code=trust_remote_code), path, base).eval()
     if (Path(path) / "generation_config.json").is_file():
         model.base_model.model.generation_config = GenerationConfig.from_pretrained(path)
     beside = path if (Path(path) / TOKENIZER_CONFIG).is_file() else base

@@ -2,7 +2,7 @@
 
 It adds to `trl.scripts.grpo`: strict arguments, local data, rewards from files, `adapter_name_or_path` (an adapter
 from SFT that RL continues to train), checks before the model loads, and `run.json`. Training itself is GRPOTrainer,
-unchanged.
+which stops before a step whose gradient is not finite.
 """
 
 import shutil
@@ -19,10 +19,21 @@ from .data import check_prompts, load_rows
 from .errors import InputError, exit_on_input_error
 from .files import RUN, package_versions, write_json
 from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
-from .mains import check_exists, check_finished, check_gradients, check_quantization, end, model_init_kwargs
+from .mains import (
+    at_work,
+    check_exists,
+    check_finished,
+    check_quantization,
+    end,
+    model_init_kwargs,
+    resume_point,
+    train,
+)
 from .rewards import check_columns, load_reward_funcs
+from .signals import StopSignals
 
 
+NAME = "aesl grpo"
 REF_ADAPTER = "ref"
 
 
@@ -51,21 +62,24 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         InputError: arguments, data, rewards, model or adapter that cannot be used; before any model loads.
-        SystemExit: code 3 when a signal stopped the training before its last step (resume with
-            `--resume_from_checkpoint`).
+        SystemExit: code 3 when the training ended before its last step, 128 + signal when a signal ended it (resume
+            with `--resume_from_checkpoint`).
+        Diverged: a gradient that is not finite.
     """
-    script_args, training_args, model_args = parse(
-        ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog="aesl grpo"
-    )
-    find_model(script_args, model_args, training_args)
-    reward_funcs = load_rewards(script_args)
-    train_rows, eval_rows = load_datasets(script_args, training_args, reward_funcs)
-    trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train_rows, eval_rows)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    check_gradients(trainer.state.log_history)
-    check_finished(trainer, "aesl grpo")
-    save(trainer, script_args, model_args)
-    end(trainer)
+    with StopSignals(NAME) as signals:
+        script_args, training_args, model_args = parse(
+            ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME
+        )
+        find_model(script_args, model_args, training_args)
+        checkpoint = resume_point(training_args, NAME)
+        reward_funcs = load_rewards(script_args)
+        train_rows, eval_rows = load_datasets(script_args, training_args, reward_funcs)
+        with at_work(training_args, signals):
+            trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train_rows, eval_rows)
+            train(trainer, checkpoint, signals)
+            check_finished(trainer, NAME)
+            save(trainer, script_args, model_args)
+            end(trainer)
 
 
 # ---- Checks before the model loads
@@ -92,7 +106,6 @@ def find_model(script_args: GRPOScriptArguments, model_args: ModelConfig, traini
         raise InputError("model_name_or_path is missing: the folder or hub name of the model that RL starts from")
     check_quantization(model_args)
     check_exists("model_name_or_path", model_args.model_name_or_path)
-    check_exists("resume_from_checkpoint", training_args.resume_from_checkpoint)
 
 
 def base_of(adapter: str) -> str:
@@ -164,6 +177,15 @@ def check_rows(rows: Any, reward_funcs: list, *, name: str) -> None:
 # ---- Training
 
 
+def trainer_class() -> type:
+    """GRPOTrainer that stops before a step whose gradient is not finite."""
+    from trl import GRPOTrainer
+
+    from .divergence import FiniteStepsMixin
+
+    return type(GRPOTrainer.__name__, (FiniteStepsMixin, GRPOTrainer), {})
+
+
 def build_trainer(
     script_args: GRPOScriptArguments,
     training_args: GRPOConfig,
@@ -173,7 +195,7 @@ def build_trainer(
     eval_dataset: Any = None,
 ) -> Any:
     """GRPOTrainer as TRL's script builds it, or on the adapter that RL continues."""
-    from trl import GRPOTrainer, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     quantization = get_quantization_config(model_args)
@@ -184,7 +206,7 @@ def build_trainer(
         "eval_dataset": eval_dataset,
     }
     if script_args.adapter_name_or_path is None:
-        return GRPOTrainer(
+        return trainer_class()(
             model=model_args.model_name_or_path,
             quantization_config=quantization,
             peft_config=get_peft_config(model_args),
@@ -194,7 +216,7 @@ def build_trainer(
     model = load_trainable(model_args.model_name_or_path, adapter, training_args, quantization)
     # The model is an instance now: left in place, its kwargs would only make GRPOTrainer warn that it ignores them.
     training_args.model_init_kwargs = None
-    return GRPOTrainer(model=model, processing_class=load_tokenizer(adapter, training_args), **common)
+    return trainer_class()(model=model, processing_class=load_tokenizer(adapter, training_args), **common)
 
 
 def load_trainable(base: str, adapter: str, training_args: GRPOConfig, quantization: Any = None) -> Any:
@@ -284,4 +306,4 @@ def describe(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelCo
 
 
 if __name__ == "__main__":
-    exit_on_input_error("aesl grpo", main)
+    exit_on_input_error(NAME, main)

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from .arguments import parse
+from .arguments import check_folder, parse
 from .errors import InputError, exit_on_input_error, nearest
 from .files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, read_json, write_json
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
 from .handoff_source import ADAPTER_CONFIG, CONFIG, Source, find_source, is_quantized
-from .loading import generation_config, load_adapter, load_model, load_tokenizer, num_embeddings
+from .loading import check_model, generation_config, load_adapter, load_model, load_tokenizer, num_embeddings
 from .stops import agree_on_stops, write_stops
 
 
@@ -102,6 +102,9 @@ def hand_off(
     source = find_source(run, base, trust_remote_code)
     mode = choose_mode(mode, source)
     target = Path(output) if output else run / HANDOFF_DIR
+    check_target(target, source, run)
+    weights, field = (source.base, f"the base of {source.folder}") if source.base else (str(source.folder), "run")
+    check_model(weights, field, trust_remote_code=trust_remote_code)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the last step is a rename and a kill before it leaves no folder that looks whole.
     temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -117,6 +120,16 @@ def hand_off(
     if output is None or any((run / name).exists() for name in (SELECTION, CHAIN)):  # a run, not somebody's model
         write_json(run / HANDOFF, result)
     return result
+
+
+def check_target(target: Path, source: Source, run: Path) -> None:
+    """Refuse a folder that the handoff may not replace: it is swapped as a whole, and what was in it is gone."""
+    check_folder("output", target)
+    for kept in (source.folder, run):
+        if kept.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"output: {target} holds what is handed over, and would be replaced; name a new folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / HANDOFF).is_file():
+        raise InputError(f"output: {target} holds other files, and would be replaced; name a new folder")
 
 
 def choose_mode(asked: str, source: Source) -> str:

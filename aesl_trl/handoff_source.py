@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
+from .data import GIT_LFS
 from .errors import InputError, nearest
-from .files import DIVERSITY, RUN, SAMPLES, SELECTION, read_json, read_jsonl, sft_dir
+from .files import CHAIN, DIVERSITY, RUN, SAMPLES, SELECTION, read_json, sft_dir
+from .selection import check_version, read_rows
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+INDEX = "model.safetensors.index.json"
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -44,16 +47,14 @@ class Source:
 def find_source(run: Path, base: str | None = None, trust_remote_code: bool = False) -> Source:
     """The selected weights of `run` (a chain run or an SFT folder), or `run` itself if it is a model or an adapter."""
     if not run.is_dir():
-        siblings = [item.name for item in run.absolute().parent.glob("*")]
+        siblings = [item.name for item in run.absolute().parent.glob("*") if item.is_dir()]
         raise InputError(f"{run} is not a folder{nearest(run.name, siblings)}")
     folder, step, sft = _selected(run)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not is_adapter and not (
-        (folder / CONFIG).is_file() and any(folder.glob("*.safetensors")) | any(folder.glob("*.bin"))
-    ):
-        raise InputError(
-            f"{folder} holds neither {CONFIG} with weights nor {ADAPTER_CONFIG}; select one: aesl select {run}"
-        )
+    if not is_adapter and not (folder / CONFIG).is_file():
+        hint = f"select one: aesl select {run}" if sft else "name a run, a model or an adapter"
+        raise InputError(f"{folder} holds neither {CONFIG} with weights nor {ADAPTER_CONFIG}; {hint}")
+    check_weights(folder)
     if base and not is_adapter:
         raise InputError(f"--base is for adapters: {folder} holds full weights")
     samples, max_new_tokens = _samples(sft, step)
@@ -75,10 +76,14 @@ def _selected(run: Path) -> tuple[Path, int | None, Path | None]:
     try:
         sft = sft_dir(run)
     except InputError:
+        if (run / CHAIN).exists():  # a run it is, and one that cannot be read
+            raise
         sft = None
+    if sft:
+        check_version(sft)
     for place in filter(None, (run, sft)):
         if (place / SELECTION).is_file():
-            selection = read_json(place / SELECTION)
+            selection = _selection(place, run)
             folder = place / selection.get("path", "")
             if not selection.get("path") or not folder.is_dir():
                 raise InputError(
@@ -86,6 +91,14 @@ def _selected(run: Path) -> tuple[Path, int | None, Path | None]:
                 )
             return folder, selection.get("step"), sft
     return run, None, sft
+
+
+def _selection(place: Path, run: Path) -> dict:
+    try:
+        selection = read_json(place / SELECTION)
+    except InputError as error:
+        raise InputError(f"{error}; make it anew: aesl select {run}") from None
+    return selection if isinstance(selection, dict) else {}
 
 
 def _samples(sft: Path | None, step: int | None) -> tuple[list[dict], int]:
@@ -98,9 +111,9 @@ def _samples(sft: Path | None, step: int | None) -> tuple[list[dict], int]:
     if not steps:
         return [], DEFAULT_NEW_TOKENS
     measured = step if step in steps else max(steps)
-    rows = read_jsonl(sft / DIVERSITY) if (sft / DIVERSITY).is_file() else []
+    rows = read_rows(sft / DIVERSITY) if (sft / DIVERSITY).is_file() else []
     figures = next((row for row in rows if row.get("step") == measured), {})
-    samples = read_jsonl(steps[measured])
+    samples = read_rows(steps[measured], needs=("prompt", "completions"))
     for sample in samples:
         # Entropy is the model's own only at temperature 1 and at its own step.
         sample["comparable"] = measured == step and figures.get("temperature") == 1.0
@@ -135,6 +148,35 @@ def first_difference(one: Path, other: Path) -> str | None:
         if a[0] != b[0] or not torch.equal(a[1], b[1]):
             return name
     return None
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are missing or cut off, as a download or copy that broke leaves them.
+
+    Of each file the header is read.
+    """
+    shards = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else set()
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise InputError(f"{folder} lacks {missing[0]}, one of {len(shards)} weight files: download or copy it again")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("adapter_model*.bin")):
+        raise InputError(f"{folder} holds no weights, only their config: copy the *.safetensors as well")
+    for path in files:
+        _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb") as file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            raise InputError(f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} is cut off or no weights ({error}): download or copy it again") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

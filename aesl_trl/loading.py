@@ -1,30 +1,159 @@
 """A checkpoint's folder -> model, tokenizer and generation config in memory, in the dtype of its files.
 
-PEFT leaves out what finds no place in a base, with a warning at most; here that is refused. Which folder it is, and
-whether another base holds the same weights, is handoff_source.py.
+PEFT leaves out what finds no place in a base, with a warning at most; here that is refused. What a model or a
+tokenizer lacks is looked for before any weights are read. Which folder it is, and whether another base holds the same
+weights, is handoff_source.py.
 """
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from .errors import InputError
-from .handoff_source import TOKENIZER_CONFIG, Source, is_quantized, tensor_files
+from .data import without_none
+from .errors import InputError, nearest
+from .handoff_checks import prompt_tokens
+from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Source, check_weights, is_quantized, tensor_files
+from .stops import check_ids, turn_end_token
+
+
+# ---- Checks before any weights are read
+
+
+def check_model(model: str, field: str, *, revision: str = "main", trust_remote_code: bool = False) -> None:
+    """Refuse what cannot be loaded as a model; `field` is the setting that names it. A name on the hub is looked up.
+
+    Raises:
+        InputError: a file, a folder without config or weights, an adapter, weights that are cut off, an unknown
+            architecture, or a name that is neither a folder nor on the hub.
+    """
+    folder = Path(model)
+    if folder.is_file():
+        raise InputError(f"{field}: {model} is a file: name a model's folder")
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        siblings = [item.name for item in folder.absolute().parent.glob("*") if item.is_dir()]
+        raise InputError(f"{field}: {model} is not a folder{nearest(folder.name, siblings)}")
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise InputError(f"{field}: {model} {_without_config(folder)}")
+        check_weights(folder)
+    try:
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{field}: {model} cannot be loaded: {_short(error)}") from None
+
+
+def _without_config(folder: Path) -> str:
+    if (folder / ADAPTER_CONFIG).is_file():
+        return f"is an adapter: name its base, or merge it: aesl handoff {folder} --output {folder}-merged"
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    return f"holds no {CONFIG}" + (f", {inside[-1]} does: name that one" if inside else ": name a model's folder")
+
+
+def base_of(adapter: str, field: str) -> str:
+    """The base that an adapter names, refused where it is a folder that is gone."""
+    from peft import PeftConfig
+
+    if Path(adapter).is_dir():
+        check_weights(Path(adapter))
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(f"{field}: the adapter {adapter} cannot be read: {_short(error)}") from None
+    if not base:
+        raise InputError(f"{field}: {adapter} does not name its base: add base_model_name_or_path to {ADAPTER_CONFIG}")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise InputError(
+            f"{field}: the base of {adapter} is {base}, which is not there: put it there, or correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    return base
+
+
+def check_tokenizer(
+    tokenizer_name: str,
+    model: str,
+    rows: Iterable[dict],
+    *,
+    field: str,
+    settings: Any = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a tokenizer that cannot write `rows` down, that nothing ends a completion with, or of another model.
+
+    Args:
+        tokenizer_name, model: folders or names on the hub; they differ for an adapter.
+        rows: some rows of the data, with `prompt` or `messages`.
+        field: the setting that names the model.
+        settings: an SFTConfig, whose `eos_token` and `chat_template_path` add what is not there.
+
+    Raises:
+        InputError: no chat template for conversations, one that refuses them, no eos token, or a token without
+            embedding.
+    """
+    kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = _read_tokenizer(tokenizer_name, **kwargs)
+    if getattr(settings, "chat_template_path", None):  # brings a template, and enlarges the model for its tokens
+        return
+    texts = [row for row in rows if not (row.get("image") or row.get("images"))]
+    prompts = [without_none(row.get("prompt") or row.get("messages")) for row in texts]
+    if tokenizer.chat_template is None and any(isinstance(prompt, list) for prompt in prompts):
+        where = ", set chat_template_path" if settings is not None else ""
+        raise InputError(
+            f"{field}: the tokenizer of {tokenizer_name} has no chat template, and the data are conversations: take "
+            f"an instruct model{where}, or give the data as text"
+        )
+    _check_eos(tokenizer, f"{field}: the tokenizer of {tokenizer_name}", tokenizer_name, settings)
+    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, turn_end_token(tokenizer)} - {None}
+    try:
+        ids.update(*(prompt_tokens(tokenizer, prompt) for prompt in prompts if prompt))
+    except (TemplateError, TypeError) as error:
+        raise InputError(f"{field}: the chat template of {tokenizer_name} refuses a prompt: {_short(error)}") from None
+    num_rows = AutoConfig.from_pretrained(model, **kwargs).get_text_config().vocab_size
+    check_ids(tokenizer, ids, num_rows, f"{field}: {tokenizer_name}: ")
+
+
+def _check_eos(tokenizer, what: str, name: str, settings: Any) -> None:
+    given = getattr(settings, "eos_token", None)
+    if given and given not in tokenizer.get_vocab():
+        raise InputError(f"{what} has no token {given!r} (eos_token){nearest(given, tokenizer.all_special_tokens)}")
+    if given or tokenizer.eos_token_id is not None:
+        return
+    turn_end = turn_end_token(tokenizer)
+    token = "the token" if turn_end is None else repr(tokenizer.convert_ids_to_tokens(turn_end))
+    remedy = f"aesl handoff {name} sets it" if settings is None else f"set eos_token to {token} that ends a turn"
+    raise InputError(f"{what} has no eos_token, so nothing ends a completion: {remedy}")
+
+
+def _read_tokenizer(place: str, **kwargs):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer in {place}: {_short(error)}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # Without its files transformers builds an empty one from the model's type, and says nothing.
+        raise InputError(f"no tokenizer in {place}, what is there encodes nothing: copy tokenizer*.json as well")
+    return tokenizer
+
+
+def _short(error: Exception | str) -> str:
+    """The libraries' own messages have many lines."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
+
+
+# ---- Loading
 
 
 def load_tokenizer(source: Source):
     """The tokenizer beside the weights, else the base's."""
     beside = source.base is None or (source.folder / TOKENIZER_CONFIG).is_file()
     place = str(source.folder if beside else source.base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer in {place}: {' '.join(str(error).split())}") from None
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        # Without its files transformers builds an empty one from the model's type, and says nothing.
-        raise InputError(f"no tokenizer in {place}: what is there encodes nothing")
-    return tokenizer
+    return _read_tokenizer(place, trust_remote_code=source.trust_remote_code)
 
 
 def num_embeddings(source: Source) -> int:
@@ -55,23 +184,33 @@ def load_model(
 
 
 def load_adapter(source: Source, adapter: Path, *, as_trained: bool = False):
-    """The adapter in the folder `adapter` on its base, quantized as in training when `as_trained`.
+    """The adapter in the folder `adapter` on its base, quantized as in training when `as_trained`."""
+    name = source.trained_on if as_trained else source.base
+    # Quantized weights bring their own config.
+    quantization = source.quantization if as_trained and not is_quantized(name) else None
+    base = load_model(name, quantization, trust_remote_code=source.trust_remote_code)
+    return put_adapter(base, str(adapter), name).eval()
+
+
+def put_adapter(base, adapter: str, name: str, **kwargs):
+    """The adapter (a folder, or a name on the hub) on the model `base`, which is called `name`.
 
     Raises:
         InputError: the base has another shape than the one that the adapter was trained on.
     """
     from peft import PeftModel
 
-    name = source.trained_on if as_trained else source.base
-    # Quantized weights bring their own config.
-    quantization = source.quantization if as_trained and not is_quantized(name) else None
-    base = load_model(name, quantization, trust_remote_code=source.trust_remote_code)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, adapter, **kwargs)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{adapter} does not fit the base {name}: {str(error)[:300]}") from None
-    check_adapter_keys(model, adapter, name)
-    return model.eval()
+        lines = [line for line in str(error).splitlines() if "size mismatch" in line]
+        if isinstance(error, RuntimeError) and not lines:  # out of memory, say
+            raise
+        reason = _short(lines[0] if lines else error)
+        raise InputError(f"{adapter} does not fit the base {name}, it was trained on another one: {reason}") from None
+    if Path(adapter).is_dir():
+        check_adapter_keys(model, Path(adapter), name)
+    return model
 
 
 def check_adapter_keys(model, adapter: Path, base: str) -> None:
@@ -82,5 +221,6 @@ def check_adapter_keys(model, adapter: Path, base: str) -> None:
     placed = {name for name in get_peft_model_state_dict(model) if "embed" not in name and "lm_head" not in name}
     if saved and saved != placed:
         raise InputError(
-            f"{adapter} does not fit the base {base}: {sorted(saved ^ placed)[0]} is only in one of the two"
+            f"{adapter} does not fit the base {base}, it was trained on another one: {sorted(saved ^ placed)[0]} is "
+            "only in one of the two"
         )

@@ -1,16 +1,28 @@
-"""What the mains of SFT and GRPO share: checks before the model loads, how it loads, and how a training has ended.
+"""What the mains of SFT and GRPO share: checks before the model loads, how it loads, what it resumes from, and how a
+training has ended.
 
 Data, rewards and the trainers themselves are each main's own.
 """
 
+import errno
 import importlib.util
-import math
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .errors import UNFINISHED, InputError
+from .processes import lock
+
+
+TRAINING_LOCK = ".training.lock"
+# A disk that takes no more; anything else that a file can fail with may be a mistake in the code, and keeps its
+# traceback
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def check_quantization(model_args: Any) -> None:
@@ -36,20 +48,85 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict:
     }
 
 
-def check_gradients(log_history: list[dict]) -> None:
-    """Stop before saving when the gradient is not finite: Trainer logs a NaN loss as 0.0 and ends with exit code 0."""
-    norms = [(row["step"], row["grad_norm"]) for row in log_history if row.get("grad_norm") is not None]
-    if norms and not math.isfinite(norms[-1][1]):
-        first = next(step for step, norm in norms if not math.isfinite(norm))
-        raise InputError(
-            f"the gradient is {norms[-1][1]} since step {first}: not saved; lower learning_rate or max_grad_norm"
-        )
+def resume_point(args: Any, command: str) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` stands for, with a line for each torn one that is passed over."""
+    check_exists("resume_from_checkpoint", args.resume_from_checkpoint)
+
+    def say(line: str) -> None:
+        if args.process_index == 0:
+            print(f"{command}: {line}", flush=True)
+
+    return find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir), say)
+
+
+@contextmanager
+def at_work(args: Any, signals: Any) -> Iterator[None]:
+    """Keep a second training out of the output folder, and end in one line where a signal or the disk is the reason.
+
+    Raises:
+        InputError: another process trains in the folder, such as one whose launcher was killed and left it behind.
+        SystemExit: a signal came (128 + signal), or the disk takes no more (1).
+    """
+    folder = Path(args.output_dir)
+    args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
+    with ExitStack() as stack:
+        if args.process_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            message = f"another training is at work in {folder}: end it first"
+            stack.enter_context(lock(folder / TRAINING_LOCK, message))
+        try:
+            yield
+        except Exception as error:
+            if signals.received:  # another rank, or a process that the step needs, has ended before it
+                signals.leave(f"the step could not be finished, nothing saved ({_in_one_line(error)})")
+            if not is_write_error(error):
+                raise
+            _leave_unwritten(error, folder, signals.command)
+
+
+def train(trainer: Any, checkpoint: Path | None, signals: Any) -> None:
+    """Train to the end, from `checkpoint` if there is one, with checkpoints that a kill or a signal can come between.
+
+    Raises:
+        SystemExit: a signal came, and a checkpoint is saved.
+    """
+    from .resuming import CheckpointCallback
+    from .signals import StopCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    saving = next((one for one in callbacks if isinstance(one, CheckpointCallback)), None)
+    if saving is None:
+        saving = CheckpointCallback(trainer)
+        trainer.add_callback(saving)
+    saving.resumed_from = checkpoint
+    trainer.add_callback(StopCallback(trainer, signals, saving))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _leave_unwritten(error: Exception, folder: Path, command: str) -> NoReturn:
+    last, _ = last_whole_checkpoint(folder)
+    kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    text = _in_one_line(error)
+    print(f"{command}: {folder} ({free_gb:.3f} GB free) cannot be written: {text}; {kept}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def is_write_error(error: BaseException) -> bool:
+    """A full disk and the like, as Python, safetensors (in Rust) and torch.save (in C++) report it."""
+    known = isinstance(error, OSError) and error.errno in WRITE_ERRORS
+    torch_save = "inline_container.cc" in str(error) and "Reader" not in str(error)
+    return known or torch_save or str(error).startswith("Error while serializing")  # the last is safetensors'
 
 
 def check_finished(trainer: Any, command: str) -> None:
     """Exit with [`~aesl_trl.errors.UNFINISHED`] before the last step.
 
-    A signal with enable_jit_checkpoint saves and returns as if all steps were done; what follows must not believe it.
+    A callback may end a training as if all steps were done; what follows must not believe it.
     """
     state = trainer.state
     if state.global_step < state.max_steps:

@@ -6,10 +6,11 @@ patience without training. Writes `selection.json` and `selected/`.
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import files
+from . import __version__, files
 from .errors import InputError, exit_on_input_error, nearest
 from .turning_point import find_turning_point
 
@@ -56,7 +57,7 @@ def select_checkpoint(
         and, where it was not saved, `wanted_step`.
 
     Raises:
-        InputError: no candidates, or an unknown rule or metric.
+        InputError: no candidates, an unknown rule or metric, or one that was not measured.
     """
     for name, value, options in (
         ("rule", rule, RULES),
@@ -69,6 +70,11 @@ def select_checkpoint(
     if not candidates:
         raise InputError("there are no saved candidates to select from: train with diversity_steps above 0")
     measured = _by_step(diversity_rows)
+    if rule == "turning_point" and measured and not any(metric in row for row in measured.values()):
+        raise InputError(
+            f"no row of {files.DIVERSITY} has {metric!r}: another version wrote it (this is aesl_trl {__version__}); "
+            "measure again, or select by --rule last"
+        )
     turning_points = {name: _turning_point(measured, name, patience) for name in METRICS}
     evaluations = _evaluations(measured, eval_rows, best_eval_metric)
     applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates)
@@ -172,11 +178,16 @@ def select_run(
     Raises:
         InputError: `run` is no run, has no candidates, or a file in it is unreadable.
     """
+    if not Path(run).is_dir():
+        siblings = [item.name for item in Path(run).absolute().parent.glob("*") if item.is_dir()]
+        raise InputError(f"{run} is not a folder{nearest(Path(run).name, siblings)}")
     sft = files.sft_dir(run)
     out = Path(run if out is None else out)
-    recorded = files.read_json(sft / files.RUN) if (sft / files.RUN).exists() else {}
+    recorded = check_version(sft)
+    if recorded.get("stage", "sft") != "sft":
+        raise InputError(f"{sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's")
     selection = select_checkpoint(
-        files.read_jsonl(sft / files.DIVERSITY) if (sft / files.DIVERSITY).exists() else [],
+        read_rows(sft / files.DIVERSITY) if (sft / files.DIVERSITY).exists() else [],
         _log_history(sft),
         candidate_steps(sft),
         rule=rule or recorded.get("selection") or default_rule(recorded.get("cold_start_loss")),
@@ -190,6 +201,45 @@ def select_run(
     selection["path"] = files.SELECTED
     files.write_json(out / files.SELECTION, selection)
     return selection
+
+
+def check_version(sft: Path) -> dict:
+    """run.json of a training's folder, empty where there is none (a callback on another trainer writes none).
+
+    An older version's files are read; what they lack is said where it is needed.
+
+    Raises:
+        InputError: a newer aesl_trl wrote it, whose files may mean something else.
+    """
+    path = sft / files.RUN
+    run = files.read_json(path) if path.exists() else {}
+    if not isinstance(run, dict):
+        raise InputError(f"{path} holds a {type(run).__name__}, not an object: {sft} is no run of aesl_trl")
+    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
+    if _release(wrote) > _release(__version__):
+        raise InputError(f"{path} was written by aesl_trl {wrote}, and this is {__version__}: update aesl_trl")
+    return run
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(0, 1) of 0.1.0: a patch changes no file's meaning."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict]:
+    """The lines of a run's JSONL file, each an object that has the keys `needs`."""
+    try:
+        rows = files.read_jsonl(path)
+    except InputError as error:
+        raise InputError(f"{error}; take that line out to go on without it") from None
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in needs if key not in row] if isinstance(row, dict) else ["object"]
+        if missing:
+            raise InputError(
+                f"{path}, row {number} has no {missing[0]!r}: another version wrote it (this is aesl_trl "
+                f"{__version__}), or it was edited"
+            )
+    return rows
 
 
 def default_rule(cold_start_loss: str | None) -> str:
@@ -212,13 +262,18 @@ def _log_history(sft: Path) -> list[dict]:
     return files.read_json(state).get("log_history", []) if state.exists() else []
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see aesl select --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`aesl select`: apply a rule to a run's saved candidates."""
     exit_on_input_error("aesl select", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aesl select",
         description="Choose which saved candidate of a cold start goes to RL; writes selection.json and selected/.",
         allow_abbrev=False,

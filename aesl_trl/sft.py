@@ -13,8 +13,21 @@ from .arguments import parse
 from .config import AESLSFTConfig
 from .data import check_demonstrations, check_trainable, load_rows, prompt_rows
 from .errors import InputError, exit_on_input_error
-from .mains import check_exists, check_finished, check_gradients, check_quantization, end, model_init_kwargs
+from .mains import (
+    at_work,
+    check_exists,
+    check_finished,
+    check_quantization,
+    end,
+    model_init_kwargs,
+    resume_point,
+    train,
+)
 from .rewards import check_columns, load_reward_funcs
+from .signals import StopSignals
+
+
+NAME = "aesl sft"
 
 
 @dataclass
@@ -46,21 +59,25 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         InputError: arguments, data, rewards or a model that cannot be used; before any model loads.
-        SystemExit: code 3 when the training ended before its last step without having been told to.
+        SystemExit: code 3 when the training ended before its last step without having been told to, 128 + signal
+            when a signal ended it.
     """
-    script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog="aesl sft")
-    if not model_args.model_name_or_path:
-        raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
-    check_quantization(model_args)
-    check_exists("model_name_or_path", model_args.model_name_or_path)
-    check_exists("resume_from_checkpoint", args.resume_from_checkpoint)
-    reward_funcs = load_reward_funcs(script_args.reward_funcs)
-    train, evaluation, prompts = load_datasets(script_args, args)
-    if prompts is not None and reward_funcs:
-        check_columns(reward_funcs, prompts[0], where=f"diversity prompts {script_args.diversity_dataset_name or ''}")
-    trainer = build_trainer(args, model_args, train, evaluation, prompts, reward_funcs)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    finish(trainer, script_args)
+    with StopSignals(NAME) as signals:
+        script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME)
+        if not model_args.model_name_or_path:
+            raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
+        check_quantization(model_args)
+        check_exists("model_name_or_path", model_args.model_name_or_path)
+        checkpoint = resume_point(args, NAME)
+        reward_funcs = load_reward_funcs(script_args.reward_funcs)
+        train_rows, evaluation, prompts = load_datasets(script_args, args)
+        if prompts is not None and reward_funcs:
+            where = f"diversity prompts {script_args.diversity_dataset_name or ''}"
+            check_columns(reward_funcs, prompts[0], where=where)
+        with at_work(args, signals):
+            trainer = build_trainer(args, model_args, train_rows, evaluation, prompts, reward_funcs)
+            train(trainer, checkpoint, signals)
+            finish(trainer, script_args)
 
 
 def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
@@ -128,16 +145,13 @@ def finish(trainer, script_args: SFTScriptArguments) -> None:
     state, args = trainer.state, trainer.args
     stopped = getattr(trainer, "diversity_callback", None) is not None and trainer.diversity_callback.stopped
     if not stopped:
-        check_finished(trainer, "aesl sft")
-    check_gradients(state.log_history)
+        check_finished(trainer, NAME)
     trainer.save_model(args.output_dir)
-    trainer.accelerator.print(
-        f"aesl sft: trained {state.global_step} steps; the last weights are in {args.output_dir}"
-    )
+    trainer.accelerator.print(f"{NAME}: trained {state.global_step} steps; the last weights are in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     end(trainer)
 
 
 if __name__ == "__main__":
-    exit_on_input_error("aesl sft", main)
+    exit_on_input_error(NAME, main)

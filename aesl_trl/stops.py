@@ -4,6 +4,7 @@ No model is loaded, and nothing is sampled: that the stops work is seen in hando
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,15 +79,24 @@ def agree_on_stops(tokenizer, declared: dict, num_rows: int) -> Stops:
     changes += [f"generation_config: eos_token_id {index} removed" for index in before if index not in eos]
     if declared.get("pad_token_id") != tokenizer.pad_token_id:
         changes.append(f"generation_config: pad_token_id {declared.get('pad_token_id')} -> {tokenizer.pad_token_id}")
-    for index in (*eos, tokenizer.pad_token_id):
-        if index >= num_rows:
-            token = tokenizer.convert_ids_to_tokens(index)
-            raise InputError(
-                f"token {token} has id {index}, the model {num_rows} embeddings: this tokenizer is another model's"
-            )
+    check_ids(tokenizer, (*eos, tokenizer.pad_token_id), num_rows)
     return Stops(
         eos, tokenizer.pad_token_id, None if turn_end is None else tokenizer.convert_ids_to_tokens(turn_end), changes
     )
+
+
+def check_ids(tokenizer, ids: Iterable[int], num_rows: int, where: str = "") -> None:
+    """Refuse a token that the model has no embedding for: on a GPU it would end in an assertion of a kernel.
+
+    `where` opens the message.
+    """
+    highest = max(ids)
+    if highest >= num_rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise InputError(
+            f"{where}token {token} has id {highest}, the model {num_rows} embeddings: the tokenizer is another "
+            "model's, or was enlarged without model.resize_token_embeddings"
+        )
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -189,7 +189,8 @@ def test_a_stage_cut_off_goes_on_from_its_last_whole_checkpoint(project, fakes, 
     flags = dict(started(folder / "order.txt"))["grpo"]
     assert flags[flags.index("--resume_from_checkpoint") + 1] == str(folder / "grpo/checkpoint-20")
     out = capfd.readouterr().out
-    assert "checkpoint-40 was cut off" in out and "goes on from checkpoint-20" in out
+    assert f"{folder}/grpo/checkpoint-40 is not whole (optimizer.pt is cut off): passed over" in out
+    assert f"goes on from {folder}/grpo/checkpoint-20" in out
     assert (folder / "logs/grpo.log").read_text().count("grpo speaks") == 2
 
 
@@ -244,6 +245,7 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
 # ---- Signals
 
 # The first stage starts a child of its own, as accelerate does, and the chain's process reports by its exit code.
+# "alone" stands for torchrun: the worker has a session of its own, and here it heeds no signal.
 DRIVER = """
 import sys
 from aesl_trl import chain as chains
@@ -251,16 +253,21 @@ from aesl_trl.chain_stages import Stage
 
 STAGE = '''
 import pathlib, signal, subprocess, sys, time
+how = sys.argv[3]
 worker = "import signal, sys, time, pathlib\\\\n"
 worker += "def end(number, frame):\\\\n    pathlib.Path(sys.argv[1]).write_text(str(number)); sys.exit(0)\\\\n"
-worker += "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGINT, end)\\\\n"
+heed = "signal.SIG_IGN" if how == "alone" else "end"
+worker += f"for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, {heed})\\\\n"
 worker += "print(1, flush=True); time.sleep(60)\\\\n"
-process = subprocess.Popen([sys.executable, "-c", worker, sys.argv[1]], stdout=subprocess.PIPE)
+command = [sys.executable, "-c", worker, sys.argv[1]]
+process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=how == "alone")
 process.stdout.readline()
-if sys.argv[3] == "saves":
+if how != "dies":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-pathlib.Path(sys.argv[2]).write_text("x")
+ready = pathlib.Path(sys.argv[2])
+ready.with_suffix(".tmp").write_text(str(process.pid))
+ready.with_suffix(".tmp").rename(ready)
 process.wait()
 '''
 
@@ -299,8 +306,129 @@ def test_a_signal_ends_stage_and_chain(project, tmp_path, number, code, how):
     # The launcher does not pass the signal on: the worker must have had it all the same.
     assert (folder / "worker_grpo").read_text() == str(int(number))
     assert not (folder / "ready_report").exists()
-    assert json.loads((folder / "chain.json").read_text())["stages"]["grpo"]["status"] == "failed"
+    assert json.loads((folder / "chain.json").read_text())["stages"]["grpo"]["status"] == "interrupted"
     assert signal.Signals(number).name in out
+
+
+def driven(folder: Path, path: Path, how: str) -> subprocess.Popen:
+    (folder / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(folder / "driver.py"), str(path), how]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True)
+
+
+def is_running(process: str) -> bool:
+    """Whether it is there and no zombie."""
+    status = Path("/proc", process, "stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_a_second_signal_kills_workers_in_sessions_of_their_own(project, tmp_path):
+    path = project(sft=..., eval=...)
+    folder = Path(read_config(path).output_dir)
+    process = driven(tmp_path, path, "alone")
+    wait_for(folder / "ready_grpo")
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert is_running((folder / "ready_grpo").read_text())
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, out
+    assert not is_running((folder / "ready_grpo").read_text())
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_what_a_killed_chain_left_at_work_is_ended(project, tmp_path):
+    """The stage of a chain that is killed goes on, and would write to the folder of the next one."""
+    path = project(sft=..., eval=...)
+    folder = Path(read_config(path).output_dir)
+    killed = driven(tmp_path, path, "alone")
+    wait_for(folder / "ready_grpo")
+    killed.kill()
+    killed.communicate(timeout=30)
+    orphan = (folder / "ready_grpo").read_text()
+    assert is_running(orphan)
+    (folder / "ready_grpo").unlink()
+    process = driven(tmp_path, path, "dies")
+    wait_for(folder / "ready_grpo")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert f"ended 2 processes that a killed chain had left at work in {folder}" in out
+    assert not is_running(orphan)
+
+
+# A chain of FAKE stages that kills itself as it is about to rename its n-th file; 0: never.
+KILLED = """
+import os, signal, sys
+from aesl_trl import chain as chains, files
+from aesl_trl.chain_stages import Stage
+
+def fake(builder):
+    def build(chain):
+        real = builder(chain)
+        os.environ["FAKE_RUN"] = str(chain.run)
+        command = [sys.executable, "-c", sys.argv[3], real.name, str(real.output)]
+        return Stage(real.name, command, real.output, real.configs, real.folder)
+    return build
+
+def select(chain, log):
+    files.write_json(chain.run / files.SELECTION, {"step": 3})
+    return 0
+
+renamed = 0
+def audit(event, arguments):
+    global renamed
+    renamed += event == "os.rename"
+    if event == "os.rename" and renamed == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+chains.BUILDERS = {name: fake(builder) for name, builder in chains.BUILDERS.items()}
+chains.check_in_child = lambda argv: None
+chains._select = select
+sys.addaudithook(audit)
+chains.main(["--config", sys.argv[1]])
+"""
+
+
+def killed_chain(folder: Path, path: Path, number: int) -> int:
+    (folder / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(folder / "killed.py"), str(path), str(number), FAKE]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode
+
+
+RENAMES = 15  # of a whole chain: before and after each of six stages, for SFT two files each, and what select writes
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n in (4, 7, 13) else pytest.mark.slow) for n in range(1, RENAMES + 2)]
+)
+def test_a_chain_killed_between_stages_goes_on(project, tmp_path, number):
+    path = project()
+    folder = Path(read_config(path).output_dir)
+    code = killed_chain(tmp_path, path, number)
+    assert code == (0 if number > RENAMES else -signal.SIGKILL)
+    record, sft = folder / files.CHAIN, folder / "sft" / chains.STAGE
+    stages = files.read_json(record)["stages"] if record.exists() else {}
+    stages |= {"sft": files.read_json(sft)} if sft.exists() else {}  # written first
+    done = [name for name, stage in stages.items() if stage["status"] == "done"]
+    first = [name for name, _ in started(folder / "order.txt")]
+    assert killed_chain(tmp_path, path, 0) == 0
+    again = [name for name, _ in started(folder / "order.txt")][len(first) :]
+    assert again == [name for name in ALL if name not in (*done, "select")]
+    assert {stage["status"] for stage in files.read_json(record)["stages"].values()} == {"done"}
+    assert not list(folder.rglob(".*.tmp"))
+
+
+def test_leftovers_of_killed_stages_are_removed(project, fakes):
+    path = project()
+    folder = Path(read_config(path).output_dir)
+    (folder / ".handoff.4194305.tmp").mkdir(parents=True)  # above the largest process id
+    (folder / ".chain.json.4194305.tmp").write_text("{")
+    (folder / ".mine").write_text("x")
+    run(path)
+    assert {item.name for item in folder.glob(".*")} == {".mine", ".sft.lock"}
 
 
 # ---- The end

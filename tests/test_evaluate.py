@@ -158,7 +158,7 @@ def test_intervals_are_over_problems():
         ({"reward_funcs": None}, ["org/model"], "reward_funcs is missing"),
         ({"reward_funcs": ["accuracy_reward"]}, ["org/model"], "needs 'solution'"),
         ({"samples": 0}, ["org/model"], "samples must be positive, got 0"),
-        ({"temperature": 0.0}, ["org/model"], "temperature must be positive"),
+        ({"temperature": 0.0}, ["org/model"], "temperature is 0.0, but must be above 0"),
         ({"num_promts": 4}, ["org/model"], "did you mean 'num_prompts'"),
     ],
 )
@@ -170,5 +170,5 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(config, monkeyp
 
 
 def test_a_folder_without_a_model_is_refused(config, tmp_path):
-    with pytest.raises(InputError, match="holds neither config.json nor adapter_config.json"):
+    with pytest.raises(InputError, match="model: .* holds no config.json"):
         evaluate.main([str(tmp_path), *config()])

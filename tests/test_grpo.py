@@ -13,8 +13,8 @@ import yaml
 from conftest import build_tokenizer
 from safetensors.torch import load_file
 
-from aesl_trl import grpo, mains
-from aesl_trl.errors import UNFINISHED, InputError
+from aesl_trl import grpo
+from aesl_trl.errors import Diverged, InputError
 
 
 REWARD = """
@@ -168,7 +168,7 @@ def test_the_adapter_is_trainable_and_brings_its_files(config, tmp_path, tiny_mo
 
 @pytest.mark.slow
 def test_a_signal_is_no_success(config, tmp_path):
-    """SIGTERM with enable_jit_checkpoint saves and returns from train(); a chain must not go on to the next stage."""
+    """SIGTERM saves and leaves with 143, with enable_jit_checkpoint too; a chain must not go on to the next stage."""
     arguments = config(max_steps=5000, enable_jit_checkpoint=True)
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "aesl_trl.grpo", *arguments],
@@ -183,8 +183,8 @@ def test_a_signal_is_no_success(config, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     rest, _ = process.communicate(timeout=120)
-    assert process.returncode == UNFINISHED, "".join(lines)[-2000:] + rest[-2000:]
-    assert "of 5000" in rest
+    assert process.returncode == 128 + signal.SIGTERM, "".join(lines)[-2000:] + rest[-2000:]
+    assert "go on with --resume_from_checkpoint true" in rest
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -240,13 +240,17 @@ def test_an_adapter_in_the_wrong_place_is_refused(config, tmp_path, tiny_model_d
         grpo.main(config(adapter_name_or_path=tiny_model_dir))
 
 
-def test_a_gradient_that_is_no_number_is_refused():
-    """Trainer logs a NaN loss as 0.0, so the gradient's norm is what tells."""
-    norms = [0.5, float("nan"), float("nan")]
-    rows = [{"step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)]
-    with pytest.raises(InputError, match="nan since step 2"):
-        mains.check_gradients(rows)
-    mains.check_gradients([*rows, {"step": 4, "grad_norm": 1.0}, {"train_runtime": 1.0}])
+def test_a_gradient_that_is_not_finite_ends_the_training(config, monkeypatch):
+    build = grpo.build_trainer
+
+    def build_poisoned(*arguments):
+        trainer = build(*arguments)
+        next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        return trainer
+
+    monkeypatch.setattr(grpo, "build_trainer", build_poisoned)
+    with pytest.raises(Diverged, match="step 1: the gradient's norm is nan; stopped before the optimizer's step"):
+        grpo.main(config())
 
 
 @pytest.mark.slow

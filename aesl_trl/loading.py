@@ -109,7 +109,7 @@ def check_tokenizer(
             f"an instruct model{where}, or give the data as text"
         )
     _check_eos(tokenizer, f"{field}: the tokenizer of {tokenizer_name}", tokenizer_name, settings)
-    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, turn_end_token(tokenizer)} - {None}
+    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     try:
         ids.update(*(prompt_tokens(tokenizer, prompt) for prompt in prompts if prompt))
     except (TemplateError, TypeError) as error:
@@ -124,9 +124,12 @@ def _check_eos(tokenizer, what: str, name: str, settings: Any) -> None:
         raise InputError(f"{what} has no token {given!r} (eos_token){nearest(given, tokenizer.all_special_tokens)}")
     if given or tokenizer.eos_token_id is not None:
         return
-    turn_end = turn_end_token(tokenizer)
-    token = "the token" if turn_end is None else repr(tokenizer.convert_ids_to_tokens(turn_end))
-    remedy = f"aesl handoff {name} sets it" if settings is None else f"set eos_token to {token} that ends a turn"
+    try:
+        turn_end = turn_end_token(tokenizer)
+    except (InputError, TemplateError, TypeError):  # a template that this conversation does not suit
+        turn_end = None
+    token = "the token that ends a turn" if turn_end is None else repr(tokenizer.convert_ids_to_tokens(turn_end))
+    remedy = f"aesl handoff {name} sets it" if settings is None else f"set eos_token to {token}"
     raise InputError(f"{what} has no eos_token, so nothing ends a completion: {remedy}")
 
 

@@ -90,7 +90,7 @@ def check_ids(tokenizer, ids: Iterable[int], num_rows: int, where: str = "") -> 
 
     `where` opens the message.
     """
-    highest = max(ids)
+    highest = max(ids, default=0)
     if highest >= num_rows:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise InputError(

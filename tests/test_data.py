@@ -185,6 +185,18 @@ GOOD = {"prompt": "p", "completion": "c"}
         ([{"prompt": CHAT[:1], "completion": []}], ["row 0", "completion is empty"]),
         ([{"messages": CHAT}, {"messages": CHAT[:1]}], ["row 1", "no assistant message"]),
         ([{"messages": CHAT}, {"messages": []}], ["row 1", "messages is empty"]),
+        ([{"messages": [*CHAT, CHAT[0]]}], ["row 0", "messages ends with a message of the user"]),
+        (
+            [{"messages": [CHAT[0], {"role": "assistant", "content": ""}]}],
+            ["row 0", "the last message of messages is"],
+        ),
+        (
+            [{"messages": [{"role": "user", "content": None}, CHAT[1]]}],
+            ["message 0 of messages (user) has no content"],
+        ),
+        ([{"prompt": [{"role": "user", "content": None}], "completion": CHAT[1:]}], ["message 0 of prompt (user)"]),
+        ([{"text": " \n"}], ["row 0", "text is blank"]),
+        ([GOOD, {"prompt": "p" * 2**22, "completion": "c"}], ["row 1", f"it has {2**22 + 1} characters"]),
         ([{"messages": [{"content": "q"}]}], ["row 0", "without a role"]),
         ([{"text": "a"}, {"text": ""}], ["row 1", "text is empty"]),
         ([{"text": "a"}, {"text": None}], ["row 1", "text is missing"]),
@@ -241,6 +253,31 @@ def test_trainable():
     refused(["every row lost its completion to max_length=2"], data.check_trainable, lost, 2)
     refused(["max_length=2"], data.check_trainable, lost.select([]), 2)
     refused(["masks"], data.check_trainable, lost, None)
+
+
+def test_a_token_without_an_embedding():
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 9], "labels": [3, 9]}])
+    data.check_trainable(rows, None, num_embeddings=10)
+    data.check_trainable(rows.select([0]), None, num_embeddings=3)
+    refused(["token 9", "the model 9 embeddings"], data.check_trainable, rows, None, num_embeddings=9)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompts_that_are_trained_on(streaming):
+    """Counted by prompt, whether it is a column or the beginning of a conversation."""
+
+    def check(train, held_out):
+        train = Dataset.from_list(train)
+        prompts = data.prompt_rows(Dataset.from_list(held_out))
+        data.check_held_out(train.to_iterable_dataset() if streaming else train, prompts, field="held_out")
+
+    check(ROWS, [{"prompt": "p"}, {"prompt": "p0 "}])
+    check([{"text": "p0"}], [{"prompt": "p0"}])
+    parts = ["2 of 3 prompts of held_out are in dataset_name too", "the first is row 1 (from 0), 'p1'"]
+    refused(parts, check, ROWS, [{"prompt": "q"}, {"prompt": "p1"}, {"prompt": "p4"}])
+    other = [{"role": "user", "content": "r"}]
+    refused(["1 of 2", "'q'"], check, [{"messages": CHAT}], [{"prompt": other}, {"prompt": CHAT[:1]}])
+    check([{"messages": CHAT}], [{"messages": [*other, CHAT[1]]}])
 
 
 def test_all_rows_truncated_by_trl(tiny_model_dir, tmp_path):

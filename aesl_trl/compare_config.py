@@ -7,7 +7,7 @@ What the chain's own configs say is left out: compare_cells.py writes each cell'
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ class _Scalars:
     estimate: dict[str, Any] | None = None
 
 
-def read_config(path: str | Path, *, output_dir: str | None = None) -> CompareConfig:
-    """The comparison in `path`; `output_dir`, from the current folder, wins over it.
+def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Collection[str] = ()) -> CompareConfig:
+    """The comparison in `path`; `output_dir`, from the current folder, wins over it; `to_come` need not be there yet.
 
     Raises:
         InputError: an unknown or mistyped key, a file that does not exist, names that would share a folder, a
@@ -143,7 +143,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None) -> CompareCo
             values[name] = kind(**check_fields(values[name], kind, f"{path}: {name}"))
     config = CompareConfig(**values)
     _resolve_chain(config, path, folder)
-    _resolve_changes(config, path, folder)
+    _resolve_changes(config, path, folder, to_come)
     _set_default_selections(config)
     _check_selections(config, path)
     _check_names(config, path)
@@ -182,21 +182,21 @@ def _resolve_chain(config: CompareConfig, path: Path, folder: Path) -> None:
                 section[key] = str(target)
 
 
-def _resolve_changes(config: CompareConfig, path: Path, folder: Path) -> None:
+def _resolve_changes(config: CompareConfig, path: Path, folder: Path, to_come: Collection[str]) -> None:
     """Paths that a method, a setting or a grid puts into a stage's config are relative to compare.yaml too."""
     for name, options in config.methods.items():
-        _resolve_mapping(options.sft or {}, f"{path}: methods.{name}.sft", folder)
+        _resolve_mapping(options.sft or {}, f"{path}: methods.{name}.sft", folder, to_come)
     for name, options in config.settings.items():
         for stage in ("sft", "grpo", "eval"):
-            _resolve_mapping(getattr(options, stage), f"{path}: settings.{name}.{stage}", folder)
+            _resolve_mapping(getattr(options, stage), f"{path}: settings.{name}.{stage}", folder, to_come)
 
 
-def _resolve_mapping(values: dict[str, Any], where: str, folder: Path) -> None:
+def _resolve_mapping(values: dict[str, Any], where: str, folder: Path, to_come: Collection[str]) -> None:
     for key, value in values.items():
         if key in FIXED:
             raise InputError(f"{where}: {key} is set for each cell by the comparison; leave it out")
         try:
-            values[key] = resolve(key, value, folder)
+            values[key] = resolve(key, value, folder, to_come)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -36,8 +36,7 @@ from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
 from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer
 from .processes import lock
 from .rewards import check_columns, load_reward_funcs
-from .transformers_engine import TransformersEngine
-from .vllm_engine import BACKENDS, VLLMEngine, choose_backend
+from .vllm_engine import BACKENDS, choose_backend, open_engine
 
 
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece
@@ -311,10 +310,8 @@ class Sampling:
         return assemble(file.read(wanted), wanted) if is_main else []
 
     def _draw_piece(self, task: Task, piece: Piece) -> list[Group]:
-        if self._engine is None and self._backend == "vllm":
-            self._engine = VLLMEngine(self._path, self._args)
-        elif self._engine is None:
-            self._engine = TransformersEngine(self._path, self._args, self._accelerator)
+        if self._engine is None:
+            self._engine = open_engine(self._backend, self._path, self._args, self._accelerator)
         return self._engine.draw(task.rows[piece.first : piece.first + piece.num], piece)
 
     def _shared(self, found: set[Piece] | None) -> set[Piece]:

@@ -2,7 +2,7 @@
 
 Sampling is the dear part (problems x samples completions), so each finished chunk is written at once, and a run that
 was cut off goes on with the problems that are missing. Rates that were drawn with other settings stay in the file and
-are not used. One process samples.
+are not used. One process samples, by vLLM where it can.
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from .data import load_rows
 from .errors import InputError
+from .eval_samples import Piece
 from .files import append_jsonl, read_jsonl
 from .problems import Problem, checked_rate, problem_id
 
 
-CHUNK = 64  # problems between two writes
+CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Sampling:
     seed: int
     success_threshold: float
     reward: str  # the first reward's name
+    backend: str  # vllm or transformers
 
     def keys(self, rows: list[dict]) -> list[str]:
         """A digest for each row: rates of the same key are of the same draw."""
@@ -82,8 +84,9 @@ def sample_rates(
     sampling: Sampling,
     rewards: list[Callable],
     *,
+    accelerator,
     batch_size: int,
-    use_cpu: bool = False,
+    max_model_len: int | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, float | None]:
@@ -97,7 +100,8 @@ def sample_rates(
     todo = [(problem, row) for problem, row in zip(problems, rows, strict=True) if problem.id not in done]
     say(f"pass rates: {len(problems) - len(todo)} of {len(problems)} known from {path}, {len(todo)} to sample")
     if todo:
-        for line in _sampled(todo, sampling, rewards, batch_size, use_cpu, trust_remote_code, say):
+        limits = {"batch_size": batch_size, "max_model_len": max_model_len, "trust_remote_code": trust_remote_code}
+        for line in _sampled(todo, sampling, rewards, accelerator, limits, say):
             append_jsonl(path, {**line, "key": keys[line["id"]]})
             done[line["id"]] = line["pass_rate"]
     return {problem.id: done[problem.id] for problem in problems}
@@ -108,41 +112,29 @@ def _known(path: Path, keys: dict[str, str]) -> dict[str, float | None]:
     return {line["id"]: line["pass_rate"] for line in lines if keys.get(line["id"]) == line.get("key")}
 
 
-def _sampled(todo, sampling, rewards, batch_size, use_cpu, trust_remote_code, say):
+def _sampled(todo, sampling, rewards, accelerator, limits, say):
     """A line of the file for each problem, chunk after chunk."""
-    import torch
-
-    from .loading import release_memory
+    from .evaluate import EvalArguments
     from .rewards import score_groups
-    from .sampling import sample_groups
-    from .transformers_engine import load
+    from .vllm_engine import open_engine
 
-    device = "cpu" if use_cpu or not torch.cuda.is_available() else "cuda:0"
-    model, tokenizer = load(sampling.model, device, trust_remote_code=trust_remote_code)
-    for start in range(0, len(todo), CHUNK):
-        chunk = todo[start : start + CHUNK]
+    drawn = {name: getattr(sampling, name) for name in ("samples", "temperature", "max_new_tokens", "seed")}
+    engine = open_engine(sampling.backend, sampling.model, EvalArguments(**drawn, **limits), accelerator)
+    size = CHUNK[sampling.backend]
+    for start in range(0, len(todo), size):
+        chunk = todo[start : start + size]
         rows = [row for _, row in chunk]
-        groups = sample_groups(
-            model,
-            tokenizer,
-            rows,
-            samples=sampling.samples,
-            temperature=sampling.temperature,
-            max_new_tokens=sampling.max_new_tokens,
-            batch_size=batch_size,
-            seed=_seed(sampling.seed, chunk[0][0].id),
-        )
+        groups = engine.draw(rows, Piece(_number(chunk[0][0].id), len(chunk), 0, sampling.samples))
         scored = score_groups(groups, rows, rewards)
         for (problem, _), group in zip(chunk, scored, strict=True):
             yield _line(problem, group, sampling.success_threshold)
         say(f"pass rates: {start + len(chunk)} of {len(todo)} sampled")
-    del model
-    release_memory()
+    engine.close()
 
 
-def _seed(seed: int, id: str) -> int:
-    """Chunks differ, and one that is drawn again draws the same."""
-    return int(hashlib.sha256(f"{seed} {id}".encode()).hexdigest()[:8], 16)
+def _number(id: str) -> int:
+    """A problem's place in the seed of its chunk: chunks differ, and one drawn again draws the same."""
+    return int(hashlib.sha256(id.encode()).hexdigest()[:8], 16)
 
 
 def _line(problem: Problem, group, success_threshold: float) -> dict:

@@ -22,10 +22,11 @@ from .demonstrations import BATCH, Judge, gradable, num_tokens, take
 from .errors import InputError, exit_on_input_error, nearest
 from .loading import CHECKED_ROWS, check_model, check_tokenizer
 from .pass_rates import Sampling, rates_in_file, sample_rates
-from .prepare_config import DataArguments, difficulty_of, prompt_of
+from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
 from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
 from .rewards import check_columns, load_reward_funcs, reward_name
+from .vllm_engine import choose_backend
 
 
 ARGUMENT_TYPES = (DataArguments,)
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     check_columns(rewards, ("prompt", "solution"), where="reward_funcs", absent=("completion_ids",))
     if args.pass_rate_samples:
         check_model(args.model_name_or_path, "model_name_or_path", trust_remote_code=args.trust_remote_code)
+        choose_engine(args)
     benchmarks = load_benchmarks(args.decontaminate or [])
     known = rates_in_file(args.pass_rate_file) if args.pass_rate_file else {}
     with locked(args.output_dir):
@@ -211,15 +213,18 @@ def split(
 def _set_pass_rates(problems: list[Problem], args: DataArguments, rewards: list, known: dict[str, float]) -> None:
     """Fill `pass_rate` from the file or by sampling; a column's were read with the problems."""
     if args.pass_rate_samples:
+        accelerator, backend, why = choose_engine(args)
+        say(f"pass rates: sampled by {backend} ({why})")
         prompts = [{"prompt": prompt_of(problem, args), "solution": problem.solution} for problem in problems]
         known = sample_rates(
             problems,
             prompts,
             Path(args.output_dir) / PASS_RATES,
-            _sampling(args, rewards),
+            _sampling(args, rewards, backend),
             rewards[:1],
+            accelerator=accelerator,
             batch_size=args.batch_size,
-            use_cpu=args.use_cpu,
+            max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
             trust_remote_code=args.trust_remote_code,
             say=say,
         )
@@ -232,7 +237,17 @@ def _set_pass_rates(problems: list[Problem], args: DataArguments, rewards: list,
         )
 
 
-def _sampling(args: DataArguments, rewards: list) -> Sampling:
+def choose_engine(args: DataArguments) -> tuple:
+    """What samples pass rates: an accelerator, the backend, and why that one."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=args.use_cpu)
+    on_gpu = accelerator.device.type == "cuda"
+    chosen = choose_backend(args.backend, is_adapter=False, num_processes=accelerator.num_processes, on_gpu=on_gpu)
+    return accelerator, *chosen
+
+
+def _sampling(args: DataArguments, rewards: list, backend: str) -> Sampling:
     return Sampling(
         model=args.model_name_or_path,
         samples=args.pass_rate_samples,
@@ -241,6 +256,7 @@ def _sampling(args: DataArguments, rewards: list) -> Sampling:
         seed=args.seed,
         success_threshold=args.success_threshold,
         reward=reward_name(rewards[0]),
+        backend=backend,
     )
 
 
@@ -253,19 +269,18 @@ def _files(args: DataArguments, demonstrations: list, rl: list, held_out: list) 
     if not args.has_pass_rates:
         return files, {}
     difficulties = [difficulty_of(problem.pass_rate, args.difficulty_bounds) for problem, _ in demonstrations]
-    counts = {name: difficulties.count(name) for name in ("hard", "medium", "easy", "unknown")}
+    counts = {name: difficulties.count(name) for name in (*DIFFICULTIES, "unknown")}
     return files | _splits(sft, difficulties, counts, args.difficulty_size), counts
 
 
 def _splits(sft: list[dict], difficulties: list[str], counts: dict[str, int], size: int | None) -> dict[str, list]:
-    names = ("hard", "medium", "easy")
-    few = next((name for name in names if size and counts[name] < size), None)
+    few = next((name for name in DIFFICULTIES if size and counts[name] < size), None)
     if few:
         raise InputError(
             f"difficulty_size is {size}, but {few} has {counts[few]} of {counts}: lower it, or enlarge subsets"
         )
-    rows = {name: [row for row, own in zip(sft, difficulties, strict=True) if own == name] for name in names}
-    return {f"sft_{name}.jsonl": rows[name][:size] for name in names if rows[name]}
+    rows = {name: [row for row, own in zip(sft, difficulties, strict=True) if own == name] for name in DIFFICULTIES}
+    return {f"sft_{name}.jsonl": rows[name][:size] for name in DIFFICULTIES if rows[name]}
 
 
 def _row(problem: Problem, args: DataArguments, demonstration: str | None = None) -> dict:

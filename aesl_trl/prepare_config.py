@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 from .errors import InputError
 from .problems import Problem
+from .vllm_engine import BACKENDS
 
 
 PLACEHOLDER = "{problem}"
+DIFFICULTIES = ("hard", "medium", "easy")
 PASS_RATE_SOURCES = ("pass_rate_samples", "pass_rate_file", "pass_rate_column")
 POSITIVE = (
     *("num_demonstrations", "num_held_out", "num_rl", "max_prompt_length", "max_length", "ngram"),
@@ -79,7 +81,14 @@ class DataArguments:
     pass_rate_column: str | None = field(default=None, metadata={"help": "Or a column of `dataset_name`."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the pass rates."})
     max_new_tokens: int = field(default=4096, metadata={"help": "Length at which a sampled answer is cut off."})
-    batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
+    batch_size: int = field(default=64, metadata={"help": "Answers generated at once (transformers)."})
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What samples pass rates: vllm, transformers, or auto, vLLM where it can.",
+            "choices": BACKENDS,
+        },
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Sample on the CPU although there is a GPU."})
     difficulty_bounds: list[float] = field(
         default_factory=lambda: [0.25, 0.75],

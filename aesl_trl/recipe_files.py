@@ -279,12 +279,14 @@ def promised_files(folder: Path) -> dict[str, Promise]:
     """Absolute path of each file that the data*.yaml of a recipe will write -> what is known of its rows."""
     from .arguments import parse
     from .prepare import ARGUMENT_TYPES
+    from .prepare_config import DIFFICULTIES
     from .prepare_output import HELD_OUT, RL
 
     files = {}
     for path in sorted(folder.glob("data*.yaml")):
         (args,) = parse(ARGUMENT_TYPES, ["--config", str(path)], prog="aesl recipes check")
         names = ["sft.jsonl", RL, HELD_OUT, *(f"sft_{size}.jsonl" for size in args.subsets or [])]
+        names += [f"sft_{name}.jsonl" for name in DIFFICULTIES] if args.has_pass_rates else []
         promise = Promise(path, args.max_prompt_length, args.max_length)
         files |= {str(Path(args.output_dir) / name): promise for name in names if args.output_dir}
     return files

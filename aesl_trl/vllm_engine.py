@@ -14,7 +14,7 @@ from .errors import InputError
 from .eval_samples import Piece, draw_seed
 from .handoff_checks import prompt_tokens
 from .loading import release_memory
-from .transformers_engine import end_of_turn
+from .transformers_engine import TransformersEngine, end_of_turn
 
 
 BACKENDS = ("auto", "vllm", "transformers")
@@ -44,6 +44,11 @@ def _why_not_vllm(is_adapter: bool, num_processes: int, on_gpu: bool) -> str | N
     if num_processes > 1:
         return f"it runs in one process, not {num_processes}: start without accelerate, and set tensor_parallel_size"
     return "an adapter has to be merged first (aesl handoff RUN --mode merge)" if is_adapter else None
+
+
+def open_engine(backend: str, path: str, args, accelerator) -> "VLLMEngine | TransformersEngine":
+    """The engine that `choose_backend` named, its model loaded."""
+    return VLLMEngine(path, args) if backend == "vllm" else TransformersEngine(path, args, accelerator)
 
 
 class VLLMEngine:

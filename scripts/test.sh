@@ -13,6 +13,10 @@ fi
 
 bash scripts/setup.sh
 source .venv/bin/activate
+# QLoRA's chains run in the slow tests only; importing bitsandbytes would slow down every process of the others.
+if [ ${#selection[@]} -gt 0 ] && ! python -c "import bitsandbytes" 2>/dev/null; then
+    python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[qlora]"
+fi
 # The models of the tests are too small to gain from threads, and two processes of one test would fight for the cores.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

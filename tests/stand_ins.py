@@ -36,6 +36,9 @@ OVERRIDDEN = {
         "subsets": [8],
         "num_held_out": 8,
         "decontaminate": [],  # the benchmarks are on the hub
+        "pass_rate_samples": 2,
+        "max_new_tokens": 12,
+        "use_cpu": True,
     },
     "sft": {
         **TRAINED,
@@ -58,10 +61,16 @@ OVERRIDDEN = {
         "batch_size": 4,
     },
     "chain": {},
+    "compare": {},
 }
 ALWAYS = {"use_cpu", "bf16", "data_dir", "num_prompts", "max_steps", "per_device_train_batch_size", "dtype"}
 ALSO = "model_name_or_path"  # of every config that names a model: the stand-in's folder
-DROPPED = {"data": {"dataset_config"}, "sft": set(), "grpo": {"generation_kwargs"}, "probe": {"generation_kwargs"}}
+DROPPED = {
+    "data": {"dataset_config", "difficulty_size"},
+    "sft": set(),
+    "grpo": {"generation_kwargs"},
+    "probe": {"generation_kwargs"},
+}
 ANSWERS = 5  # the stand-in's problems have the answers 0 to 4
 MAX_TAUGHT = 120  # characters of a prompt that it is taught with: its end is what it answers to
 CHAT_TEMPLATES = {"qwen2": "qwen2_5.jinja", "llama": "llama3_1.jinja"}

@@ -184,7 +184,7 @@ def test_intervals_are_over_problems():
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_model_loads(config, monkeypatch, overrides, flags, message):
-    monkeypatch.setattr(evaluate, "TransformersEngine", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=message) as caught:
         evaluate.main([*flags, *config(**overrides)])
     assert "\n" not in str(caught.value)
@@ -368,7 +368,7 @@ def test_what_is_drawn_needs_no_model(benchmark_config, tmp_path, two_answers, m
     config = benchmark_config(problems=2)
     evaluate.main([two_answers, *config])
     one = read(tmp_path)
-    monkeypatch.setattr(evaluate, "TransformersEngine", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: pytest.fail("a model was loaded"))
     evaluate.main([two_answers, *config])
     assert read(tmp_path) == one and "1 of 1 pieces are drawn already" in capsys.readouterr().out
     # An adapter, a model trained further, another seed, length or problem has samples of its own
@@ -399,7 +399,7 @@ def test_what_is_drawn_needs_no_model(benchmark_config, tmp_path, two_answers, m
 def test_a_benchmark_that_cannot_be_measured_is_refused(
     benchmark_config, two_answers, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(evaluate, "TransformersEngine", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=message) as caught:
         config = benchmark_config(**{key: value for key, value in overrides.items() if value is not None})
         if None in overrides.values():

@@ -24,8 +24,9 @@ from small_problems import (
     problem_text,
 )
 
-from aesl_trl import data, pass_rates, prepare, prepare_output, problems, sampling
+from aesl_trl import data, pass_rates, prepare, prepare_output, problems, transformers_engine, vllm_engine
 from aesl_trl.decontaminate import BenchmarkIndex, normalise
+from aesl_trl.diversity import Group
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json, read_jsonl
 from aesl_trl.prepare_config import DataArguments, difficulty_of
@@ -406,8 +407,8 @@ SAMPLED = {
 def sampled(run, tmp_path, monkeypatch):
     """Runs with pass rates of the untrained model, three problems a chunk; also counts the problems it samples."""
     (tmp_path / "own.py").write_text(REWARD)
-    monkeypatch.setattr(pass_rates, "CHUNK", 3)
-    drawn, real = [], sampling.sample_groups
+    monkeypatch.setitem(pass_rates.CHUNK, "transformers", 3)
+    drawn, real = [], transformers_engine.sample_groups
 
     def counting(model, tokenizer, rows, **kwargs):
         drawn.append(len(rows))
@@ -416,7 +417,7 @@ def sampled(run, tmp_path, monkeypatch):
         return real(model, tokenizer, rows, **kwargs)
 
     counting.fails_after = None
-    monkeypatch.setattr(sampling, "sample_groups", counting)
+    monkeypatch.setattr(transformers_engine, "sample_groups", counting)
 
     def call(*flags, **settings):
         drawn.clear()
@@ -449,6 +450,36 @@ def test_pass_rates_on_disk_are_not_sampled_again(sampled):
     assert sampled("--system_prompt", "Be brief.", "--overwrite") == (out, 10)
     assert sampled("--overwrite") == (out, 0)
     assert len(read_jsonl(out / "pass_rates.jsonl")) == 34
+
+
+def test_vllm_samples_in_large_chunks_of_problems(run, tmp_path, monkeypatch):
+    """Its cache needs room for a prompt and an answer, not for the model's whole context."""
+    (tmp_path / "own.py").write_text(REWARD)
+    drawn = []
+
+    class Engine:
+        def __init__(self, path, args):
+            assert args.max_model_len == 1024 + SAMPLED["max_new_tokens"] and args.max_new_tokens == 3
+
+        def draw(self, rows, piece):
+            drawn.append((len(rows), piece.num, piece.samples))
+            return [Group(row["prompt"], ["Z", "a", "z", "z"], [1] * 4, [False] * 4, [None] * 4) for row in rows]
+
+        def close(self):
+            drawn.append("closed")
+
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", Engine)
+    monkeypatch.setattr(prepare, "choose_backend", lambda asked, **_: ("vllm", asked))
+    monkeypatch.setitem(pass_rates.CHUNK, "vllm", 6)
+    out = run(None, **SAMPLED)
+    assert drawn == [(6, 6, 4), (4, 4, 4), "closed"]
+    assert set(rates(out).values()) == {0.25}
+
+
+def test_vllm_that_cannot_run_is_refused(run, tmp_path):
+    (tmp_path / "own.py").write_text(REWARD)
+    with pytest.raises(InputError, match="backend: vllm cannot be used"):
+        run(None, **SAMPLED, backend="vllm")
 
 
 def test_sampling_that_was_cut_off_goes_on(sampled, tmp_path):

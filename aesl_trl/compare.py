@@ -4,8 +4,8 @@ One cold start for each method and seed serves all its selections, RL has the sa
 learning rates are tuned first, on seeds that the table does not use. Run again, finished cells are passed over and an
 interrupted one goes on: both are the chain's own (chain.py), which runs here as a process for each cell.
 
-Left out: compare.yaml (compare_config.py), cells and their files (compare_cells.py), statistics (compare_table.py),
-tables as text (compare_page.py), plots (compare_plots.py).
+Left out: compare.yaml (compare_config.py), cells and their files (compare_cells.py), tuning (compare_tuning.py),
+statistics (compare_table.py), tables as text (compare_page.py), plots (compare_plots.py).
 """
 
 import argparse
@@ -25,9 +25,10 @@ from . import files
 from .chain_config import read_config as read_chain
 from .chain_stages import Chain
 from .compare_cells import CELL, Cell
-from .compare_config import CompareConfig, Point, read_config
+from .compare_config import CompareConfig, Point, TuneOptions, read_config
 from .compare_plan import check, plan
-from .compare_table import table, tuned
+from .compare_table import table
+from .compare_tuning import choose, planned, rounds, untuned
 from .compare_workers import DEVICES, Workers, split_devices, visible_devices
 from .errors import InputError, exit_on_input_error, nearest
 from .processes import MARK, end_processes, lock
@@ -67,33 +68,6 @@ class Comparison:
         ]
 
 
-# ---- Tuning
-
-
-def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
-    """The point of each row whose tuning cells have all finished or failed, and the tuning's table."""
-    chosen, lines = {}, []
-    by_row: dict[str, list[Cell]] = {}
-    for cell in cells_of.tuning_cells(config):
-        by_row.setdefault(cell.row, []).append(cell)
-    for row, cells in by_row.items():
-        points = {str(point): point for point in config.points(cells[0].method)}
-        found = [item for cell in cells if (item := cells_of.record(config, cell))]
-        failed = [label for cell in cells if (label := cells_of.failure(cells_of.folder(config, cell)))]
-        best, figures = tuned(found, list(points), config.tune.seeds, lambda item: item["after"].get(config.tune.by))
-        if len(found) + len(failed) < len(cells):
-            best = None  # a point that is still to come may be better
-        lines.append({"row": row, "chosen": best, "finished": len(found), "cells": len(cells), "points": figures})
-        if best is not None:
-            chosen[row] = points[best]
-    return chosen, lines
-
-
-def untuned(config: CompareConfig, cells: Sequence[Cell], chosen: dict[str, Point]) -> list[str]:
-    """Rows that the table needs and tuning could not settle."""
-    return sorted({cell.row for cell in cells if config.points(cell.method)} - chosen.keys())
-
-
 # ---- Running
 
 
@@ -104,7 +78,8 @@ def run(comparison: Comparison) -> None:
         SystemExit: a signal came (128 + signal).
     """
     config = comparison.config
-    _run_cells(comparison, comparison.asked(cells_of.tuning_cells(config)))
+    for cells in rounds(config):
+        _run_cells(comparison, comparison.asked(cells))
     chosen, _ = choose(config)
     wanted = comparison.asked(cells_of.table_cells(config, chosen))
     for row in untuned(config, wanted, chosen):
@@ -238,7 +213,7 @@ def write_results(comparison: Comparison) -> str:
         "seeds": config.seeds,
         "reference": config.reference,
         **table(cells, cells_of.rows(config), reference=config.reference, metric=config.metric),
-        "tuning": {"by": config.tune.by, "seeds": config.tune.seeds, "rows": tuning} if config.tune else None,
+        "tuning": {**_facts(config.tune), "rows": tuning} if config.tune else None,
         "missing": _missing(config, wanted, {item["folder"] for item in cells}),
         "cells": cells,
         "versions": files.package_versions(),
@@ -248,6 +223,10 @@ def write_results(comparison: Comparison) -> str:
     text = page(files.read_json(comparison.output / JSON), plots)
     files.write_text(comparison.output / MARKDOWN, text)
     return text
+
+
+def _facts(tune: TuneOptions) -> dict[str, Any]:
+    return {"by": tune.by, "seeds": tune.seeds, "keep": tune.keep}
 
 
 def _missing(config: CompareConfig, wanted: Sequence[Cell], found: set[str]) -> list[str]:
@@ -287,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     elif given.dry_run:
         config, (chosen, _) = comparison.config, choose(comparison.config)
         check(config, comparison.path)
-        tuning = comparison.asked(cells_of.tuning_cells(config))
+        tuning = comparison.asked(planned(config))
         # Until tuning has chosen, no two rows can count on sharing a cold start.
         pending = {row["row"]: Point((("row", number),)) for number, row in enumerate(cells_of.rows(config)) if tuning}
         cells = comparison.asked(cells_of.table_cells(config, {**pending, **chosen}))

@@ -77,17 +77,6 @@ def table_cells(config: CompareConfig, chosen: dict[str, Point]) -> list[Cell]:
     ]
 
 
-def tuning_cells(config: CompareConfig) -> list[Cell]:
-    if config.tune is None:
-        return []
-    return [
-        Cell(row["setting"], row["method"], row["selection"], seed, point, tuning=True)
-        for seed in config.tune.seeds
-        for row in rows(config)
-        for point in config.points(row["method"])
-    ]
-
-
 def groups(config: CompareConfig, cells: list[Cell]) -> list[list[Cell]]:
     """Cells by the cold start that they share: they run one after the other, each group by itself."""
     found: dict[Any, list[Cell]] = {}

@@ -56,11 +56,12 @@ class SettingOptions:
 
 @dataclass
 class TuneOptions:
-    """`by`: the figure after RL that is highest at the point chosen."""
+    """`by`: the figure after RL that is highest at the point chosen. `keep`: how many points see the next seed."""
 
     seeds: list[int]
     grid: Any
     by: str = "pass@1"
+    keep: int | None = None
 
 
 @dataclass
@@ -292,6 +293,10 @@ def _check_tuning(config: CompareConfig, path: Path) -> None:
                 raise InputError(f"{path}: methods.{name}.grid needs a section tune, with seeds of its own")
         return
     budget = len(_named_points(config.tune.grid, f"{path}: tune.grid", path))
+    if config.tune.keep is not None and not 1 <= config.tune.keep <= budget:
+        raise InputError(
+            f"{path}: tune.keep must lie from 1 to {budget}, the points of the grid, got {config.tune.keep}"
+        )
     for name, options in config.methods.items():
         if options.grid is None:
             continue

@@ -142,11 +142,12 @@ def _tuning_parts(result: dict[str, Any]) -> list[str]:
             mark = "chosen" if point["point"] == line["chosen"] else ""
             lines.append([line["row"], point["point"], number(point["mean"]), values, mark])
     seeds = ", ".join(map(str, tuning["seeds"]))
+    going_on = f"; the best {tuning['keep']} of each went on to the next seed" if tuning.get("keep") else ""
     return [
         f"## Tuning: {tuning['by']} after RL on seeds {seeds}",
         markdown_table(["row", "point", "mean", "seeds", ""], lines),
-        "Every row tried the same number of points, on seeds that the tables above do not use. A point of which a "
-        "seed failed cannot be chosen.",
+        f"Every row tried the same number of points, on seeds that the tables above do not use{going_on}. A point of "
+        "which a seed failed cannot be chosen.",
     ]
 
 

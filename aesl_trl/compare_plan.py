@@ -14,6 +14,7 @@ from .chain_config import read_config as read_chain
 from .chain_stages import Chain, check_stages
 from .compare_cells import Cell
 from .compare_config import CompareConfig
+from .compare_tuning import planned
 from .errors import InputError, nearest
 
 
@@ -27,7 +28,8 @@ def check(config: CompareConfig, path: Path) -> None:
     seen = set()
     with tempfile.TemporaryDirectory() as place:
         trial = replace(config, output_dir=place)
-        for cell in [*cells_of.tuning_cells(trial), *cells_of.table_cells(trial, {})]:
+        every_point = replace(trial, tune=replace(config.tune, keep=None) if config.tune else None)
+        for cell in [*planned(every_point), *cells_of.table_cells(trial, {})]:
             if (key := (cell.row, cell.point)) in seen:
                 continue
             seen.add(key)

@@ -19,6 +19,7 @@ from aesl_trl.compare_cells import Cell
 from aesl_trl.compare_config import Point, read_config
 from aesl_trl.compare_plan import check, hours, plan
 from aesl_trl.compare_plots import colours, result_panels, step_lines
+from aesl_trl.compare_tuning import planned
 from aesl_trl.compare_workers import split_devices
 from aesl_trl.errors import InputError
 from aesl_trl.report_plots import LIGHT
@@ -155,6 +156,7 @@ AESL = {"cold_start_loss": "aesl"}
         ({"chain": {"seed": 3}}, ["chain: seed is set for each cell"]),
         ({"chain": {"gpro": {}}}, ["chain: unknown key 'gpro'", "'grpo'"]),
         ({"tune": {**TUNE, "seeds": [1]}}, ["share 1: tune on seeds that the table does not use"]),
+        ({"tune": {**TUNE, "keep": 3}}, ["tune.keep must lie from 1 to 2, the points of the grid, got 3"]),
         ({"tune": {**TUNE, "grid": {"learning_rate": 0.1}}}, ["tune.grid must hold lists of values"]),
         ({"tune": {**TUNE, "grid": {"learning_rate": [0.1, 0.1]}}}, ["the same point twice"]),
         ({"tune": {**TUNE, "grid": {"dataset_name": ["a/b"]}}}, ["dataset_name=a/b names a folder"]),
@@ -381,6 +383,34 @@ def test_tuning_takes_the_best_point_on_seeds_of_its_own(project, fakes):
     nll = next(cell for cell in result(fakes)["cells"] if cell["method"] == "nll")
     assert nll["point"] == "learning_rate=0.3" and nll["before"]["pass@1"] == pytest.approx(0.4 + 0.3)
     assert "| nll/last | learning_rate=0.3 |" in (fakes / "compare.md").read_text()
+
+
+def test_the_best_points_go_on_to_the_next_seed(project, fakes):
+    tune = {"seeds": [7, 8, 9], "grid": {"learning_rate": [0.4, 0.1, 0.3, 0.2]}, "keep": 2}
+    path = project(seeds=[0], methods={**ONE, "base": {"sft": None}}, tune=tune)
+    config = read_config(path)
+    # before anything has run the plan counts as many as will go on
+    assert [cell.seed for cell in planned(config)] == [7] * 4 + [8] * 2 + [9] * 2
+    (fakes / "fail_grpo").write_text("nll_last@learning_rate=0.4/seed-8")
+    assert run(path) == 1
+    trained = [folder.split("=")[1] for name, folder in started(fakes) if name == "grpo" and folder.startswith("tune")]
+    # 0.4 was ahead on seed 7; where its seed 8 fails it is out, and 0.3, which is whole, goes on alone
+    assert trained == [
+        "0.4/seed-7",
+        "0.1/seed-7",
+        "0.3/seed-7",
+        "0.2/seed-7",
+        "0.4/seed-8",
+        "0.3/seed-8",
+        "0.3/seed-9",
+    ]
+    (line,) = result(fakes)["tuning"]["rows"]
+    assert (line["chosen"], line["finished"], line["cells"]) == ("learning_rate=0.3", 6, 7)
+    assert [len(point["values"]) for point in line["points"]] == [1, 1, 3, 1]
+    assert "the best 2 of each went on to the next seed" in (fakes / "compare.md").read_text()
+    (fakes / "fail_grpo").unlink()
+    assert run(path) == 0
+    assert result(fakes)["tuning"]["rows"][0]["chosen"] == "learning_rate=0.4"
 
 
 def test_rl_from_steps(project, fakes):

@@ -1,0 +1,97 @@
+"""Which points of a grid are tried on which tuning seed, and which of them wins.
+
+Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` only the best so many of them go on to the
+next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
+method has the same number of points and keeps as many, so that none gets more looks.
+
+What is finished is read from the cells' folders (compare_cells.py); compare.py runs them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import compare_cells as cells_of
+from .compare_cells import Cell
+from .compare_config import CompareConfig, Point
+from .compare_table import tuned
+
+
+def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
+    """What to run one after the other: each round is known once the one before it has ended."""
+    if config.tune is None:
+        return
+    if config.tune.keep is None:
+        yield planned(config)
+        return
+    for number in range(len(config.tune.seeds)):
+        yield [cell for row in cells_of.rows(config) for cell in _round(config, row, number) or []]
+
+
+def planned(config: CompareConfig) -> list[Cell]:
+    """All tuning cells; where it is still open which points go on, as many as will, the first of the grid."""
+    if config.tune is None:
+        return []
+    return [
+        cell
+        for number in range(len(config.tune.seeds))
+        for row in cells_of.rows(config)
+        for cell in _round(config, row, number)
+        or _cells(config, row, number, _points(config, row)[: config.tune.keep])
+    ]
+
+
+def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
+    """The point of each row whose tuning cells have all finished or failed, and the tuning's table."""
+    chosen, lines = {}, []
+    by_row: dict[str, list[Cell]] = {}
+    for cell in planned(config):
+        by_row.setdefault(cell.row, []).append(cell)
+    for row, cells in by_row.items():
+        points = {str(point): point for point in config.points(cells[0].method)}
+        best, figures, finished = _judged(config, cells, list(points), config.tune.seeds)
+        lines.append({"row": row, "chosen": best, "finished": finished, "cells": len(cells), "points": figures})
+        if best is not None:
+            chosen[row] = points[best]
+    return chosen, lines
+
+
+def untuned(config: CompareConfig, cells: list[Cell], chosen: dict[str, Point]) -> list[str]:
+    """Rows that the table needs and tuning could not settle."""
+    return sorted({cell.row for cell in cells if config.points(cell.method)} - chosen.keys())
+
+
+# ---- One row
+
+
+def _points(config: CompareConfig, row: dict[str, Any]) -> list[Point]:
+    return config.points(row["method"])
+
+
+def _cells(config: CompareConfig, row: dict[str, Any], number: int, points: list[Point]) -> list[Cell]:
+    seed = config.tune.seeds[number]
+    return [Cell(row["setting"], row["method"], row["selection"], seed, point, tuning=True) for point in points]
+
+
+def _round(config: CompareConfig, row: dict[str, Any], number: int) -> list[Cell] | None:
+    """The row's cells of tuning seed `number`; None while those of the seeds before it, which decide, are at work."""
+    points, keep = _points(config, row), config.tune.keep
+    if number == 0 or keep is None:
+        return _cells(config, row, number, points)
+    before = [_round(config, row, earlier) for earlier in range(number)]
+    if None in before:
+        return None
+    seeds = config.tune.seeds[:number]
+    best, figures, _ = _judged(config, [cell for cells in before for cell in cells], [str(p) for p in points], seeds)
+    if best is None:
+        return None
+    whole = [item for item in figures if len(item["values"]) == number]
+    going_on = {item["point"] for item in sorted(whole, key=lambda item: -item["mean"])[:keep]}
+    return _cells(config, row, number, [point for point in points if str(point) in going_on])
+
+
+def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:
+    """The best point, each point's figures, and how many cells are finished; no best one while a cell is at work."""
+    found = [item for cell in cells if (item := cells_of.record(config, cell))]
+    failed = [cell for cell in cells if cells_of.failure(cells_of.folder(config, cell))]
+    best, figures = tuned(found, points, seeds, lambda item: item["after"].get(config.tune.by))
+    return (best if len(found) + len(failed) >= len(cells) else None), figures, len(found)

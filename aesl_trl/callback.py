@@ -12,9 +12,9 @@ from transformers import Trainer, TrainerCallback
 
 from . import files
 from .backends import BACKENDS
-from .data import prompt_rows
 from .errors import InputError, nearest
 from .measurement import Measurement
+from .prompts import prompt_rows
 from .rules import TOKEN_RULES
 from .selection import EVAL_METRICS, METRICS, RULES, select_run
 from .series import NOT_FIGURES

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from .arguments import check_folder, parse
 from .benchmarks import BENCHMARKS, check_names, load_benchmark
-from .data import check_prompts, load_rows, prompt_rows
+from .data import load_rows
+from .data_checks import check_prompts
 from .diversity import Group
 from .errors import InputError, exit_on_input_error
 from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
@@ -35,6 +36,7 @@ from .files import EVALUATION, package_versions, write_json
 from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
 from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer
 from .processes import lock
+from .prompts import prompt_rows
 from .rewards import check_columns, load_reward_funcs
 from .vllm_engine import BACKENDS, choose_backend, open_engine
 

@@ -16,7 +16,8 @@ from trl import GRPOConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from .arguments import parse
-from .data import check_prompts, load_rows
+from .data import load_rows
+from .data_checks import check_prompts
 from .errors import InputError, exit_on_input_error
 from .files import RUN, package_versions, write_json
 from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG

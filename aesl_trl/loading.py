@@ -15,10 +15,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from .data import without_none
 from .errors import InputError, nearest
 from .handoff_checks import prompt_tokens
 from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Source, check_weights, is_quantized, tensor_files
+from .prompts import without_none
 from .stops import check_ids, turn_end_token
 
 

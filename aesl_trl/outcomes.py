@@ -59,6 +59,21 @@ class Request:
         return 0 if self.accelerator is None else self.accelerator.process_index
 
 
+def share(prompts: list[list[int]], accelerator: Any, **settings: Any) -> Request:
+    """What this rank draws of `prompts`, the token ids of each; `settings`: the other fields of [`Request`]."""
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    mine = list(range(rank, len(prompts), world))
+    return Request(
+        prompts=[prompts[index] for index in mine],
+        indices=mine,
+        num_prompts=len(prompts),
+        longest=max(map(len, prompts)),
+        accelerator=accelerator,
+        say=accelerator.print if accelerator is not None else print,
+        **settings,
+    )
+
+
 class Failure(NamedTuple):
     reason: str
     is_memory: bool  # out of memory on every rank that failed

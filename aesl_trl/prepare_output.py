@@ -12,11 +12,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from .data import check_demonstrations, check_held_out, check_prompts
+from .data_checks import check_demonstrations, check_prompts
 from .errors import InputError
 from .files import package_versions, read_json, write_json, write_jsonl
 from .problems import Drops
 from .processes import lock
+from .prompts import check_held_out
 
 
 DATA, DROPPED, PASS_RATES = "data.json", "dropped.jsonl", "pass_rates.jsonl"

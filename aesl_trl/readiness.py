@@ -2,7 +2,7 @@
 
 The figures of a probe, each with an interval over prompts; the thresholds, with their source; the verdict with its
 reasons; and which of several candidates is best. Numbers in, numbers and words out: no torch, and nothing is sampled
-here (probe.py).
+here (probe_measurement.py).
 
 Left out: what a short RL run finds is taken as given (`rl` of an entry), and how the figures transfer between tasks,
 which docs/readiness.md discusses.

@@ -1,12 +1,17 @@
 """How a run's diversity changed between its first measurement, the selected one and the last, with intervals.
 
 The measurements share their prompts, so that a change is the mean of each prompt's own change: its interval is
-narrower than the two figures' intervals suggest. Rows without per-prompt values show the figures alone.
+narrower than the two figures' intervals suggest. Rows without per-prompt values show the figures alone. Beside it, the
+turning point of the run's own series.
+
+Left out: the rule that finds a turning point (turning_point.py), the curves (report_plots.py).
 """
 
 from collections.abc import Sequence
 
 from .passk import paired_interval
+from .report_runs import Run, series
+from .turning_point import Selection, find_turning_point
 
 
 METRICS = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "pass@1": "pass@1"}
@@ -56,3 +61,13 @@ def _change(before: dict, after: dict, key: str) -> Shown:
 
 def _brackets(ends: Sequence[float], form: str = ".3f") -> str:
     return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def turning_point(run: Run) -> Selection:
+    """The diversity turning point of the run's own measurements, whatever rule then selected a checkpoint."""
+    metric = "self_bleu" if run.selection.get("metric") == "self_bleu" else "entropy"
+    steps, values = series(run.diversity, metric)
+    patience = max(1, int(run.sft.get("diversity_patience") or 3))
+    by_prompt = [row.get("by_prompt", {}).get(metric) for row in run.diversity if metric in row]
+    mode = "min" if metric == "self_bleu" else "max"
+    return find_turning_point(steps, values, mode=mode, patience=patience, by_prompt=by_prompt)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from .diversity import Group
 from .generating import GenerateEngine, free_memory
-from .outcomes import Draw, Request
+from .outcomes import Draw, share
 
 
 @contextmanager
@@ -92,21 +92,14 @@ def sample_groups(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     engine = engine or GenerateEngine(batch_size)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    prompts = [_prompt_ids(processing_class, tokenizer, row["prompt"]) for row in rows]
-    mine = list(range(rank, len(rows), world))
-    request = Request(
-        prompts=[prompts[index] for index in mine],
-        indices=mine,
-        num_prompts=len(rows),
-        longest=max(map(len, prompts)),
+    request = share(
+        [_prompt_ids(processing_class, tokenizer, row["prompt"]) for row in rows],
+        accelerator,
         samples=samples,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        accelerator=accelerator,
         gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
-        say=accelerator.print if accelerator is not None else print,
     )
     with preserved_random_state(), _evaluation(model, tokenizer):
         try:
@@ -115,9 +108,9 @@ def sample_groups(
             free_memory()
     groups = [
         (index, _group(rows[index]["prompt"], drawn[place * samples : (place + 1) * samples], tokenizer))
-        for place, index in enumerate(mine)
+        for place, index in enumerate(request.indices)
     ]
-    if world > 1:
+    if accelerator is not None and accelerator.num_processes > 1:
         groups = gather_object(groups)
     return [group for _, group in sorted(groups, key=lambda item: item[0])]
 

@@ -12,7 +12,8 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from .arguments import parse
 from .config import AESLSFTConfig
-from .data import check_demonstrations, check_held_out, check_trainable, load_rows, prompt_rows
+from .data import load_rows
+from .data_checks import check_demonstrations, check_trainable
 from .errors import InputError, exit_on_input_error
 from .loading import CHECKED_ROWS, check_model, check_tokenizer
 from .mains import (
@@ -26,6 +27,7 @@ from .mains import (
     source,
     train,
 )
+from .prompts import check_held_out, prompt_rows
 from .rewards import check_columns, load_reward_funcs
 from .signals import StopSignals
 

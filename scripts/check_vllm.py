@@ -21,7 +21,7 @@ from trl.import_utils import is_vllm_available
 
 from aesl_trl.backends import VLLMSettings
 from aesl_trl.engines import VLLMEngine
-from aesl_trl.outcomes import Draw, Request
+from aesl_trl.outcomes import Draw, Request, share
 from aesl_trl.recipes import recipes_dir
 from aesl_trl.sampling import preserved_random_state
 from aesl_trl.scoring import add_fused_head
@@ -37,19 +37,14 @@ TIE_TOLERANCE = 0.3  # nats: a token that is this close to the most likely one m
 
 
 def request_of(tokenizer, accelerator, *, temperature: float = 1.0, seed: int = 0) -> Request:
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    return Request(
-        prompts=prompts,
-        indices=list(range(len(prompts))),
-        num_prompts=len(prompts),
-        longest=max(map(len, prompts)),
+    return share(
+        [tokenizer(prompt)["input_ids"] for prompt in PROMPTS],
+        accelerator,
         samples=SAMPLES,
         temperature=temperature,
         max_new_tokens=MAX_NEW_TOKENS,
         seed=seed,
-        accelerator=accelerator,
         gradient_checkpointing_kwargs=None,
-        say=print,
     )
 
 

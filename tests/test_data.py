@@ -8,8 +8,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl import data
+from aesl_trl import data, data_checks
 from aesl_trl.errors import InputError
+from aesl_trl.prompts import check_held_out, prompt_rows
 
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]
@@ -141,7 +142,7 @@ def test_broken_jsonl(content, parts, jsonl):
 def test_broken_jsonl_when_streaming(jsonl):
     path = jsonl(b'{"text": "a"}\n{"text": \n')
     with pytest.raises(InputError) as error:
-        data.check_demonstrations(data.load_rows(str(path), streaming=True))
+        data_checks.check_demonstrations(data.load_rows(str(path), streaming=True))
     assert "dataset_name" in str(error.value)
 
 
@@ -168,7 +169,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 @pytest.mark.parametrize("streaming", [False, True])
 def test_good_demonstrations(row, streaming):
     dataset = Dataset.from_list([row] * 3)
-    data.check_demonstrations(dataset.to_iterable_dataset() if streaming else dataset)
+    data_checks.check_demonstrations(dataset.to_iterable_dataset() if streaming else dataset)
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -208,18 +209,18 @@ GOOD = {"prompt": "p", "completion": "c"}
 def test_bad_demonstrations(rows, parts, streaming):
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    refused([*parts, "train_rows"], data.check_demonstrations, dataset, field="train_rows")
+    refused([*parts, "train_rows"], data_checks.check_demonstrations, dataset, field="train_rows")
 
 
 def test_text_field():
-    data.check_demonstrations(Dataset.from_list([{"body": "a"}]), text_field="body")
-    refused(["body"], data.check_demonstrations, Dataset.from_list([{"text": "a"}]), text_field="body")
+    data_checks.check_demonstrations(Dataset.from_list([{"body": "a"}]), text_field="body")
+    refused(["body"], data_checks.check_demonstrations, Dataset.from_list([{"text": "a"}]), text_field="body")
 
 
 def test_empty_dataset():
-    refused(["dataset_name is empty"], data.check_demonstrations, Dataset.from_list([GOOD]).select([]))
+    refused(["dataset_name is empty"], data_checks.check_demonstrations, Dataset.from_list([GOOD]).select([]))
     empty = IterableDataset.from_generator(lambda: iter(()))
-    refused(["dataset_name is empty"], data.check_demonstrations, empty)
+    refused(["dataset_name is empty"], data_checks.check_demonstrations, empty)
 
 
 def test_streaming_looks_at_the_first_rows_only():
@@ -227,39 +228,41 @@ def test_streaming_looks_at_the_first_rows_only():
         while True:
             yield GOOD
 
-    data.check_demonstrations(IterableDataset.from_generator(endless))
+    data_checks.check_demonstrations(IterableDataset.from_generator(endless))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))
 def test_the_first_bad_row_is_named(good):
     dataset = Dataset.from_list([{"prompt": "p", "completion": "c" if ok else ""} for ok in good])
     if all(good):
-        data.check_demonstrations(dataset)
+        data_checks.check_demonstrations(dataset)
     else:
-        message = refused(["completion is empty"], data.check_demonstrations, dataset)
+        message = refused(["completion is empty"], data_checks.check_demonstrations, dataset)
         assert int(re.search(r"row (\d+)", message).group(1)) == good.index(False)
 
 
 def test_prompts():
-    data.check_prompts(Dataset.from_list([{"prompt": "p", "answer": 1}]))
-    data.check_prompts(Dataset.from_list([{"messages": CHAT}]))
-    refused(["no prompts", "'prompt'"], data.check_prompts, Dataset.from_list([{"prompts": "p"}]))
-    refused(["row 1", "prompt is empty"], data.check_prompts, Dataset.from_list([{"prompt": "p"}, {"prompt": ""}]))
+    data_checks.check_prompts(Dataset.from_list([{"prompt": "p", "answer": 1}]))
+    data_checks.check_prompts(Dataset.from_list([{"messages": CHAT}]))
+    refused(["no prompts", "'prompt'"], data_checks.check_prompts, Dataset.from_list([{"prompts": "p"}]))
+    refused(
+        ["row 1", "prompt is empty"], data_checks.check_prompts, Dataset.from_list([{"prompt": "p"}, {"prompt": ""}])
+    )
 
 
 def test_trainable():
-    data.check_trainable(Dataset.from_list([{"labels": [-100, -100]}, {"labels": [-100, 5]}]), 2)
+    data_checks.check_trainable(Dataset.from_list([{"labels": [-100, -100]}, {"labels": [-100, 5]}]), 2)
     lost = Dataset.from_list([{"labels": [-100, -100]}, {"labels": [7, -100]}])
-    refused(["every row lost its completion to max_length=2"], data.check_trainable, lost, 2)
-    refused(["max_length=2"], data.check_trainable, lost.select([]), 2)
-    refused(["masks"], data.check_trainable, lost, None)
+    refused(["every row lost its completion to max_length=2"], data_checks.check_trainable, lost, 2)
+    refused(["max_length=2"], data_checks.check_trainable, lost.select([]), 2)
+    refused(["masks"], data_checks.check_trainable, lost, None)
 
 
 def test_a_token_without_an_embedding():
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 9], "labels": [3, 9]}])
-    data.check_trainable(rows, None, num_embeddings=10)
-    data.check_trainable(rows.select([0]), None, num_embeddings=3)
-    refused(["token 9", "the model 9 embeddings"], data.check_trainable, rows, None, num_embeddings=9)
+    data_checks.check_trainable(rows, None, num_embeddings=10)
+    data_checks.check_trainable(rows.select([0]), None, num_embeddings=3)
+    refused(["token 9", "the model 9 embeddings"], data_checks.check_trainable, rows, None, num_embeddings=9)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -268,8 +271,8 @@ def test_prompts_that_are_trained_on(streaming):
 
     def check(train, held_out):
         train = Dataset.from_list(train)
-        prompts = data.prompt_rows(Dataset.from_list(held_out))
-        data.check_held_out(train.to_iterable_dataset() if streaming else train, prompts, field="held_out")
+        prompts = prompt_rows(Dataset.from_list(held_out))
+        check_held_out(train.to_iterable_dataset() if streaming else train, prompts, field="held_out")
 
     check(ROWS, [{"prompt": "p"}, {"prompt": "p0 "}])
     check([{"text": "p0"}], [{"prompt": "p0"}])
@@ -286,11 +289,11 @@ def test_all_rows_truncated_by_trl(tiny_model_dir, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=2, report_to="none")
     rows = Dataset.from_list([{"prompt": "a long prompt", "completion": "c"}] * 3)
     trainer = SFTTrainer(str(tiny_model_dir), args=args, train_dataset=rows)
-    refused(["max_length=2"], data.check_trainable, trainer.train_dataset, args.max_length)
+    refused(["max_length=2"], data_checks.check_trainable, trainer.train_dataset, args.max_length)
 
 
 def test_prompt_rows_from_prompts():
-    rows = data.prompt_rows(Dataset.from_list([{"prompt": f"p{i}", "answer": i} for i in range(5)]), 2)
+    rows = prompt_rows(Dataset.from_list([{"prompt": f"p{i}", "answer": i} for i in range(5)]), 2)
     assert rows == [{"prompt": "p0", "answer": 0}, {"prompt": "p1", "answer": 1}]
 
 
@@ -298,7 +301,7 @@ def test_prompt_rows_from_messages():
     system = {"role": "system", "content": "s"}
     tool = {"role": "assistant", "content": "x", "tool_calls": "t"}
     turns = [[system, *CHAT], [*CHAT, *CHAT], CHAT[:1], [CHAT[0], tool]]
-    rows = data.prompt_rows(
+    rows = prompt_rows(
         Dataset.from_list([{"messages": messages, "answer": 1} for messages in turns]).to_iterable_dataset()
     )
     assert [row["prompt"] for row in rows] == [[system, CHAT[0]], [*CHAT, CHAT[0]], CHAT[:1], CHAT[:1]]
@@ -306,5 +309,5 @@ def test_prompt_rows_from_messages():
 
 
 def test_prompt_rows_refuses():
-    refused(["has no rows"], data.prompt_rows, Dataset.from_list([GOOD]).select([]), 3)
-    refused(["no prompts", "text"], data.prompt_rows, Dataset.from_list([{"text": "a"}]), 3)
+    refused(["has no rows"], prompt_rows, Dataset.from_list([GOOD]).select([]), 3)
+    refused(["no prompts", "text"], prompt_rows, Dataset.from_list([{"text": "a"}]), 3)

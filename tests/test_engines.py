@@ -35,6 +35,20 @@ def stand_in(monkeypatch):
 
 
 @pytest.fixture
+def sampled(stand_in, monkeypatch):
+    """A prompt's tokens -> the tokens of each of its samples, as the stand-in draws them."""
+    original, found = stand_in._sample, {}
+
+    def sample(prompt, *args):
+        ids, log_probs = original(prompt, *args)
+        found.setdefault(tuple(prompt), []).append(ids)
+        return ids, log_probs
+
+    monkeypatch.setattr(stand_in, "_sample", sample)
+    return found
+
+
+@pytest.fixture
 def installed(monkeypatch):
     monkeypatch.setattr(backends, "is_vllm_available", lambda: True)
     monkeypatch.setattr(backends, "_has_gpu", lambda: True)
@@ -53,6 +67,16 @@ def stopping_model(tokenizer):
 def draw(model, tokenizer, engine, **changes):
     settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 8, "seed": 3, **changes}
     return sample_groups(model, tokenizer, PROMPTS, engine=engine, accelerator=Accelerator(cpu=True), **settings)
+
+
+def with_logits(model, tokenizer, groups, sampled):
+    """(group, place, tokens, the model's logits `[T, V]`) of every sample."""
+    for group in groups:
+        prompt = tokenizer(group.prompt)["input_ids"]
+        for place, ids in enumerate(sampled[tuple(prompt)]):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            yield group, place, ids, logits
 
 
 # ---- What TRL is asked for
@@ -149,47 +173,29 @@ def _assert_log_probs(model, stand_in, groups):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probs_and_ends_are_those_of_the_tokens(kind, stand_in, tokenizer, monkeypatch):
-    model, seen = stopping_model(tokenizer).eval(), []
-    original = stand_in._sample
-    monkeypatch.setattr(stand_in, "_sample", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
+def test_log_probs_and_ends_are_those_of_the_tokens(kind, sampled, tokenizer):
+    model = stopping_model(tokenizer).eval()
     groups = draw(model, tokenizer, engine_of(kind))
-    by_prompt = {tuple(prompt): [] for prompt, _ in seen}
-    for prompt, sample in seen:
-        by_prompt[tuple(prompt)].append(sample)
-    for group in groups:
-        prompt = tokenizer(group.prompt)["input_ids"]
-        for place, (ids, _) in enumerate(by_prompt[tuple(prompt)]):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            taken = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
-            stopped = ids[-1] in (*STOPS, tokenizer.eos_token_id)
-            assert group.neg_log_prob[place] == pytest.approx(-taken.mean().item(), abs=1e-5)
-            assert group.truncated[place] is not stopped and group.num_tokens[place] == len(ids)
-            assert group.eos_prob[place] == (pytest.approx(taken[-1].exp().item(), abs=1e-6) if stopped else None)
-            assert group.completions[place] == tokenizer.decode(ids, skip_special_tokens=True)
+    for group, place, ids, logits in with_logits(model, tokenizer, groups, sampled):
+        taken = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+        stopped = ids[-1] in (*STOPS, tokenizer.eos_token_id)
+        assert group.neg_log_prob[place] == pytest.approx(-taken.mean().item(), abs=1e-5)
+        assert group.truncated[place] is not stopped and group.num_tokens[place] == len(ids)
+        assert group.eos_prob[place] == (pytest.approx(taken[-1].exp().item(), abs=1e-6) if stopped else None)
+        assert group.completions[place] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_another_temperature_the_model_scores_its_samples(kind, stand_in, tokenizer, monkeypatch):
+def test_at_another_temperature_the_model_scores_its_samples(kind, sampled, tokenizer):
     """Then vLLM's log-probabilities are of the wrong temperature."""
-    model, seen = stopping_model(tokenizer).eval(), []
+    model = stopping_model(tokenizer).eval()
     add_fused_head(model)
-    original = stand_in._sample
-    monkeypatch.setattr(stand_in, "_sample", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
     groups = draw(model, tokenizer, engine_of(kind), temperature=0.5)
-    by_prompt = {tuple(prompt): [] for prompt, _ in seen}
-    for prompt, sample in seen:
-        by_prompt[tuple(prompt)].append(sample)
-    for group in groups:
-        prompt = tokenizer(group.prompt)["input_ids"]
-        for place, (ids, _) in enumerate(by_prompt[tuple(prompt)]):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
-            taken = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
-            assert group.entropy[place] == pytest.approx(entropy, abs=1e-5)
-            assert group.neg_log_prob[place] == pytest.approx(-taken.mean().item(), abs=1e-5)
+    for group, place, ids, logits in with_logits(model, tokenizer, groups, sampled):
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+        taken = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+        assert group.entropy[place] == pytest.approx(entropy, abs=1e-5)
+        assert group.neg_log_prob[place] == pytest.approx(-taken.mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

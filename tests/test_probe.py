@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import build_model
 
-from aesl_trl import files, probe
+from aesl_trl import files, probe, probe_checkpoints, probe_measurement
 from aesl_trl.errors import InputError
 from aesl_trl.readiness import READY
 from aesl_trl.selection import select_run
@@ -66,7 +66,7 @@ def project(tmp_path, tiny_model_dir):
 def spied(monkeypatch):
     """What the trainers of a probe saw: `weights` before and after sampling, `samples` with ids, `log` of TRL."""
     seen = {"weights": [], "samples": [], "log": [], "models": []}
-    sample = probe.sample
+    sample = probe_measurement.sample
 
     def spy(trainer, rows, num_samples):
         kind = type(trainer)
@@ -89,7 +89,7 @@ def spied(monkeypatch):
         seen["groups"] = groups
         return groups
 
-    monkeypatch.setattr(probe, "sample", spy)
+    monkeypatch.setattr(probe_measurement, "sample", spy)
     return seen
 
 
@@ -290,19 +290,23 @@ def test_where_a_checkpoint_comes_from(project, monkeypatch):
     files.write_json(folder / files.SELECTION, {"step": 10, "path": "selected"})
     expected = {"candidates/step-20": 20, "checkpoint-20": 20, "selected": 10, "handoff": 10}
     for name, step in expected.items():
-        (found,) = probe.find_checkpoints(str(folder / name))
+        (found,) = probe_checkpoints.find_checkpoints(str(folder / name))
         assert (found.run.resolve(), found.step) == (folder, step), name
-        assert [row["step"] for row in probe.history(found).earlier] == [s for s in (0, 10, 20) if s < step]
-        assert probe.history(found).candidates == [10, 20]
-    (found,) = probe.find_checkpoints(project.model)
-    assert (found.run, found.step, probe.history(found)) == (None, None, None)
+        assert [row["step"] for row in probe_checkpoints.history(found).earlier] == [
+            s for s in (0, 10, 20) if s < step
+        ]
+        assert probe_checkpoints.history(found).candidates == [10, 20]
+    (found,) = probe_checkpoints.find_checkpoints(project.model)
+    assert (found.run, found.step, probe_checkpoints.history(found)) == (None, None, None)
 
 
 def test_two_of_the_same_name_are_told_apart(project):
     folder = sft_run(project)
     shutil.copytree(folder, project.folder / "other")
     paths = [str(project.folder / name / "candidates/step-10") for name in ("sft", "other")]
-    found = probe.told_apart([one for path in (*paths, project.model) for one in probe.find_checkpoints(path)])
+    found = probe_checkpoints.told_apart(
+        [one for path in (*paths, project.model) for one in probe_checkpoints.find_checkpoints(path)]
+    )
     assert [one.name for one in found] == ["sft/step-10", "other/step-10", "model"]
 
 

@@ -381,7 +381,7 @@ def test_student_quantile(degrees, normal):
 
 def test_selection_stop_and_report_hand_the_prompts_on():
     from aesl_trl.callback import DiversityCallback
-    from aesl_trl.report_sections import _turning_point
+    from aesl_trl.report_changes import turning_point
     from aesl_trl.selection import select_checkpoint
 
     prompts = spread([0.21, 0.32, 0.27, 0.18, 0.12])
@@ -393,7 +393,7 @@ def test_selection_stop_and_report_hand_the_prompts_on():
         chosen = select_checkpoint(measured, [], [1, 2, 3, 4], rule="turning_point")
         assert chosen["evidence"]["turning_point"]["entropy"]["step"] == step
         assert DiversityCallback._has_turned(callback, measured) is (step is not None)
-        assert _turning_point(SimpleNamespace(selection={}, diversity=measured, sft={})).step == step
+        assert turning_point(SimpleNamespace(selection={}, diversity=measured, sft={})).step == step
 
 
 # ---- The fit

@@ -1,0 +1,217 @@
+"""Checks of rows before training: what SFT or RL cannot use is refused in one line that names the row.
+
+Preparing rows is TRL's work. Here are the checks that turn its late StopIteration, KeyError or AttributeError, and
+what it would train on in silence, into one line beforehand. Of a streaming dataset the first rows are looked at.
+
+Left out: loading (data.py), and whether prompts are trained on too (prompts.py).
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, nearest
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# The columns that make a demonstration, in the order in which TRL looks for them; `conversations` is from/value.
+DEMONSTRATIONS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
+STREAMED_ROWS = 64  # rows of a streaming dataset that are looked at before training
+MAX_CHARACTERS = 2**22  # of one row, about a million tokens: longer than any context, and minutes of tokenizing
+
+
+def check_demonstrations(
+    dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", text_field: str = "text"
+) -> None:
+    """Refuse a dataset that SFT cannot learn from: every row, or the first of a streaming one.
+
+    Args:
+        text_field: the column of plain texts, as SFTConfig.dataset_text_field.
+
+    Raises:
+        InputError: no rows, no demonstration columns, or a row (from 0) whose completion is missing, empty or no text.
+    """
+    first, rows = peek(dataset, field)
+    kinds = (*DEMONSTRATIONS, (text_field,))
+    kind = next((columns for columns in kinds if all(column in first for column in columns)), None)
+    if kind is None:
+        raise InputError(f"{field} has no demonstrations: {_missing_columns(first, kinds)}")
+    # Rows of token ids are TRL's to check: it drops those without a trained token; `check_trainable` sees the rest.
+    if kind != ("input_ids",):
+        for number, row in enumerate(only_columns(rows, kind)):
+            problem = _row_problem(row, kind)
+            if problem:
+                raise InputError(f"{field}, row {number} (from 0): {problem}")
+
+
+def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset_name") -> None:
+    """Refuse a dataset with a row that has no `prompt` (or `messages`): every row, or the first of a streaming one."""
+    first, rows = peek(dataset, field)
+    column = prompt_column(first)
+    if column is None:
+        raise InputError(f"{field} has no prompts: {_missing_columns(first, (('prompt',), ('messages',)))}")
+    kind = None
+    for number, row in enumerate(only_columns(rows, (column,))):
+        prompt = row.get(column)
+        problem = _prompt_problem(prompt, column) or _too_long(prompt)
+        if not problem and kind not in (None, type(prompt)):
+            # TRL looks at the first row alone, and would take messages for text, or text for messages
+            problem = f"{column} is {_form(prompt)}, and those before it are not: all must be alike"
+        if problem:
+            raise InputError(f"{field}, row {number} (from 0): {problem}")
+        kind = type(prompt)
+
+
+def prompt_column(row: dict) -> str | None:
+    return next((name for name in ("prompt", "messages") if name in row), None)
+
+
+def check_trainable(
+    dataset: Any, max_length: int | None, *, num_embeddings: int | None = None, field: str = "dataset_name"
+) -> None:
+    """Refuse a dataset, as TRL prepared it, in which no token is trained: `max_length` cut every completion off.
+
+    Or one with a token that the model has no embedding for: on a GPU it would end in an assertion of a kernel. A
+    streaming dataset, or one without `labels` (images), is not looked at.
+    """
+    if not hasattr(dataset, "__len__") or (len(dataset) and "labels" not in dataset.column_names):
+        return
+    # The first token of a row is predicted by nothing.
+    if not any(label != -100 for row in dataset for label in row["labels"][1:]):
+        cause = f"max_length={max_length}: raise it, or set it to null" if max_length else "the masks of its rows"
+        raise InputError(f"{field} has nothing to learn: every row lost its completion to {cause}")
+    if num_embeddings is not None and "input_ids" in dataset.column_names:
+        highest = max(_highest(batch["input_ids"]) for batch in dataset.with_format("arrow").iter(1000))
+        if highest >= num_embeddings:
+            raise InputError(
+                f"{field} has token {highest}, and the model {num_embeddings} embeddings: its tokenizer is another "
+                "model's, or was enlarged without model.resize_token_embeddings"
+            )
+
+
+def _highest(tokens: Any) -> int:
+    import pyarrow.compute
+
+    return pyarrow.compute.max(pyarrow.compute.list_flatten(tokens)).as_py() or 0
+
+
+def peek(dataset: Any, field: str) -> tuple[dict, Iterable[dict]]:
+    """The first row and the rows to check."""
+    streaming = not hasattr(dataset, "__len__")
+    try:
+        rows = list(islice(dataset, STREAMED_ROWS)) if streaming else dataset
+        first = next(iter(rows), None)
+    except (ValueError, OSError, UnicodeError) as error:
+        raise InputError(f"{field} cannot be read: {' '.join(str(error).split())}") from error
+    if first is None:
+        raise InputError(f"{field} is empty: it has no rows")
+    return first, rows
+
+
+def only_columns(rows: Any, columns: tuple[str, ...]) -> Iterator[dict]:
+    return iter(rows if isinstance(rows, list) else rows.select_columns(list(columns)))
+
+
+def _missing_columns(first: dict, kinds: Iterable[tuple[str, ...]]) -> str:
+    """What is needed and what is there; a column that is nearly right is named."""
+    wanted = ", or ".join(" and ".join(columns) for columns in kinds)
+    missing = [column for columns in kinds for column in columns if column not in first]
+    near = next(filter(None, (nearest(name, missing) for name in first if name not in sum(kinds, ()))), "")
+    return f"it needs {wanted}, its columns are {', '.join(first)}{near}"
+
+
+def _row_problem(row: dict, kind: tuple[str, ...]) -> str:
+    """What is wrong with the demonstration in `row`, or an empty string."""
+    return _demonstration_problem(row, kind) or _too_long([row[column] for column in kind])
+
+
+def _demonstration_problem(row: dict, kind: tuple[str, ...]) -> str:
+    if kind == ("prompt", "completion"):
+        return _prompt_completion_problem(row["prompt"], row["completion"])
+    (column,) = kind
+    value = row[column]
+    if column == "messages":
+        return _messages_problem(value, column)
+    if column == "conversations":
+        is_list = isinstance(value, list) and value
+        return "" if is_list else f"{column} is {_what(value)}; it must be a list of messages"
+    return _text_problem(value, column)
+
+
+def _prompt_completion_problem(prompt: Any, completion: Any) -> str:
+    if not isinstance(prompt, str | list):
+        return f"prompt is {_what(prompt)}; it must be text or a list of messages"
+    problem = _turns_problem(prompt, "prompt") if isinstance(prompt, list) else ""
+    if isinstance(completion, list) and completion:
+        return problem or _messages_problem(completion, "completion") or _mixed(prompt, completion)
+    return problem or _text_problem(completion, "completion") or _mixed(prompt, completion)
+
+
+def _mixed(prompt: str | list, completion: str | list) -> str:
+    is_mixed = isinstance(prompt, str) != isinstance(completion, str)
+    return f"prompt is {_form(prompt)} and completion {_form(completion)}: both must be alike" if is_mixed else ""
+
+
+def _text_problem(text: Any, column: str) -> str:
+    if not isinstance(text, str) or not text:
+        return f"{column} is {_what(text)}; it must be text"
+    return "" if text.strip() else f"{column} is blank; it must be text"
+
+
+def _messages_problem(messages: Any, column: str) -> str:
+    if not isinstance(messages, list) or not messages:
+        return f"{column} is {_what(messages)}; it must be a list of messages"
+    problem = _turns_problem(messages, column)
+    if problem:
+        return problem
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return f"{column} has no assistant message to learn, its roles are {', '.join(dict.fromkeys(roles))}"
+    if roles[-1] != "assistant":
+        return f"{column} ends with a message of the {roles[-1]}; a demonstration ends with the assistant's"
+    is_empty = not (messages[-1].get("content") or messages[-1].get("tool_calls"))
+    return f"the last message of {column} is empty" if is_empty else ""
+
+
+def _prompt_problem(prompt: Any, column: str) -> str:
+    if not isinstance(prompt, str | list) or not prompt:
+        return f"{column} is {_what(prompt)}; it must be text or a list of messages"
+    return "" if isinstance(prompt, str) else _turns_problem(prompt, column)
+
+
+def _turns_problem(messages: list, column: str) -> str:
+    """What no chat template can show."""
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not message.get("role"):
+            is_pair = isinstance(message, dict) and "from" in message
+            hint = "; from/value pairs belong in a column 'conversations'" if is_pair else ""
+            return f"{column} has a message without a role{hint}"
+        if message.get("content") is None and not message.get("tool_calls"):
+            return f"message {number} of {column} ({message['role']}) has no content"
+    return ""
+
+
+def _too_long(value: Any) -> str:
+    num = _num_characters(value)
+    return "" if num <= MAX_CHARACTERS else f"it has {num} characters, more than {MAX_CHARACTERS}: cut it or drop it"
+
+
+def _num_characters(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(_num_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
+
+
+def _form(value: str | list) -> str:
+    return "text" if isinstance(value, str) else "a list of messages"
+
+
+def _what(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, str | list) and not value:
+        return "empty"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

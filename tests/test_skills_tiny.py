@@ -8,6 +8,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from aesl_trl.files import read_json
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "skills-tiny"
@@ -294,3 +296,29 @@ def test_recipes_say_their_hardware_on_line_one():
     for path in [*RECIPE.rglob("*.yaml"), *(ROOT / "recipes" / "accelerate_configs").glob("*.yaml")]:
         first = path.read_text().splitlines()[0]
         assert first.startswith("#") and any(word in first for word in ("CPU", "GPU")), path
+
+
+# ---- What was recorded
+
+
+def test_recorded_symbols_are_those_of_the_recorded_comparison():
+    """Each symbol is asked for equally often, so their mean is the cell's pass@1."""
+    results = RECIPE / "results" / "main"
+    cells = {(cell["row"], cell["seed"]): cell for cell in read_json(results / "compare.json")["cells"]}
+    symbols = read_json(results / "by_symbol.json")
+    assert len(symbols) == len(cells) == 45
+    for cell in symbols:
+        recorded = cells[cell["row"], cell["seed"]]
+        for when in ("before", "after"):
+            assert set(cell[when]) == set(task.SYMBOLS)
+            assert sum(cell[when].values()) / 16 == pytest.approx(recorded[when]["pass@1"], abs=1e-4)
+
+
+def test_the_results_readme_says_what_was_recorded():
+    results = RECIPE / "results" / "main"
+    text, rows = (RECIPE / "results" / "README.md").read_text(), read_json(results / "compare.json")["rows"]
+    after = {row["row"]: row["after"]["pass@1"] for row in rows}
+    for row, start in {"nll/turning_point": "nll, turning point (step 30)", "aesl/last": "AESL, last"}.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |") and "**" in line]
+        mean, low, high = (after[row][key] for key in ("mean", "low", "high"))
+        assert f"**{mean:.2f}** [{low:.2f}, {high:.2f}]" in line

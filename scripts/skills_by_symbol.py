@@ -1,0 +1,88 @@
+"""Which symbols of skills-tiny are solved before and after RL: pass@1 by kind of symbol, for a comparison's rows.
+
+    python scripts/skills_by_symbol.py runs/skills-tiny/compare [--output by_symbol.json]
+
+Reads the samples that each cell's evaluation left. Symbols are demonstrated (SFT shows their rare skill), of a rare
+skill that SFT shows under another symbol, or of a skill that the base prefers and SFT never shows.
+"""
+
+import argparse
+import importlib.util
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+from aesl_trl.compare_cells import source
+from aesl_trl.files import read_json, read_jsonl
+
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("skills_tiny_task", ROOT / "recipes" / "skills-tiny" / "task.py")
+task = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(task)
+
+DEMONSTRATED, RARE, COMMON = "demonstrated", "rare skill, other symbol", "common skill"
+SOLVED = 0.5  # a symbol below this pass@1 counts as lost: it is nearly always 0 or 1
+
+
+def kind_of(symbol: str) -> str:
+    if symbol in task.DEMONSTRATED:
+        return DEMONSTRATED
+    return RARE if task.SKILL_OF[symbol] in task.RARE else COMMON
+
+
+def by_symbol(samples: Path) -> dict[str, float]:
+    """pass@1 of each symbol, from one model's folder of samples."""
+    (file,) = samples.glob("prompts-*.jsonl")
+    groups = [group for line in read_jsonl(file) for group in line["groups"]]
+    rights = defaultdict(list)
+    for group, problem in zip(groups, task.held_out(num=len(groups)), strict=True):
+        rewards = task.skill_reward(None, group["completions"], [problem["answer"]] * len(group["completions"]))
+        rights[group["prompt"][0]["content"].split()[0]] += rewards
+        if group["prompt"] != problem["prompt"]:
+            raise SystemExit(f"{file} was not drawn from recipes/skills-tiny's held-out problems")
+    return {symbol: round(fmean(rights[symbol]), 4) for symbol in task.SYMBOLS}
+
+
+def cells(comparison: Path) -> list[dict]:
+    """Each cell of the table: its row, seed, and pass@1 by symbol before and after RL."""
+    found = []
+    for cell in read_json(comparison / "compare.json")["cells"]:
+        folder = source(comparison / cell["folder"]) / "evaluation_samples"
+        after = {path for path in folder.iterdir() if path.name.startswith("grpo-")}
+        (before,) = [path for path in folder.iterdir() if path not in after]
+        facts = {key: cell[key] for key in ("row", "seed")}
+        found.append({**facts, "before": by_symbol(before), "after": by_symbol(*after)})
+    return found
+
+
+def table(found: list[dict]) -> str:
+    kinds = (COMMON, DEMONSTRATED, RARE)
+    lines = [f"| RL starts from | {' | '.join(kinds)} | lost after RL, by seed |", "| --- | --- | --- | --- | --- |"]
+    for row in dict.fromkeys(cell["row"] for cell in found):
+        mine = [cell for cell in found if cell["row"] == row]
+        means = []
+        for kind in kinds:
+            of_kind = [symbol for symbol in task.SYMBOLS if kind_of(symbol) == kind]
+            before, after = (fmean(cell[when][s] for cell in mine for s in of_kind) for when in ("before", "after"))
+            means.append(f"{before:.3f} -> {after:.3f}")
+        lost = ["".join(s for s in task.SYMBOLS if cell["after"][s] < SOLVED) or "none" for cell in mine]
+        lines.append(f"| {row} | {' | '.join(means)} | {' '.join(lost)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    found = cells(args.comparison)
+    if args.output:
+        rows = ",\n".join(json.dumps(cell) for cell in found)
+        args.output.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

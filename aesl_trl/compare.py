@@ -25,7 +25,7 @@ from . import files
 from .chain_config import read_config as read_chain
 from .chain_stages import Chain
 from .compare_cells import CELL, Cell
-from .compare_config import CompareConfig, Point, TuneOptions, read_config
+from .compare_config import CompareConfig, Point, read_config
 from .compare_plan import check, plan
 from .compare_table import table
 from .compare_tuning import choose, planned, rounds, untuned
@@ -39,6 +39,7 @@ NAME = "aesl compare"
 JSON, MARKDOWN = "compare.json", "compare.md"
 LOG = "cell.log"
 CHAIN = [sys.executable, "-m", "aesl_trl.chain"]
+TUNING_FACTS = ("by", "seeds", "keep")
 FAILED = 1  # exit code: a cell failed, and the table lacks it
 
 
@@ -213,7 +214,7 @@ def write_results(comparison: Comparison) -> str:
         "seeds": config.seeds,
         "reference": config.reference,
         **table(cells, cells_of.rows(config), reference=config.reference, metric=config.metric),
-        "tuning": {**_facts(config.tune), "rows": tuning} if config.tune else None,
+        "tuning": config.tune and {**{key: getattr(config.tune, key) for key in TUNING_FACTS}, "rows": tuning},
         "missing": _missing(config, wanted, {item["folder"] for item in cells}),
         "cells": cells,
         "versions": files.package_versions(),
@@ -223,10 +224,6 @@ def write_results(comparison: Comparison) -> str:
     text = page(files.read_json(comparison.output / JSON), plots)
     files.write_text(comparison.output / MARKDOWN, text)
     return text
-
-
-def _facts(tune: TuneOptions) -> dict[str, Any]:
-    return {"by": tune.by, "seeds": tune.seeds, "keep": tune.keep}
 
 
 def _missing(config: CompareConfig, wanted: Sequence[Cell], found: set[str]) -> list[str]:

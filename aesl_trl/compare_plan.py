@@ -28,8 +28,7 @@ def check(config: CompareConfig, path: Path) -> None:
     seen = set()
     with tempfile.TemporaryDirectory() as place:
         trial = replace(config, output_dir=place)
-        every_point = replace(trial, tune=replace(config.tune, keep=None) if config.tune else None)
-        for cell in [*planned(every_point), *cells_of.table_cells(trial, {})]:
+        for cell in [*planned(trial), *cells_of.table_cells(trial, {})]:
             if (key := (cell.row, cell.point)) in seen:
                 continue
             seen.add(key)

@@ -24,20 +24,20 @@ def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
         yield planned(config)
         return
     for number in range(len(config.tune.seeds)):
-        yield [cell for row in cells_of.rows(config) for cell in _round(config, row, number) or []]
+        known = [_known(config, row) for row in cells_of.rows(config)]
+        yield [cell for by_seed in known for cells in by_seed[number : number + 1] for cell in cells]
 
 
 def planned(config: CompareConfig) -> list[Cell]:
     """All tuning cells; where it is still open which points go on, as many as will, the first of the grid."""
     if config.tune is None:
         return []
-    return [
-        cell
-        for number in range(len(config.tune.seeds))
-        for row in cells_of.rows(config)
-        for cell in _round(config, row, number)
-        or _cells(config, row, number, _points(config, row)[: config.tune.keep])
-    ]
+    all_rows = []
+    for row in cells_of.rows(config):
+        known, first = _known(config, row), config.points(row["method"])[: config.tune.keep]
+        open_seeds = config.tune.seeds[len(known) :]
+        all_rows.append([*known, *(_cells(row, seed, first) for seed in open_seeds)])
+    return [cell for of_one_seed in zip(*all_rows, strict=True) for cells in of_one_seed for cell in cells]
 
 
 def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
@@ -63,30 +63,25 @@ def untuned(config: CompareConfig, cells: list[Cell], chosen: dict[str, Point]) 
 # ---- One row
 
 
-def _points(config: CompareConfig, row: dict[str, Any]) -> list[Point]:
-    return config.points(row["method"])
-
-
-def _cells(config: CompareConfig, row: dict[str, Any], number: int, points: list[Point]) -> list[Cell]:
-    seed = config.tune.seeds[number]
+def _cells(row: dict[str, Any], seed: int, points: list[Point]) -> list[Cell]:
     return [Cell(row["setting"], row["method"], row["selection"], seed, point, tuning=True) for point in points]
 
 
-def _round(config: CompareConfig, row: dict[str, Any], number: int) -> list[Cell] | None:
-    """The row's cells of tuning seed `number`; None while those of the seeds before it, which decide, are at work."""
-    points, keep = _points(config, row), config.tune.keep
-    if number == 0 or keep is None:
-        return _cells(config, row, number, points)
-    before = [_round(config, row, earlier) for earlier in range(number)]
-    if None in before:
-        return None
-    seeds = config.tune.seeds[:number]
-    best, figures, _ = _judged(config, [cell for cells in before for cell in cells], [str(p) for p in points], seeds)
-    if best is None:
-        return None
-    whole = [item for item in figures if len(item["values"]) == number]
-    going_on = {item["point"] for item in sorted(whole, key=lambda item: -item["mean"])[:keep]}
-    return _cells(config, row, number, [point for point in points if str(point) in going_on])
+def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
+    """The row's cells of each tuning seed, up to the first whose points are still open."""
+    points, keep, seeds = config.points(row["method"]), config.tune.keep, config.tune.seeds
+    found: list[list[Cell]] = []
+    for number, seed in enumerate(seeds):
+        if number and keep is not None:
+            before = [cell for cells in found for cell in cells]
+            best, figures, _ = _judged(config, before, [str(point) for point in points], seeds[:number])
+            if best is None:
+                break
+            whole = [item for item in figures if len(item["values"]) == number]
+            going_on = {item["point"] for item in sorted(whole, key=lambda item: -item["mean"])[:keep]}
+            points = [point for point in points if str(point) in going_on]
+        found.append(_cells(row, seed, points))
+    return found
 
 
 def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:

@@ -38,10 +38,10 @@ def by_symbol(samples: Path) -> dict[str, float]:
     groups = [group for line in read_jsonl(file) for group in line["groups"]]
     rights = defaultdict(list)
     for group, problem in zip(groups, task.held_out(num=len(groups)), strict=True):
-        rewards = task.skill_reward(None, group["completions"], [problem["answer"]] * len(group["completions"]))
-        rights[group["prompt"][0]["content"].split()[0]] += rewards
         if group["prompt"] != problem["prompt"]:
             raise SystemExit(f"{file} was not drawn from recipes/skills-tiny's held-out problems")
+        rewards = task.skill_reward(None, group["completions"], [problem["answer"]] * len(group["completions"]))
+        rights[group["prompt"][0]["content"].split()[0]] += rewards
     return {symbol: round(fmean(rights[symbol]), 4) for symbol in task.SYMBOLS}
 
 

@@ -38,7 +38,7 @@ from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer
 from .processes import lock
 from .prompts import prompt_rows
 from .rewards import check_columns, load_reward_funcs
-from .vllm_engine import BACKENDS, choose_backend, open_engine
+from .vllm_engine import BACKENDS, choose_engine, open_engine
 
 
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece
@@ -250,12 +250,7 @@ def evaluate(models: dict[str, str], tasks: list[Task], args: EvalArguments, par
 
 
 def _backend(name: str, path: str, args: EvalArguments, accelerator) -> str:
-    backend, why = choose_backend(
-        args.backend,
-        is_adapter=(Path(path) / ADAPTER_CONFIG).is_file(),
-        num_processes=accelerator.num_processes,
-        on_gpu=accelerator.device.type == "cuda",
-    )
+    backend, why = choose_engine(args.backend, accelerator, is_adapter=(Path(path) / ADAPTER_CONFIG).is_file())
     if accelerator.is_main_process:
         print(f"{name}: sampled by {backend} ({why})")
     return backend

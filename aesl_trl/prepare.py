@@ -26,7 +26,7 @@ from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_o
 from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
 from .rewards import check_columns, load_reward_funcs, reward_name
-from .vllm_engine import choose_backend
+from .vllm_engine import choose_engine
 
 
 ARGUMENT_TYPES = (DataArguments,)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     check_columns(rewards, ("prompt", "solution"), where="reward_funcs", absent=("completion_ids",))
     if args.pass_rate_samples:
         check_model(args.model_name_or_path, "model_name_or_path", trust_remote_code=args.trust_remote_code)
-        choose_engine(args)
+        pass_rate_engine(args)
     benchmarks = load_benchmarks(args.decontaminate or [])
     known = rates_in_file(args.pass_rate_file) if args.pass_rate_file else {}
     with locked(args.output_dir):
@@ -213,7 +213,7 @@ def split(
 def _set_pass_rates(problems: list[Problem], args: DataArguments, rewards: list, known: dict[str, float]) -> None:
     """Fill `pass_rate` from the file or by sampling; a column's were read with the problems."""
     if args.pass_rate_samples:
-        accelerator, backend, why = choose_engine(args)
+        accelerator, backend, why = pass_rate_engine(args)
         say(f"pass rates: sampled by {backend} ({why})")
         prompts = [{"prompt": prompt_of(problem, args), "solution": problem.solution} for problem in problems]
         known = sample_rates(
@@ -237,14 +237,12 @@ def _set_pass_rates(problems: list[Problem], args: DataArguments, rewards: list,
         )
 
 
-def choose_engine(args: DataArguments) -> tuple:
+def pass_rate_engine(args: DataArguments) -> tuple:
     """What samples pass rates: an accelerator, the backend, and why that one."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=args.use_cpu)
-    on_gpu = accelerator.device.type == "cuda"
-    chosen = choose_backend(args.backend, is_adapter=False, num_processes=accelerator.num_processes, on_gpu=on_gpu)
-    return accelerator, *chosen
+    return accelerator, *choose_engine(args.backend, accelerator)
 
 
 def _sampling(args: DataArguments, rewards: list, backend: str) -> Sampling:

@@ -20,15 +20,20 @@ from .transformers_engine import TransformersEngine, end_of_turn
 BACKENDS = ("auto", "vllm", "transformers")
 
 
-def choose_backend(asked: str, *, is_adapter: bool, num_processes: int, on_gpu: bool) -> tuple[str, str]:
+def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
     """`vllm` or `transformers`, and why.
+
+    Args:
+        asked: one of `BACKENDS`.
+        accelerator: its number of processes and its device decide.
+        is_adapter: whether the model is an adapter on a base.
 
     Raises:
         InputError: vllm is asked for where it cannot run.
     """
     if asked == "transformers":
         return asked, "as asked"
-    reason = _why_not_vllm(is_adapter, num_processes, on_gpu)
+    reason = _why_not_vllm(is_adapter, accelerator.num_processes, accelerator.device.type == "cuda")
     if reason is None:
         return "vllm", "as asked" if asked == "vllm" else "it is installed, and there is a GPU"
     if asked == "vllm":
@@ -47,7 +52,7 @@ def _why_not_vllm(is_adapter: bool, num_processes: int, on_gpu: bool) -> str | N
 
 
 def open_engine(backend: str, path: str, args, accelerator) -> "VLLMEngine | TransformersEngine":
-    """The engine that `choose_backend` named, its model loaded."""
+    """The engine that `choose_engine` named, its model loaded."""
     return VLLMEngine(path, args) if backend == "vllm" else TransformersEngine(path, args, accelerator)
 
 

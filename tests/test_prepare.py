@@ -469,7 +469,7 @@ def test_vllm_samples_in_large_chunks_of_problems(run, tmp_path, monkeypatch):
             drawn.append("closed")
 
     monkeypatch.setattr(vllm_engine, "VLLMEngine", Engine)
-    monkeypatch.setattr(prepare, "choose_backend", lambda asked, **_: ("vllm", asked))
+    monkeypatch.setattr(prepare, "choose_engine", lambda asked, _: ("vllm", asked))
     monkeypatch.setitem(pass_rates.CHUNK, "vllm", 6)
     out = run(None, **SAMPLED)
     assert drawn == [(6, 6, 4), (4, 4, 4), "closed"]

@@ -19,7 +19,7 @@ from aesl_trl import vllm_engine
 from aesl_trl.errors import InputError
 from aesl_trl.eval_samples import Piece, draw_seed
 from aesl_trl.evaluate import EvalArguments
-from aesl_trl.vllm_engine import VLLMEngine, choose_backend
+from aesl_trl.vllm_engine import VLLMEngine, choose_engine
 
 
 # Of https://docs.vllm.ai/en/v0.8.3/api/inference_params.html; TRL leaves both to the user's generation_kwargs
@@ -165,28 +165,38 @@ def test_entropy_is_estimated_where_samples_are_the_models_own(vllm, tiny_model_
     assert group.neg_log_prob == expected and group.entropy == [None, None]
 
 
+def accelerator(num_processes=1, device="cuda"):
+    return types.SimpleNamespace(num_processes=num_processes, device=types.SimpleNamespace(type=device))
+
+
 @pytest.mark.parametrize(
     ("asked", "facts", "taken", "why"),
     [
         ("auto", {}, "vllm", "there is a GPU"),
         ("vllm", {}, "vllm", "as asked"),
         ("transformers", {}, "transformers", "as asked"),
-        ("auto", {"on_gpu": False}, "transformers", "no GPU"),
+        ("auto", {"device": "cpu"}, "transformers", "no GPU"),
         ("auto", {"num_processes": 2}, "transformers", "one process, not 2"),
-        ("auto", {"is_adapter": True}, "transformers", "merged first"),
     ],
 )
-def test_the_backend_that_is_taken(vllm, asked, facts, taken, why):
-    backend, reason = choose_backend(asked, **{"is_adapter": False, "num_processes": 1, "on_gpu": True, **facts})
-    assert backend == taken and why in reason
+def test_the_engine_that_is_taken(vllm, asked, facts, taken, why):
+    engine, reason = choose_engine(asked, accelerator(**facts))
+    assert engine == taken and why in reason
     if facts:
         with pytest.raises(InputError, match=f"backend: vllm cannot be used: .*{why}"):
-            choose_backend("vllm", **{"is_adapter": False, "num_processes": 1, "on_gpu": True, **facts})
+            choose_engine("vllm", accelerator(**facts))
+
+
+def test_an_adapter_is_sampled_by_transformers(vllm):
+    engine, reason = choose_engine("auto", accelerator(), is_adapter=True)
+    assert engine == "transformers" and "merged first" in reason
+    with pytest.raises(InputError, match="backend: vllm cannot be used: an adapter has to be merged first"):
+        choose_engine("vllm", accelerator(), is_adapter=True)
 
 
 def test_without_vllm_transformers_samples(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_backend("auto", is_adapter=False, num_processes=1, on_gpu=True)[0] == "transformers"
+    assert choose_engine("auto", accelerator())[0] == "transformers"
     with pytest.raises(InputError, match="not installed"):
-        choose_backend("vllm", is_adapter=False, num_processes=1, on_gpu=True)
+        choose_engine("vllm", accelerator())

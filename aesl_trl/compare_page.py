@@ -19,7 +19,7 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
         "## After RL",
         _figures_table(rows, "after", result),
         *_difference_parts(result),
-        "## Diversity before RL and the result after it",
+        "## Score and diversity before RL, and the result after it",
         _correlation_table(result),
         *(f"![{name}]({name})" for name in plots),
         *_tuning_parts(result),

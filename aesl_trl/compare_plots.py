@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from .compare_config import STEP
@@ -21,13 +20,14 @@ RESULTS, DIVERSITY, STEPS = "compare_results.png", "compare_diversity.png", "com
 
 
 def write_plots(result: dict[str, Any], folder: Path) -> list[str]:
-    """Write the PNGs that the cells allow to `folder`; their names."""
+    """Write the PNGs that the cells allow to `folder`, drop those of another time that they don't; their names."""
     sheets = {
         RESULTS: result_panels(result),
         DIVERSITY: diversity_panels(result),
         STEPS: step_panels(result),
     }
     for name, panels in sheets.items():
+        (folder / name).unlink(missing_ok=True)
         if panels:
             (folder / name).write_bytes(png(panels))
     return [name for name, panels in sheets.items() if panels]
@@ -59,9 +59,16 @@ def _sheets(rows: list[dict], metric: str) -> list[tuple[str, list[dict]]]:
     """Rows of one setting, no more than a panel has room for; rows by SFT step have plots of their own."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        if row["after"][metric]["mean"] is not None and not (row["selection"] or "").startswith(STEP):
+        if row["after"][metric]["mean"] is not None and not _by_step(row):
             found.setdefault(row["setting"], []).append(row)
+    for setting in {row["setting"] for row in rows if _by_step(row)}:  # the base is step 0 there
+        if all(row["selection"] is None for row in found.get(setting, [])):
+            found.pop(setting, None)
     return [(setting, of[first : first + ROWS]) for setting, of in found.items() for first in range(0, len(of), ROWS)]
+
+
+def _by_step(row: dict) -> bool:
+    return (row["selection"] or "").startswith(STEP)
 
 
 def _rows(result: dict[str, Any], setting: str, rows: list[dict]) -> list[Panel]:
@@ -117,7 +124,7 @@ def _rows_axis(ax: Axes, rows: list[dict], by_method: dict[str, str]) -> None:
     ax.spines["left"].set_visible(False)
 
 
-# ---- Diversity against the result
+# ---- Score and diversity before RL against the result
 
 
 def diversity_panels(result: dict[str, Any]) -> list[Panel]:
@@ -165,7 +172,10 @@ def _short(name: str, width: int = 18) -> str:
 
 
 def step_panels(result: dict[str, Any]) -> list[Panel]:
-    """The paper's Figure 1b: the result of RL against the SFT step it starts from, and what that start was like."""
+    """The paper's Figure 1b: the result of RL against the SFT step it starts from, and what that start was like.
+
+    Seeds faint, their mean strong: the intervals of few seeds would hide both, and stand in the tables.
+    """
     lines = step_lines(result)
     if not lines:
         return []
@@ -174,7 +184,7 @@ def step_panels(result: dict[str, Any]) -> list[Panel]:
     return [
         Panel(
             f"{TITLES.get(name, name)} {when} RL",
-            lambda ax, name=name, when=when: _steps(ax, lines, name, when, by_method),
+            lambda ax, name=name, when=when: _steps(ax, lines, result["cells"], name, when, by_method),
         )
         for name, when in shown
     ]
@@ -184,7 +194,7 @@ def step_lines(result: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, 
     """(setting, method) -> its rows by SFT step, from `rl_from_steps`; RL from the base stands at step 0 of each."""
     lines: dict[tuple[str, str], list[tuple[int, dict]]] = {}
     for row in result["rows"]:
-        if (row["selection"] or "").startswith(STEP):
+        if _by_step(row):
             step = int(row["selection"].removeprefix(STEP))
             lines.setdefault((row["setting"], row["method"]), []).append((step, row))
     bases = {row["setting"]: row for row in result["rows"] if row["selection"] is None}
@@ -195,19 +205,18 @@ def step_lines(result: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, 
     return lines
 
 
-def _steps(ax: Axes, lines: dict, name: str, when: str, by_method: dict[str, str]) -> None:
+def _steps(ax: Axes, lines: dict, cells: list[dict], name: str, when: str, by_method: dict[str, str]) -> None:
     for (setting, method), line in lines.items():
-        known = [(step, row[when][name]) for step, row in line if row[when][name]["mean"] is not None]
-        if not known:
+        colour, label = by_method[method], _short(f"{setting} {method}".strip())
+        means = [(step, row[when][name]["mean"]) for step, row in line if row[when][name]["mean"] is not None]
+        if not means:
             continue
-        steps, colour = [step for step, _ in known], by_method[method]
-        label = _short(f"{setting} {method}".strip())
-        ax.plot(
-            steps, [found["mean"] for _, found in known], "o-", color=colour, linewidth=2, markersize=4, label=label
-        )
-        whole = [(step, found["low"], found["high"]) for step, found in known if found["low"] is not None]
-        if whole:
-            ax.fill_between(*np.array(whole).T, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(*zip(*means, strict=True), "o-", color=colour, linewidth=2, markersize=4, label=label)
+        step_of = {row["row"]: step for step, row in line}
+        mine = [cell for cell in cells if cell["row"] in step_of and name in cell[when]]
+        for seed in {cell["seed"] for cell in mine}:
+            points = sorted((step_of[cell["row"]], cell[when][name]) for cell in mine if cell["seed"] == seed)
+            ax.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.35)
     ax.set_xscale("symlog", linthresh=10)
     ticks = sorted({step for line in lines.values() for step, _ in line})
     ax.set_xticks(_apart(ticks), [f"{step:g}" for step in _apart(ticks)])

@@ -179,7 +179,8 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
 
     Returns:
         `figures`, `metric`, `level`, `rows` (each with `seeds`, `steps`, `before`, `after` and `differences`) and
-        `correlations`, of the diversity before RL with the metric after it.
+        `correlations`, of each figure before RL with the metric after it (with the metric before it: what choosing
+        the start with the best score is worth).
 
     Raises:
         InputError: no cell has the figure `metric`.
@@ -195,7 +196,7 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
         "level": LEVEL,
         "figures": list(figures),
         "rows": [_row(row, rows, by_row, figures, reference) for row in rows],
-        "correlations": correlations(cells, [name for name in figures if name != metric], metric),
+        "correlations": correlations(cells, figures, metric),
     }
 
 

@@ -301,12 +301,13 @@ def test_recipes_say_their_hardware_on_line_one():
 # ---- What was recorded
 
 
-def test_recorded_symbols_are_those_of_the_recorded_comparison():
+@pytest.mark.parametrize(("comparison", "count"), [("main", 45), ("steps", 51)])
+def test_recorded_symbols_are_those_of_the_recorded_comparison(comparison, count):
     """Each symbol is asked for equally often, so their mean is the cell's pass@1."""
-    results = RECIPE / "results" / "main"
+    results = RECIPE / "results" / comparison
     cells = {(cell["row"], cell["seed"]): cell for cell in read_json(results / "compare.json")["cells"]}
     symbols = read_json(results / "by_symbol.json")
-    assert len(symbols) == len(cells) == 45
+    assert len(symbols) == len(cells) == count
     for cell in symbols:
         recorded = cells[cell["row"], cell["seed"]]
         for when in ("before", "after"):
@@ -322,3 +323,26 @@ def test_the_results_readme_says_what_was_recorded():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |") and "**" in line]
         mean, low, high = (after[row][key] for key in ("mean", "low", "high"))
         assert f"**{mean:.2f}** [{low:.2f}, {high:.2f}]" in line
+
+
+def test_the_results_readme_says_what_each_step_was_worth():
+    text = (RECIPE / "results" / "README.md").read_text()
+    recorded = read_json(RECIPE / "results" / "steps" / "compare.json")
+    after = {row["row"]: row["after"]["pass@1"]["mean"] for row in recorded["rows"]}
+    for step in (10, 20, 30, 40, 60, 100, 200, 400):
+        (line,) = [line.replace("*", "") for line in text.splitlines() if line.startswith(f"| {step} |")]
+        found = [cell.strip() for cell in line.split("|")]
+        assert [found[5], found[7]] == [f"{after[f'{loss}/step-{step}']:.2f}" for loss in ("nll", "aesl")]
+    for found in recorded["correlations"]:
+        assert f"{found['rho']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" in text or found["figure"] == "pass@8"
+
+
+def test_a_step_of_one_comparison_is_the_turning_point_of_the_other():
+    """The same start, seed and budget of RL, run in two comparisons on one machine: the same figures, bit for bit."""
+    main, steps = (
+        {(cell["row"], cell["seed"]): cell for cell in read_json(RECIPE / "results" / name / "compare.json")["cells"]}
+        for name in ("main", "steps")
+    )
+    for seed in (0, 1, 2):
+        for here, there in (("base", "base"), ("nll/turning_point", "nll/step-30")):
+            assert main[here, seed]["after"] == steps[there, seed]["after"]

@@ -316,13 +316,15 @@ def test_recorded_symbols_are_those_of_the_recorded_comparison(comparison, count
 
 
 def test_the_results_readme_says_what_was_recorded():
-    results = RECIPE / "results" / "main"
-    text, rows = (RECIPE / "results" / "README.md").read_text(), read_json(results / "compare.json")["rows"]
-    after = {row["row"]: row["after"]["pass@1"] for row in rows}
-    for row, start in {"nll/turning_point": "nll, turning point (step 30)", "aesl/last": "AESL, last"}.items():
-        (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |") and "**" in line]
-        mean, low, high = (after[row][key] for key in ("mean", "low", "high"))
-        assert f"**{mean:.2f}** [{low:.2f}, {high:.2f}]" in line
+    text, found = (
+        (RECIPE / "results" / "README.md").read_text(),
+        read_json(RECIPE / "results" / "main" / "compare.json"),
+    )
+    for row in found["rows"]:
+        after = row["after"]["pass@1"]
+        seeds = [f"{cell['after']['pass@1']:.2f}" for cell in found["cells"] if cell["row"] == row["row"]]
+        shown = f"**{after['mean']:.2f}** [{after['low']:.2f}, {after['high']:.2f}] | {' '.join(seeds)} |"
+        assert shown in text, row["row"]
 
 
 def test_the_results_readme_says_what_each_step_was_worth():
@@ -337,12 +339,30 @@ def test_the_results_readme_says_what_each_step_was_worth():
         assert f"{found['rho']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" in text or found["figure"] == "pass@8"
 
 
-def test_a_step_of_one_comparison_is_the_turning_point_of_the_other():
+def test_the_results_readme_says_what_each_ablation_ended_at():
+    """Every line of the two tables: the mean after RL and the seeds behind it, for each row that the line names."""
+    cells = read_json(RECIPE / "results" / "ablations" / "compare.json")["cells"]
+    section = (RECIPE / "results" / "README.md").read_text().split("## Ablations")[1].split("\n## ")[0]
+    seeds = {}
+    for cell in cells:
+        seeds.setdefault(cell["row"], []).append(cell["after"]["pass@1"])
+    assert len(seeds) == 29 and {len(values) for values in seeds.values()} == {3}
+    for values in seeds.values():
+        text = f"| {sum(values) / 3:.2f} | {' '.join(f'{value:.2f}' for value in values)} |"
+        assert text in section.replace("*", ""), text
+
+
+def test_what_two_comparisons_have_in_common_is_the_same():
     """The same start, seed and budget of RL, run in two comparisons on one machine: the same figures, bit for bit."""
-    main, steps = (
+    main, steps, ablations = (
         {(cell["row"], cell["seed"]): cell for cell in read_json(RECIPE / "results" / name / "compare.json")["cells"]}
-        for name in ("main", "steps")
+        for name in ("main", "steps", "ablations")
     )
     for seed in (0, 1, 2):
-        for here, there in (("base", "base"), ("nll/turning_point", "nll/step-30")):
-            assert main[here, seed]["after"] == steps[there, seed]["after"]
+        for here, other, there in (
+            ("base", steps, "base"),
+            ("nll/turning_point", steps, "nll/step-30"),
+            ("nll/last", ablations, "standard/nll/last"),
+            ("aesl/last", ablations, "standard/aesl/last"),
+        ):
+            assert main[here, seed]["after"] == other[there, seed]["after"]

@@ -213,7 +213,7 @@ def _steps(ax: Axes, lines: dict, cells: list[dict], name: str, when: str, by_me
             continue
         ax.plot(*zip(*means, strict=True), "o-", color=colour, linewidth=2, markersize=4, label=label)
         step_of = {row["row"]: step for step, row in line}
-        mine = [cell for cell in cells if cell["row"] in step_of and name in cell[when]]
+        mine = [cell for cell in cells if cell["row"] in step_of and cell[when].get(name) is not None]
         for seed in {cell["seed"] for cell in mine}:
             points = sorted((step_of[cell["row"]], cell[when][name]) for cell in mine if cell["seed"] == seed)
             ax.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.35)

@@ -1,6 +1,7 @@
 """The embedded task: honest splits, an exact reward, and a base model that agrees with itself about when to stop."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from aesl_trl.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "skills-tiny"
+sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def _load(name, path):
@@ -255,9 +257,12 @@ def test_shipped_tokenizer_is_the_builders():
 def test_a_few_steps_learn_and_save(tmp_path):
     tokenizer = builder.build_tokenizer()
     model = builder.build_model(tokenizer, seed=0)
-    settings = {"warmup": 2, "decay": 2, "rows": 16}
-    first = builder.train(model, tokenizer, builder.EQUAL, steps=1, seed=0, **settings)
-    later = builder.train(model, tokenizer, builder.EQUAL, steps=12, seed=0, **settings)
+    first, later = (
+        builder.train(
+            model, builder.batches(tokenizer, builder.EQUAL, rows=16, seed=0), steps=steps, warmup=2, decay=2
+        )
+        for steps in (1, 12)
+    )
     assert later < first - 0.5
     builder.build(tmp_path, equal_steps=1, skewed_steps=1)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
@@ -268,8 +273,13 @@ def test_a_few_steps_learn_and_save(tmp_path):
 def test_whole_build_reaches_both_mixtures_entropy():
     tokenizer = builder.build_tokenizer()
     model = builder.build_model(tokenizer, seed=0)
-    equal = builder.train(model, tokenizer, builder.EQUAL, steps=850, warmup=50, decay=0, seed=0)
-    skewed = builder.train(model, tokenizer, builder.SKEWED, steps=150, warmup=0, decay=40, seed=1)
+    rows = builder.ROWS
+    equal_batches, skewed_batches = (
+        builder.batches(tokenizer, mixture, rows=rows, seed=seed)
+        for seed, mixture in enumerate((builder.EQUAL, builder.SKEWED))
+    )
+    equal = builder.train(model, equal_batches, steps=850, warmup=50, decay=0)
+    skewed = builder.train(model, skewed_batches, steps=150, warmup=0, decay=40)
     assert equal < 0.30  # log(8) / 8 tokens = 0.26 where every skill is done right
     assert skewed < 0.23  # 1.613 / 8 = 0.20
 

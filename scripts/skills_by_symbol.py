@@ -8,13 +8,11 @@ skill that SFT shows under another symbol, or of a skill that the base prefers a
 
 import argparse
 import importlib.util
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from aesl_trl.compare_cells import source
-from aesl_trl.files import read_json, read_jsonl
+from compared_samples import check_problems, compared_samples, write_cells
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,29 +30,14 @@ def kind_of(symbol: str) -> str:
     return RARE if task.SKILL_OF[symbol] in task.RARE else COMMON
 
 
-def by_symbol(samples: Path) -> dict[str, float]:
-    """pass@1 of each symbol, from one model's folder of samples."""
-    (file,) = samples.glob("prompts-*.jsonl")
-    groups = [group for line in read_jsonl(file) for group in line["groups"]]
-    rights = defaultdict(list)
-    for group, problem in zip(groups, task.held_out(num=len(groups)), strict=True):
-        if group["prompt"] != problem["prompt"]:
-            raise SystemExit(f"{file} was not drawn from recipes/skills-tiny's held-out problems")
+def by_symbol(groups: list[dict]) -> dict[str, float]:
+    """pass@1 of each symbol."""
+    problems, rights = task.held_out(num=len(groups)), defaultdict(list)
+    check_problems(groups, problems)
+    for group, problem in zip(groups, problems, strict=True):
         rewards = task.skill_reward(None, group["completions"], [problem["answer"]] * len(group["completions"]))
         rights[group["prompt"][0]["content"].split()[0]] += rewards
     return {symbol: round(fmean(rights[symbol]), 4) for symbol in task.SYMBOLS}
-
-
-def cells(comparison: Path) -> list[dict]:
-    """Each cell of the table: its row, seed, and pass@1 by symbol before and after RL."""
-    found = []
-    for cell in read_json(comparison / "compare.json")["cells"]:
-        folder = source(comparison / cell["folder"]) / "evaluation_samples"
-        after = {path for path in folder.iterdir() if path.name.startswith("grpo-")}
-        (before,) = [path for path in folder.iterdir() if path not in after]
-        facts = {key: cell[key] for key in ("row", "seed")}
-        found.append({**facts, "before": by_symbol(before), "after": by_symbol(*after)})
-    return found
 
 
 def table(found: list[dict]) -> str:
@@ -77,10 +60,12 @@ def main() -> None:
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    found = cells(args.comparison)
+    found = [
+        facts | {when: by_symbol(groups) for when, groups in samples.items()}
+        for facts, samples in compared_samples(args.comparison)
+    ]
     if args.output:
-        rows = ",\n".join(json.dumps(cell) for cell in found)
-        args.output.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+        write_cells(args.output, found)
     print(table(found))
 
 

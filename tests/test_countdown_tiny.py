@@ -26,6 +26,7 @@ def _load(name, path):
 
 task = _load("countdown_tiny_task", RECIPE / "task.py")
 builder = _load("countdown_tiny_builder", ROOT / "scripts" / "build_countdown_tiny_base.py")
+by_form = _load("countdown_by_form", ROOT / "scripts" / "countdown_by_form.py")
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
 
 
@@ -164,3 +165,28 @@ def test_the_shipped_base_solves_some_and_seldom_in_steps():
     in_steps = sum(task.IS in text for text in texts) / len(texts)
     assert 0.12 < sum(rewards) / len(rewards) < 0.25  # 0.19 over 384 problems; a standard error here is 0.02
     assert 0.005 < in_steps < 0.05  # trained at 0.02
+
+
+# ---- What samples say of the form of answers
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "suffice"), [([3, 5, 7, 2], 13, True), ([3, 5, 7, 2], 17, True), ([9, 9, 9, 9], 81, False)]
+)
+def test_whether_plus_and_minus_suffice(numbers, target, suffice):
+    assert by_form.plus_and_minus_suffice(numbers, target) is suffice
+
+
+def test_forms_are_counted_by_hand():
+    """Four problems, each answered rightly in steps, and at once without two of its numbers."""
+    problems = task.held_out(num=4)
+    golds = [row["completion"][0]["content"] for row in task._rows("held_out", 0, 4)]
+    groups = [
+        {"prompt": problem["prompt"], "completions": [gold, "five times five"]}
+        for problem, gold in zip(problems, golds, strict=True)
+    ]
+    found = by_form.by_form(groups)
+    hard = [any(name in gold.split() for name in ("times", "over")) for gold in golds]
+    assert found["in_steps"] == found["true"] == 0.5
+    assert found["times_over"] == (sum(hard) + 4) / 8
+    assert found["plus_minus_problems"] == found["other_problems"] == 0.5

@@ -1,0 +1,84 @@
+"""How countdown-tiny's problems are answered before and after RL, for a comparison's rows.
+
+    python scripts/countdown_by_form.py runs/countdown-tiny/compare [--output by_form.json]
+
+Reads the samples that each cell's evaluation left. Shares of all completions: in steps; with times or over; a true
+calculation with the given numbers, whatever it makes. And pass@1 on the problems that plus and minus alone can solve,
+as in the demonstrations, and on the others.
+"""
+
+import argparse
+import importlib.util
+from itertools import permutations, product
+from pathlib import Path
+from statistics import fmean
+
+from compared_samples import check_problems, compared_samples, write_cells
+
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("countdown_tiny_task", ROOT / "recipes" / "countdown-tiny" / "task.py")
+task = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(task)
+
+FIGURES = {
+    "in_steps": "in steps",
+    "times_over": "times or over",
+    "true": "true calculation",
+    "plus_minus_problems": "pass@1 where plus and minus suffice",
+    "other_problems": "pass@1 elsewhere",
+}
+
+
+def plus_and_minus_suffice(numbers: list[int], target: int) -> bool:
+    calculations = product(set(permutations(numbers)), product(task.EASY, repeat=len(numbers) - 1))
+    return any(task.is_right(task.at_once(order, names), numbers, target) for order, names in calculations)
+
+
+def is_true(completion: str, numbers: list[int]) -> bool:
+    return any(task.is_right(completion, numbers, target) for target in range(len(task.NUMBERS)))
+
+
+def by_form(groups: list[dict]) -> dict[str, float]:
+    """The figures named in `FIGURES`, each from 0 to 1."""
+    problems = task.held_out(num=len(groups))
+    check_problems(groups, problems)
+    values = {name: [] for name in FIGURES}
+    for group, problem in zip(groups, problems, strict=True):
+        numbers, target = problem["numbers"], problem["target"]
+        suffice = plus_and_minus_suffice(numbers, target)
+        for completion in group["completions"]:
+            words = completion.split()
+            values["in_steps"].append(task.IS in words)
+            values["times_over"].append("times" in words or "over" in words)
+            values["true"].append(is_true(completion, numbers))
+            kind = "plus_minus_problems" if suffice else "other_problems"
+            values[kind].append(task.is_right(completion, numbers, target))
+    return {name: round(fmean(found), 4) for name, found in values.items()}
+
+
+def table(cells: list[dict]) -> str:
+    lines = [f"| RL starts from | {' | '.join(FIGURES.values())} |", "| --- |" + " ---: |" * len(FIGURES)]
+    for row in dict.fromkeys(cell["row"] for cell in cells):
+        mine = [cell for cell in cells if cell["row"] == row]
+        means = [[fmean(cell[when][name] for cell in mine) for when in ("before", "after")] for name in FIGURES]
+        lines.append(f"| {row} | {' | '.join(f'{before:.2f} -> {after:.2f}' for before, after in means)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    cells = [
+        facts | {when: by_form(groups) for when, groups in samples.items()}
+        for facts, samples in compared_samples(args.comparison)
+    ]
+    if args.output:
+        write_cells(args.output, cells)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

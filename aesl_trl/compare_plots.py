@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .compare_config import STEP
 from .compare_page import TITLES
@@ -120,6 +121,7 @@ def _rows_axis(ax: Axes, rows: list[dict], by_method: dict[str, str]) -> None:
         ax.annotate(row["name"], (0, place), size=7.5, color=by_method[row["method"]], annotation_clip=False, **over)
     ax.set_ylim(len(rows) - 0.5, -0.9)
     ax.set_yticks([])
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
 

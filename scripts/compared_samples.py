@@ -1,7 +1,8 @@
 """What the scripts that look into a comparison's samples share: each cell's completions before and after RL."""
 
+import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aesl_trl.compare_cells import source
@@ -31,7 +32,22 @@ def check_problems(groups: Sequence[dict], problems: Sequence[dict]) -> None:
         raise SystemExit("the comparison was not evaluated on the recipe's held-out problems")
 
 
-def write_cells(path: Path, cells: Sequence[dict]) -> None:
-    """A JSON list, a cell a line."""
-    rows = ",\n".join(json.dumps(cell) for cell in cells)
-    path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+def describe_comparison(
+    doc: str, describe: Callable[[list[dict]], dict[str, float]], table: Callable[[list[dict]], str]
+) -> None:
+    """A script's main: `describe` gives a cell's figures from its groups, `table` a markdown table of all cells.
+
+    `--output` gets the figures before and after RL as a JSON list, a cell a line.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    cells = [
+        facts | {when: describe(groups) for when, groups in samples.items()}
+        for facts, samples in compared_samples(args.comparison)
+    ]
+    if args.output:
+        rows = ",\n".join(json.dumps(cell) for cell in cells)
+        args.output.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    print(table(cells))

@@ -7,13 +7,12 @@ calculation with the given numbers, whatever it makes. And pass@1 on the problem
 as in the demonstrations, and on the others.
 """
 
-import argparse
 import importlib.util
 from itertools import permutations, product
 from pathlib import Path
 from statistics import fmean
 
-from compared_samples import check_problems, compared_samples, write_cells
+from compared_samples import check_problems, describe_comparison
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,19 +65,5 @@ def table(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    cells = [
-        facts | {when: by_form(groups) for when, groups in samples.items()}
-        for facts, samples in compared_samples(args.comparison)
-    ]
-    if args.output:
-        write_cells(args.output, cells)
-    print(table(cells))
-
-
 if __name__ == "__main__":
-    main()
+    describe_comparison(__doc__, by_form, table)

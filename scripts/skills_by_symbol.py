@@ -6,13 +6,12 @@ Reads the samples that each cell's evaluation left. Symbols are demonstrated (SF
 skill that SFT shows under another symbol, or of a skill that the base prefers and SFT never shows.
 """
 
-import argparse
 import importlib.util
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from compared_samples import check_problems, compared_samples, write_cells
+from compared_samples import check_problems, describe_comparison
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,19 +54,5 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    found = [
-        facts | {when: by_symbol(groups) for when, groups in samples.items()}
-        for facts, samples in compared_samples(args.comparison)
-    ]
-    if args.output:
-        write_cells(args.output, found)
-    print(table(found))
-
-
 if __name__ == "__main__":
-    main()
+    describe_comparison(__doc__, by_symbol, table)

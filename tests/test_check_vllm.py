@@ -1,14 +1,13 @@
 """scripts/check_vllm.py with the stand-in for vLLM: it passes what is right and names what is wrong."""
 
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from by_path import ROOT, load
 from conftest import build_model
 from vllm_stand_in import StandIn
 
@@ -17,17 +16,7 @@ from aesl_trl.engines import VLLMEngine
 from aesl_trl.scoring import add_fused_head
 
 
-ROOT = Path(__file__).parent.parent
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("check_vllm", ROOT / "scripts" / "check_vllm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_vllm = _load()
+check_vllm = load("scripts/check_vllm.py")
 EVERY_CHECK = [
     "log-probabilities of the samples",
     "tokens at temperature 0.01",

@@ -1,32 +1,28 @@
 """The second task: honest splits, an exact reward, solutions in two forms, and a builder that makes what it says."""
 
-import importlib.util
 import random
+import shutil
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from by_path import ROOT, load
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_results import cells_of, rows_with_intervals
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aesl_trl.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
+
 RECIPE = ROOT / "recipes" / "countdown-tiny"
-sys.path.insert(0, str(ROOT / "scripts"))
+RESULTS = RECIPE / "results"
 
-
-def _load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-task = _load("countdown_tiny_task", RECIPE / "task.py")
-builder = _load("countdown_tiny_builder", ROOT / "scripts" / "build_countdown_tiny_base.py")
-by_form = _load("countdown_by_form", ROOT / "scripts" / "countdown_by_form.py")
+task = load("recipes/countdown-tiny/task.py")
+builder = load("scripts/build_countdown_tiny_base.py")
+by_form = load("scripts/countdown_by_form.py")
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
 
 
@@ -190,3 +186,66 @@ def test_forms_are_counted_by_hand():
     assert found["in_steps"] == found["true"] == 0.5
     assert found["times_over"] == (sum(hard) + 4) / 8
     assert found["plus_minus_problems"] == found["other_problems"] == 0.5
+
+
+# ---- The comparison
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_comparison_runs_and_its_samples_are_read(tmp_path):
+    """The recipe's own files with sizes overridden: base and nll through all stages, then the table of forms."""
+    folder = tmp_path / "recipes" / "countdown-tiny"
+    shutil.copytree(RECIPE, folder, ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(RECIPE.parent / "accelerate_configs", folder.parent / "accelerate_configs")
+    few = {"max_steps": 4, "diversity_steps": 2, "diversity_num_prompts": 8, "eval_steps": 2, "save_steps": 2}
+    for path, changes in (
+        ("sft/config_nll.yaml", few),
+        ("grpo/config.yaml", {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 16}),
+        ("eval.yaml", {"num_prompts": 16}),
+    ):
+        values = yaml.safe_load((folder / path).read_text()) | changes
+        (folder / path).write_text("# One CPU core\n" + yaml.safe_dump(values))
+    config = yaml.safe_load((folder / "compare.yaml").read_text())
+    config.pop("tune")
+    (folder / "compare.yaml").write_text("# One CPU core\n" + yaml.safe_dump(config, sort_keys=False))
+
+    compare = [sys.executable, "-m", "aesl_trl.cli", "compare", "--config", folder / "compare.yaml"]
+    subprocess.run([*compare, "--methods", "base", "nll", "--seeds", "0"], check=True)
+    runs, output = tmp_path / "runs" / "countdown-tiny" / "compare", tmp_path / "by_form.json"
+    script = [sys.executable, ROOT / "scripts" / "countdown_by_form.py", runs, "--output", output]
+    table = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    rows = {"base", "nll/turning_point", "nll/best_eval", "nll/last"}
+    assert {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]} == rows
+    for cell in read_json(output):
+        assert cell["before"]["in_steps"] < 0.3 and all(0 <= value <= 1 for value in cell["after"].values())
+
+
+# ---- What was recorded
+
+
+def test_recorded_forms_are_those_of_the_recorded_comparison():
+    """pass@1 is the mean over both kinds of problem, each with its own number of problems."""
+    cells, forms = cells_of(RESULTS / "main"), read_json(RESULTS / "main" / "by_form.json")
+    suffice = [by_form.plus_and_minus_suffice(row["numbers"], row["target"]) for row in task.held_out(num=384)]
+    easy = sum(suffice) / len(suffice)
+    assert len(forms) == len(cells) == 45
+    for form in forms:
+        whole = cells[form["row"], form["seed"]]
+        for when in ("before", "after"):
+            mean = easy * form[when]["plus_minus_problems"] + (1 - easy) * form[when]["other_problems"]
+            assert mean == pytest.approx(whole[when]["pass@1"], abs=1e-4)
+            assert form[when]["true"] >= whole[when]["pass@1"] - 1e-4  # what is right is true
+
+
+def test_the_results_readme_says_what_was_recorded():
+    text = (RESULTS / "README.md").read_text()
+    for shown in rows_with_intervals(RESULTS / "main"):
+        assert shown in text, shown
+    assert by_form.table(read_json(RESULTS / "main" / "by_form.json")) in text
+
+
+def test_every_start_is_above_direct_rl_at_every_seed_as_the_results_say():
+    cells = cells_of(RESULTS / "main")
+    for (row, seed), cell in cells.items():
+        assert row == "base" or cell["after"]["pass@1"] > cells["base", seed]["after"]["pass@1"]

@@ -1,31 +1,20 @@
 """The embedded task: honest splits, an exact reward, and a base model that agrees with itself about when to stop."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
+from by_path import ROOT, load
+from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from aesl_trl.files import read_json
 
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "skills-tiny"
-sys.path.insert(0, str(ROOT / "scripts"))
+RESULTS = RECIPE / "results"
 
-
-def _load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-task = _load("skills_tiny_task", RECIPE / "task.py")
-builder = _load("skills_tiny_builder", ROOT / "scripts" / "build_skills_tiny_base.py")
+task = load("recipes/skills-tiny/task.py")
+builder = load("scripts/build_skills_tiny_base.py")
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
 
 
@@ -311,18 +300,10 @@ def test_recipes_say_their_hardware_on_line_one():
 # ---- What was recorded
 
 
-def recorded(comparison):
-    return read_json(RECIPE / "results" / comparison / "compare.json")
-
-
-def cells_of(comparison):
-    return {(cell["row"], cell["seed"]): cell for cell in recorded(comparison)["cells"]}
-
-
 @pytest.mark.parametrize(("comparison", "count"), [("main", 45), ("steps", 51)])
 def test_recorded_symbols_are_those_of_the_recorded_comparison(comparison, count):
     """Each symbol is asked for equally often, so their mean is the cell's pass@1."""
-    cells, symbols = cells_of(comparison), read_json(RECIPE / "results" / comparison / "by_symbol.json")
+    cells, symbols = cells_of(RESULTS / comparison), read_json(RESULTS / comparison / "by_symbol.json")
     assert len(symbols) == len(cells) == count
     for cell in symbols:
         whole = cells[cell["row"], cell["seed"]]
@@ -332,17 +313,14 @@ def test_recorded_symbols_are_those_of_the_recorded_comparison(comparison, count
 
 
 def test_the_results_readme_says_what_was_recorded():
-    text, found = (RECIPE / "results" / "README.md").read_text(), recorded("main")
-    for row in found["rows"]:
-        after = row["after"]["pass@1"]
-        seeds = [f"{cell['after']['pass@1']:.2f}" for cell in found["cells"] if cell["row"] == row["row"]]
-        shown = f"**{after['mean']:.2f}** [{after['low']:.2f}, {after['high']:.2f}] | {' '.join(seeds)} |"
-        assert shown in text, row["row"]
+    text = (RESULTS / "README.md").read_text()
+    for shown in rows_with_intervals(RESULTS / "main"):
+        assert shown in text, shown
 
 
 def test_the_results_readme_says_what_each_step_was_worth():
-    text = (RECIPE / "results" / "README.md").read_text()
-    steps = recorded("steps")
+    text = (RESULTS / "README.md").read_text()
+    steps = read_json(RESULTS / "steps" / "compare.json")
     after = {row["row"]: row["after"]["pass@1"]["mean"] for row in steps["rows"]}
     for step in (10, 20, 30, 40, 60, 100, 200, 400):
         (line,) = [line.replace("*", "") for line in text.splitlines() if line.startswith(f"| {step} |")]
@@ -354,19 +332,16 @@ def test_the_results_readme_says_what_each_step_was_worth():
 
 def test_the_results_readme_says_what_each_ablation_ended_at():
     """Every line of the two tables: the mean after RL and the seeds behind it, for each row that the line names."""
-    section = (RECIPE / "results" / "README.md").read_text().split("## Ablations")[1].split("\n## ")[0]
-    seeds = {}
-    for cell in recorded("ablations")["cells"]:
-        seeds.setdefault(cell["row"], []).append(cell["after"]["pass@1"])
-    assert len(seeds) == 29 and {len(values) for values in seeds.values()} == {3}
-    for values in seeds.values():
-        text = f"| {sum(values) / 3:.2f} | {' '.join(f'{value:.2f}' for value in values)} |"
-        assert text in section.replace("*", ""), text
+    section = (RESULTS / "README.md").read_text().split("## Ablations")[1].split("\n## ")[0].replace("*", "")
+    seeds = seeds_of(RESULTS / "ablations")
+    assert len(seeds) == 29 and {len(shown.split()) for shown in seeds.values()} == {5}  # mean, bar, three seeds
+    for shown in seeds.values():
+        assert f"| {shown} |" in section, shown
 
 
 def test_what_two_comparisons_have_in_common_is_the_same():
     """The same start, seed and budget of RL, run in two comparisons on one machine: the same figures, bit for bit."""
-    main, steps, ablations = map(cells_of, ("main", "steps", "ablations"))
+    main, steps, ablations = (cells_of(RESULTS / name) for name in ("main", "steps", "ablations"))
     for seed in (0, 1, 2):
         for here, other, there in (
             ("base", steps, "base"),

@@ -1,0 +1,28 @@
+"""What the tests of recorded comparisons share: their cells, and how a results README shows a row."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aesl_trl.files import read_json
+
+
+def cells_of(comparison: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(cell["row"], cell["seed"]): cell for cell in read_json(comparison / "compare.json")["cells"]}
+
+
+def seeds_of(comparison: Path) -> dict[str, str]:
+    """Row -> pass@1 after RL, its mean and every seed: `0.30 | 0.31 0.29`."""
+    found: dict[str, list[float]] = {}
+    for (row, _), cell in cells_of(comparison).items():
+        found.setdefault(row, []).append(cell["after"]["pass@1"])
+    shown = {row: " ".join(f"{value:.2f}" for value in values) for row, values in found.items()}
+    return {row: f"{sum(values) / len(values):.2f} | {shown[row]}" for row, values in found.items()}
+
+
+def rows_with_intervals(comparison: Path) -> Iterator[str]:
+    """Each row of a table with intervals: `**0.30** [0.28, 0.32] | 0.31 0.29`."""
+    seeds = seeds_of(comparison)
+    for row in read_json(comparison / "compare.json")["rows"]:
+        after, (mean, values) = row["after"]["pass@1"], seeds[row["row"]].split(" | ")
+        yield f"**{mean}** [{after['low']:.2f}, {after['high']:.2f}] | {values} |"

@@ -11,7 +11,7 @@ import yaml
 from by_path import ROOT, load
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded_results import cells_of, rows_with_intervals
+from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aesl_trl.files import read_json
@@ -224,12 +224,13 @@ def test_the_comparison_runs_and_its_samples_are_read(tmp_path):
 # ---- What was recorded
 
 
-def test_recorded_forms_are_those_of_the_recorded_comparison():
+@pytest.mark.parametrize(("comparison", "count"), [("main", 45), ("ablations", 21)])
+def test_recorded_forms_are_those_of_the_recorded_comparison(comparison, count):
     """pass@1 is the mean over both kinds of problem, each with its own number of problems."""
-    cells, forms = cells_of(RESULTS / "main"), read_json(RESULTS / "main" / "by_form.json")
+    cells, forms = cells_of(RESULTS / comparison), read_json(RESULTS / comparison / "by_form.json")
     suffice = [by_form.plus_and_minus_suffice(row["numbers"], row["target"]) for row in task.held_out(num=384)]
     easy = sum(suffice) / len(suffice)
-    assert len(forms) == len(cells) == 45
+    assert len(forms) == len(cells) == count
     for form in forms:
         whole = cells[form["row"], form["seed"]]
         for when in ("before", "after"):
@@ -246,6 +247,15 @@ def test_the_results_readme_says_what_was_recorded():
 
 
 def test_every_start_is_above_direct_rl_at_every_seed_as_the_results_say():
-    cells = cells_of(RESULTS / "main")
-    for (row, seed), cell in cells.items():
-        assert row == "base" or cell["after"]["pass@1"] > cells["base", seed]["after"]["pass@1"]
+    for comparison, setting in (("main", ""), ("ablations", "rl_320/")):
+        after = {key: cell["after"]["pass@1"] for key, cell in cells_of(RESULTS / comparison).items()}
+        starts = [key for key in after if key[0].startswith(setting) and key[0] != f"{setting}base"]
+        assert starts
+        for row, seed in starts:
+            assert after[row, seed] > after[f"{setting}base", seed]
+
+
+def test_the_results_readme_says_what_each_ablation_ended_at():
+    section = (RESULTS / "README.md").read_text().split("## Ablations")[1].split("\n## ")[0].replace("*", "")
+    for shown in seeds_of(RESULTS / "ablations").values():
+        assert f"| {shown} |" in section, shown

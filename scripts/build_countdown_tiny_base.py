@@ -8,20 +8,18 @@ comes out, so that the model has to learn which way leads there.
 """
 
 import argparse
-import importlib.util
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from recipe_task import RECIPES, recipe_task
 from tiny_bases import ASSISTANT, END, SPACE, USER, train, untrained_model, word_tokenizer
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "countdown-tiny"
-_spec = importlib.util.spec_from_file_location("countdown_tiny_task", RECIPE / "task.py")
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+RECIPE = RECIPES / "countdown-tiny"
+task = recipe_task(RECIPE.name)
 
 # A space before every message, so that each word is the same token wherever it stands.
 CHAT_TEMPLATE = (

@@ -9,19 +9,17 @@ rare. Nothing here teaches what a symbol means.
 """
 
 import argparse
-import importlib.util
 import random
 from pathlib import Path
 
 import torch
+from recipe_task import RECIPES, recipe_task
 from tiny_bases import ASSISTANT, END, SPACE, USER, train, untrained_model, word_tokenizer
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "skills-tiny"
-_spec = importlib.util.spec_from_file_location("skills_tiny_task", RECIPE / "task.py")
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+RECIPE = RECIPES / "skills-tiny"
+task = recipe_task(RECIPE.name)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

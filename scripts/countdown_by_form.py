@@ -7,18 +7,14 @@ calculation with the given numbers, whatever it makes. And pass@1 on the problem
 as in the demonstrations, and on the others.
 """
 
-import importlib.util
 from itertools import permutations, product
-from pathlib import Path
 from statistics import fmean
 
 from compared_samples import check_problems, describe_comparison
+from recipe_task import recipe_task
 
 
-ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("countdown_tiny_task", ROOT / "recipes" / "countdown-tiny" / "task.py")
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+task = recipe_task("countdown-tiny")
 
 FIGURES = {
     "in_steps": "in steps",

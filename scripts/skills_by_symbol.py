@@ -6,18 +6,14 @@ Reads the samples that each cell's evaluation left. Symbols are demonstrated (SF
 skill that SFT shows under another symbol, or of a skill that the base prefers and SFT never shows.
 """
 
-import importlib.util
 from collections import defaultdict
-from pathlib import Path
 from statistics import fmean
 
 from compared_samples import check_problems, describe_comparison
+from recipe_task import recipe_task
 
 
-ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("skills_tiny_task", ROOT / "recipes" / "skills-tiny" / "task.py")
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+task = recipe_task("skills-tiny")
 
 DEMONSTRATED, RARE, COMMON = "demonstrated", "rare skill, other symbol", "common skill"
 SOLVED = 0.5  # a symbol below this pass@1 counts as lost: it is nearly always 0 or 1

@@ -3,11 +3,12 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import check_vllm
 import pytest
 import torch
 from accelerate import Accelerator
-from by_path import ROOT, load
 from conftest import build_model
 from vllm_stand_in import StandIn
 
@@ -16,7 +17,7 @@ from aesl_trl.engines import VLLMEngine
 from aesl_trl.scoring import add_fused_head
 
 
-check_vllm = load("scripts/check_vllm.py")
+ROOT = Path(__file__).parent.parent
 EVERY_CHECK = [
     "log-probabilities of the samples",
     "tokens at temperature 0.01",

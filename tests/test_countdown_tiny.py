@@ -4,25 +4,27 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import build_countdown_tiny_base as builder
+import countdown_by_form as by_form
 import pytest
 import torch
 import yaml
-from by_path import ROOT, load
 from hypothesis import given
 from hypothesis import strategies as st
 from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aesl_trl.compare_table import correlations
 from aesl_trl.files import read_json
 
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "countdown-tiny"
 RESULTS = RECIPE / "results"
 
-task = load("recipes/countdown-tiny/task.py")
-builder = load("scripts/build_countdown_tiny_base.py")
-by_form = load("scripts/countdown_by_form.py")
+task = builder.task
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
 
 
@@ -244,6 +246,19 @@ def test_the_results_readme_says_what_was_recorded():
     for shown in rows_with_intervals(RESULTS / "main"):
         assert shown in text, shown
     assert by_form.table(read_json(RESULTS / "main" / "by_form.json")) in text
+    cells = [cell for cell in cells_of(RESULTS / "main").values() if cell["row"] != "base"]
+    for found in correlations(cells, ["entropy", "self_bleu", "groups_mixed"], "pass@1"):
+        assert f"{found['rho']:.2f}" == "-0.03" and found["cells"] == 40
+    assert "(rank correlation -0.03 each, 40 runs)" in text
+
+
+@pytest.mark.parametrize("comparison", ["main", "ablations"])
+def test_the_results_readme_says_every_difference_to_the_last_step(comparison):
+    text = (RESULTS / "README.md").read_text()
+    for row in read_json(RESULTS / comparison / "compare.json")["rows"]:
+        if found := row["differences"].get("nll/last"):
+            found = found["after"]["pass@1"]
+            assert f"| {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}] |" in text, row["row"]
 
 
 def test_every_start_is_above_direct_rl_at_every_seed_as_the_results_say():
@@ -257,5 +272,7 @@ def test_every_start_is_above_direct_rl_at_every_seed_as_the_results_say():
 
 def test_the_results_readme_says_what_each_ablation_ended_at():
     section = (RESULTS / "README.md").read_text().split("## Ablations")[1].split("\n## ")[0].replace("*", "")
-    for shown in seeds_of(RESULTS / "ablations").values():
+    seeds = seeds_of(RESULTS / "ablations")
+    assert len(seeds) == 7
+    for shown in seeds.values():
         assert f"| {shown} |" in section, shown

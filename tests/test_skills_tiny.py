@@ -1,20 +1,22 @@
 """The embedded task: honest splits, an exact reward, and a base model that agrees with itself about when to stop."""
 
+from pathlib import Path
+
+import build_skills_tiny_base as builder
 import pytest
 import torch
 import yaml
-from by_path import ROOT, load
 from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from aesl_trl.files import read_json
 
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "skills-tiny"
 RESULTS = RECIPE / "results"
 
-task = load("recipes/skills-tiny/task.py")
-builder = load("scripts/build_skills_tiny_base.py")
+task = builder.task
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
 
 

@@ -8,17 +8,20 @@ Whatever is refused is one [`~aesl_trl.errors.InputError`] line.
 
 import argparse
 import dataclasses
+import importlib.util
+import inspect
 import math
 import os
+import sys
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import InputError, nearest
+from .errors import InputError, nearest, nearest_sibling
 
 
 # PATH, LD_PRELOAD, PYTHONPATH and the like would change what runs: only variables of the libraries below.
@@ -442,3 +445,34 @@ def _bool_word(name: str, value: Any) -> Any:
 def _unknown_argument(argument: str, flags: list[str]) -> str:
     flag = argument.partition("=")[0]
     return f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{nearest(flag, flags)}"
+
+
+def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:
+    """The function of `file.py:function`; its file may import its neighbours.
+
+    Raises:
+        InputError: no such file or function, or the file cannot be imported.
+    """
+    file, _, function = name.rpartition(":")
+    path = Path(os.path.abspath(Path(base_dir or ".") / Path(file).expanduser()))
+    if not path.is_file():
+        raise InputError(f"{field}: {file} does not exist, looked for {path}{nearest_sibling(path)}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{field}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise InputError(f"{field}: {path} has no function {function!r}{nearest(function, functions)}")
+    return found
+
+
+def leading_names(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments before the first flag, and the rest."""
+    count = next((index for index, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+    return list(argv[:count]), list(argv[count:])

@@ -15,6 +15,7 @@ from .backends import BACKENDS
 from .errors import InputError, nearest
 from .measurement import Measurement
 from .prompts import prompt_rows
+from .provenance import package_versions
 from .rules import TOKEN_RULES
 from .selection import EVAL_METRICS, METRICS, RULES, select_run
 from .series import NOT_FIGURES
@@ -357,7 +358,7 @@ class RunCallback(TrainerCallback):
             "learning_rate": args.learning_rate,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "versions": files.package_versions(),
+            "versions": package_versions(),
         }
 
 

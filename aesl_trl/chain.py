@@ -23,23 +23,10 @@ from typing import Any
 
 from . import files
 from .chain_config import read_config
-from .chain_stages import (
-    BUILDERS,
-    GRPO_DIR,
-    NAME,
-    REPORT,
-    Chain,
-    Stage,
-    check_stages,
-    child_env,
-    fingerprint,
-    plan,
-    portable,
-    rl_start,
-)
+from .chain_stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, fingerprint, plan, portable, rl_start
 from .checkpoints import find_checkpoint, sweep
 from .errors import UNFINISHED, InputError, exit_on_input_error
-from .mains import TRAINING_LOCK
+from .files import GRPO_DIR, REPORT, TRAINING_LOCK
 from .processes import Interrupts, end_processes, locked, run_process
 from .readiness import CAUTION, READY
 from .vllm_server import wait_for_server

@@ -16,12 +16,11 @@ from . import files
 from .arguments import ENV_PREFIXES, INPUT_FIELDS, load_yaml, parse, resolve
 from .chain_config import ChainConfig, GRPOOptions, SFTOptions
 from .errors import InputError
+from .files import GRPO_DIR, REPORT
 from .processes import GRACE_S, MARK
 
 
 NAME = "aesl chain"
-GRPO_DIR = "grpo"
-REPORT = "report.html"
 
 
 @dataclass

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from . import files
 from .errors import InputError
+from .provenance import package_versions
 
 
 MANIFEST = "manifest.json"
@@ -184,7 +185,7 @@ def write_manifest(checkpoint: Path, **facts) -> None:
             _sync(path)
             facts_of = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
             listed[path.relative_to(checkpoint).as_posix()] = facts_of
-    files.write_json(checkpoint / MANIFEST, {**facts, "versions": files.package_versions(), "files": listed})
+    files.write_json(checkpoint / MANIFEST, {**facts, "versions": package_versions(), "files": listed})
     (checkpoint / INCOMPLETE).unlink(missing_ok=True)
     _sync(checkpoint)
 

@@ -32,7 +32,7 @@ from .compare_tuning import choose, planned, rounds, untuned
 from .compare_workers import DEVICES, Workers, split_devices, visible_devices
 from .errors import InputError, exit_on_input_error, nearest
 from .processes import MARK, end_processes, lock
-from .provenance import commit, hardware
+from .provenance import commit, hardware, package_versions
 
 
 NAME = "aesl compare"
@@ -217,7 +217,7 @@ def write_results(comparison: Comparison) -> str:
         "tuning": config.tune and {**{key: getattr(config.tune, key) for key in TUNING_FACTS}, "rows": tuning},
         "missing": _missing(config, wanted, {item["folder"] for item in cells}),
         "cells": cells,
-        "versions": files.package_versions(),
+        "versions": package_versions(),
     }
     files.write_json(comparison.output / JSON, result)
     plots = write_plots(result, comparison.output)

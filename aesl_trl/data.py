@@ -7,18 +7,16 @@ A dataset is named as `name` in a config: a name on the hub, a local .jsonl, .js
 Left out: whether the rows can be trained on (data_checks.py), and prompts from rows (prompts.py).
 """
 
-import importlib.util
 import inspect
 import json
-import os
 import re
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, nearest
+from .arguments import load_function
+from .errors import InputError, nearest, nearest_sibling
 
 
 if TYPE_CHECKING:
@@ -62,34 +60,9 @@ def load_rows(
         return _file_rows(path, split or "train", streaming, field)
     if path.suffix in BUILDERS or name.startswith((".", "/", "~")):
         if not path.is_dir():
-            raise InputError(f"{field}: {name} does not exist, looked for {path.absolute()}{_sibling(path)}")
+            raise InputError(f"{field}: {name} does not exist, looked for {path.absolute()}{nearest_sibling(path)}")
     source = str(path) if path.is_dir() else name
     return _guarded(lambda: _named_rows(source, config, split or "train", streaming), field, name)
-
-
-def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:
-    """The function of `file.py:function`; its file may import its neighbours.
-
-    Raises:
-        InputError: no such file or function, or the file cannot be imported.
-    """
-    file, _, function = name.rpartition(":")
-    path = Path(os.path.abspath(Path(base_dir or ".") / Path(file).expanduser()))
-    if not path.is_file():
-        raise InputError(f"{field}: {file} does not exist, looked for {path}{_sibling(path)}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{field}: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise InputError(f"{field}: {path} has no function {function!r}{nearest(function, functions)}")
-    return found
 
 
 def _function_rows(name: str, base_dir: Path, seed: int, streaming: bool, field: str) -> "Dataset | IterableDataset":
@@ -227,7 +200,3 @@ def _check_line(text: bytes, where: str) -> None:
         raise InputError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where} must be a JSON object, got {type(row).__name__}")
-
-
-def _sibling(path: Path) -> str:
-    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""

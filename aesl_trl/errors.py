@@ -3,8 +3,10 @@
 import difflib
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 OTHER_RANK_S = 10.0  # a launcher looks several times a second, but a process of torch may take seconds to end
@@ -48,3 +50,12 @@ def say(line: str) -> None:
     else:
         print(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def nearest_sibling(path: Path) -> str:
+    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+
+
+def in_one_line(error: Exception | str) -> str:
+    """The libraries' own messages have many lines."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .diversity import Group, entropy_estimator, measure
-from .files import package_versions, write_jsonl
+from .files import write_jsonl
 from .majority import Votes, count_votes, extract, maj_at_k
 from .passk import avg_at_k, bootstrap_interval, pass_at_k, powers_of_two
+from .provenance import package_versions
 from .rewards import score_groups
 
 

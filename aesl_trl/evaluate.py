@@ -15,28 +15,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import check_folder, parse
+from .arguments import check_folder, leading_names, parse
 from .benchmarks import BENCHMARKS, check_names, load_benchmark
 from .data import load_rows
 from .data_checks import check_prompts
 from .diversity import Group
 from .errors import InputError, exit_on_input_error
 from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
-from .eval_samples import (
-    SAMPLES_DIR,
-    Piece,
-    SamplesFile,
-    assemble,
-    draw_missing,
-    folder_for,
-    model_identity,
-    pieces,
-)
-from .files import EVALUATION, package_versions, write_json
+from .eval_samples import SAMPLES_DIR, Piece, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
+from .files import EVALUATION, write_json
 from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
 from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer
 from .processes import lock
 from .prompts import prompt_rows
+from .provenance import package_versions
 from .rewards import check_columns, load_reward_funcs
 from .vllm_engine import BACKENDS, choose_engine, open_engine
 
@@ -169,12 +161,6 @@ def main(argv: list[str] | None = None) -> None:
     if result is not None:
         write_json(target, result)
         print("\n".join(summaries(result)))
-
-
-def leading_names(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before the first flag, and the rest."""
-    count = next((index for index, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    return list(argv[:count]), list(argv[count:])
 
 
 def check_start(name: str, path: str, rows: list[dict], trust_remote_code: bool = False) -> None:

@@ -6,16 +6,24 @@ infinity become null, so that every line is valid JSON.
 """
 
 import errno
-import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import __version__, files
 from .errors import InputError
+
+
+GRPO_DIR = "grpo"
+
+REPORT = "report.html"
+
+TRAINING_LOCK = ".training.lock"
 
 
 TRAINER_STATE = "trainer_state.json"  # Trainer's own: log_history
@@ -153,14 +161,55 @@ def sft_dir(run: str | Path) -> Path:
     raise InputError(f"{run} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that decide a run's numbers; None where one is not installed."""
-    names = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
-    return {name: _version(name) for name in names}
+def check_version(sft: Path) -> dict:
+    """run.json of a training's folder, empty where there is none (a callback on another trainer writes none).
+
+    An older version's files are read; what they lack is said where it is needed.
+
+    Raises:
+        InputError: a newer aesl_trl wrote it, whose files may mean something else.
+    """
+    path = sft / files.RUN
+    run = files.read_json(path) if path.exists() else {}
+    if not isinstance(run, dict):
+        raise InputError(f"{path} holds a {type(run).__name__}, not an object: {sft} is no run of aesl_trl")
+    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
+    if _release(wrote) > _release(__version__):
+        raise InputError(f"{path} was written by aesl_trl {wrote}, and this is {__version__}: update aesl_trl")
+    return run
 
 
-def _version(name: str) -> str | None:
+def _release(version: str) -> tuple[int, ...]:
+    """(0, 1) of 0.1.0: a patch changes no file's meaning."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict]:
+    """The lines of a run's JSONL file, each an object that has the keys `needs`."""
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        rows = files.read_jsonl(path)
+    except InputError as error:
+        raise InputError(f"{error}; take that line out to go on without it") from None
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in needs if key not in row] if isinstance(row, dict) else ["object"]
+        if missing:
+            raise InputError(
+                f"{path}, row {number} has no {missing[0]!r}: another version wrote it (this is aesl_trl "
+                f"{__version__}), or it was edited"
+            )
+    return rows
+
+
+def candidate_steps(sft: str | Path) -> list[int]:
+    """Steps of the candidates saved in an SFT folder, in order. Raises [`InputError`] without any."""
+    folder = Path(sft) / files.CANDIDATES
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if not steps:
+        raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
+    return steps
+
+
+def _log_history(sft: Path) -> list[dict]:
+    state = sft / files.TRAINER_STATE
+    return files.read_json(state).get("log_history", []) if state.exists() else []

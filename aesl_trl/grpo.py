@@ -19,7 +19,7 @@ from .arguments import parse
 from .data import load_rows
 from .data_checks import check_prompts
 from .errors import InputError, exit_on_input_error
-from .files import RUN, package_versions, write_json
+from .files import RUN, write_json
 from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
 from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer, put_adapter
 from .mains import (
@@ -33,6 +33,7 @@ from .mains import (
     source,
     train,
 )
+from .provenance import package_versions
 from .rewards import check_columns, load_reward_funcs
 from .signals import StopSignals
 

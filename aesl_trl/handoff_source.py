@@ -13,8 +13,18 @@ import torch
 
 from .data import GIT_LFS
 from .errors import InputError, nearest
-from .files import CHAIN, DIVERSITY, RUN, SAMPLES, SELECTION, read_json, sft_dir, stays_inside
-from .selection import check_version, read_rows
+from .files import (
+    CHAIN,
+    DIVERSITY,
+    RUN,
+    SAMPLES,
+    SELECTION,
+    check_version,
+    read_json,
+    read_rows,
+    sft_dir,
+    stays_inside,
+)
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .arguments import check_folder, parse
 from .errors import InputError, exit_on_input_error
-from .files import package_versions, read_json, write_json
+from .files import read_json, write_json
 from .handoff_source import ADAPTER_CONFIG, CONFIG, INDEX, Source, find_source, is_quantized, tensor_files
+from .provenance import package_versions
 
 
 INTERPOLATION = "interpolation.json"

@@ -6,7 +6,6 @@ weights, is handoff_source.py.
 """
 
 import gc
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from .errors import InputError, nearest
+from .errors import InputError, in_one_line, nearest
 from .handoff_checks import prompt_tokens
 from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Source, check_weights, is_quantized, tensor_files
 from .prompts import without_none
@@ -51,7 +50,7 @@ def check_model(model: str, field: str, *, revision: str = "main", trust_remote_
             raise InputError(
                 f"{field}: {model} brings code of its own, which is not run: read it, then set trust_remote_code: true"
             ) from None
-        raise InputError(f"{field}: {model} cannot be loaded: {_short(error)}") from None
+        raise InputError(f"{field}: {model} cannot be loaded: {in_one_line(error)}") from None
 
 
 def _without_config(folder: Path) -> str:
@@ -70,7 +69,7 @@ def base_of(adapter: str, field: str) -> str:
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{field}: the adapter {adapter} cannot be read: {_short(error)}") from None
+        raise InputError(f"{field}: the adapter {adapter} cannot be read: {in_one_line(error)}") from None
     if not base:
         raise InputError(f"{field}: {adapter} does not name its base: add base_model_name_or_path to {ADAPTER_CONFIG}")
     if Path(base).is_absolute() and not Path(base).is_dir():
@@ -120,7 +119,9 @@ def check_tokenizer(
     try:
         ids.update(*(prompt_tokens(tokenizer, prompt) for prompt in prompts if prompt))
     except (TemplateError, TypeError) as error:
-        raise InputError(f"{field}: the chat template of {tokenizer_name} refuses a prompt: {_short(error)}") from None
+        raise InputError(
+            f"{field}: the chat template of {tokenizer_name} refuses a prompt: {in_one_line(error)}"
+        ) from None
     num_rows = AutoConfig.from_pretrained(model, **kwargs).get_text_config().vocab_size
     check_ids(tokenizer, ids, num_rows, f"{field}: {tokenizer_name}: ")
 
@@ -144,16 +145,11 @@ def _read_tokenizer(place: str, **kwargs):
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer in {place}: {_short(error)}") from None
+        raise InputError(f"no tokenizer in {place}: {in_one_line(error)}") from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         # Without its files transformers builds an empty one from the model's type, and says nothing.
         raise InputError(f"no tokenizer in {place}, what is there encodes nothing: copy tokenizer*.json as well")
     return tokenizer
-
-
-def _short(error: Exception | str) -> str:
-    """The libraries' own messages have many lines."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 # ---- Loading
@@ -223,7 +219,7 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
         lines = [line for line in str(error).splitlines() if "size mismatch" in line]
         if isinstance(error, RuntimeError) and not lines:  # out of memory, say
             raise
-        reason = _short(lines[0] if lines else error)
+        reason = in_one_line(lines[0] if lines else error)
         raise InputError(f"{adapter} does not fit the base {name}, it was trained on another one: {reason}") from None
     if Path(adapter).is_dir():
         check_adapter_keys(model, Path(adapter), name)

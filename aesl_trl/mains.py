@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .errors import UNFINISHED, InputError
+from .files import TRAINING_LOCK
 from .processes import lock
 
 
-TRAINING_LOCK = ".training.lock"
 # A disk that takes no more; anything else that a file can fail with may be a mistake in the code, and keeps its
 # traceback
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}

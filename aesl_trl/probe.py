@@ -17,15 +17,16 @@ from typing import Any
 from trl import GRPOConfig, ModelConfig
 
 from . import files, grpo
-from .arguments import check_folder, parse
+from .arguments import check_folder, leading_names, parse
 from .data import load_rows
 from .errors import InputError, exit_on_input_error
-from .evaluate import check_start, leading_names
+from .evaluate import check_start
+from .files import candidate_steps
 from .probe_checkpoints import Checkpoint, find_checkpoints, told_apart
 from .probe_measurement import probe
 from .prompts import check_held_out, prompt_rows
+from .provenance import package_versions
 from .readiness import MIN_PROMPTS, MIN_SAMPLES, table
-from .selection import candidate_steps
 
 
 NAME = "aesl probe"
@@ -198,7 +199,7 @@ def describe(
         **{key: getattr(training_args, key) for key in ("temperature", "max_completion_length", "seed")},
         "dataset": script_args.eval_dataset_name or script_args.dataset_name,
         "num_processes": training_args.world_size,
-        "versions": files.package_versions(),
+        "versions": package_versions(),
     }
 
 

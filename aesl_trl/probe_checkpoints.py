@@ -9,9 +9,9 @@ from pathlib import Path
 
 from . import files
 from .errors import InputError
+from .files import candidate_steps, read_rows
 from .handoff_source import ADAPTER_CONFIG
 from .readiness import History
-from .selection import candidate_steps, read_rows
 
 
 @dataclass(frozen=True)

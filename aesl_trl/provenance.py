@@ -1,5 +1,6 @@
 """Which code a run was made by, and on what: said beside every number that a comparison reports."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -35,3 +36,16 @@ def hardware() -> str:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a run's numbers; None where one is not installed."""
+    names = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

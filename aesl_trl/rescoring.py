@@ -17,8 +17,8 @@ def rescore(
     """`drawn` with `entropy`, `neg_log_prob` and, of samples that ended by themselves, `eos_prob`.
 
     Args:
-        model: takes `token_rule` ([`~aesl_trl.scoring.add_fused_head`]). A sharded model with its wrapper, whose
-            forward gathers weights: then `num_batches` has to be the same on every rank.
+        model: takes `token_rule` ([`~aesl_trl.scoring.add_fused_head`]). A sharded model with its
+            wrapper, whose forward gathers weights: then `num_batches` has to be the same on every rank.
         prompts: token ids before each sample.
         batch_size: samples a forward pass.
         num_batches: forward passes, at least as many as the samples need; the last one is repeated for the rest.

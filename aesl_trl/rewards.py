@@ -26,7 +26,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .data import load_function
+from .arguments import load_function
 from .errors import InputError, nearest
 from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Graders
 

@@ -6,12 +6,12 @@ patience without training. Writes `selection.json` and `selected/`.
 
 import argparse
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import __version__, files
 from .errors import InputError, exit_on_input_error, nearest
+from .files import _log_history, candidate_steps, check_version, read_rows
 from .readiness import rank
 from .series import check_settings
 from .turning_point import find_turning_point
@@ -256,58 +256,9 @@ def _readiness(sft: Path) -> dict:
     return found
 
 
-def check_version(sft: Path) -> dict:
-    """run.json of a training's folder, empty where there is none (a callback on another trainer writes none).
-
-    An older version's files are read; what they lack is said where it is needed.
-
-    Raises:
-        InputError: a newer aesl_trl wrote it, whose files may mean something else.
-    """
-    path = sft / files.RUN
-    run = files.read_json(path) if path.exists() else {}
-    if not isinstance(run, dict):
-        raise InputError(f"{path} holds a {type(run).__name__}, not an object: {sft} is no run of aesl_trl")
-    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
-    if _release(wrote) > _release(__version__):
-        raise InputError(f"{path} was written by aesl_trl {wrote}, and this is {__version__}: update aesl_trl")
-    return run
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(0, 1) of 0.1.0: a patch changes no file's meaning."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
-def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict]:
-    """The lines of a run's JSONL file, each an object that has the keys `needs`."""
-    try:
-        rows = files.read_jsonl(path)
-    except InputError as error:
-        raise InputError(f"{error}; take that line out to go on without it") from None
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in needs if key not in row] if isinstance(row, dict) else ["object"]
-        if missing:
-            raise InputError(
-                f"{path}, row {number} has no {missing[0]!r}: another version wrote it (this is aesl_trl "
-                f"{__version__}), or it was edited"
-            )
-    return rows
-
-
 def default_rule(cold_start_loss: str | None) -> str:
     """AESL stops early token by token and needs no early stop; any other loss does."""
     return "last" if cold_start_loss == "aesl" else "turning_point"
-
-
-def candidate_steps(sft: str | Path) -> list[int]:
-    """Steps of the candidates saved in an SFT folder, in order. Raises [`InputError`] without any."""
-    folder = Path(sft) / files.CANDIDATES
-    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    if not steps:
-        raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
-    return steps
 
 
 def _one_of(steps: list[int], step: int, sft: Path) -> int:
@@ -317,11 +268,6 @@ def _one_of(steps: list[int], step: int, sft: Path) -> int:
             f"{sft / files.CANDIDATES} holds no step {step}, the nearest is {near}; raise max_candidates to keep more"
         )
     return step
-
-
-def _log_history(sft: Path) -> list[dict]:
-    state = sft / files.TRAINER_STATE
-    return files.read_json(state).get("log_history", []) if state.exists() else []
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Small stand-ins: a tiny model of a real architecture with its own tokenizer."""
+"""What every test needs before aesl_trl is imported, and the fixtures that many share."""
 
 import os
 
@@ -8,69 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny_models import build_model, build_tokenizer  # noqa: E402
 
 
 # Read where a kernel is defined, so before aesl_trl is imported: without a GPU the tests interpret the Triton kernels
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
-    "{{- '\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-
-
-def build_tokenizer():
-    """A byte-level tokenizer with ChatML tokens: 256 bytes and three special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def tiny_shape(tokenizer):
-    """What every architecture's config takes: two layers of width 16, and the tokenizer's ids."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def build_model(tokenizer, seed=0, **overrides):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    settings = {
-        **tiny_shape(tokenizer),
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-    }
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).float()
 
 
 @pytest.fixture(scope="session")

@@ -404,7 +404,7 @@ def test_what_a_killed_chain_left_at_work_is_ended(project, tmp_path):
 # A chain of FAKE stages that kills itself as it is about to rename its n-th file; 0: never.
 KILLED = """
 import os, signal, sys
-from aesl_trl import chain as chains, files
+from aesl_trl import chain as chains; from aesl_trl import files
 from aesl_trl.chain_stages import Stage
 
 def fake(builder):

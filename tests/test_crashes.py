@@ -21,7 +21,7 @@ from aesl_trl import files
 from aesl_trl.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "support"
 REWARD = f"""
 import sys
 sys.path.append({str(TESTS)!r})

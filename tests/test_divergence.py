@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import build_model
 from small_runs import LONG_PAIR, PAIRS, prompt_completion_rows, trained_weights, trainer_for
+from tiny_models import build_model
 from transformers import TrainerCallback
 
 from aesl_trl import files

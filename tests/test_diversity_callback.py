@@ -12,7 +12,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from small_runs import (
@@ -25,6 +24,7 @@ from small_runs import (
     trained_weights,
     user,
 )
+from tiny_models import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from small_runs import prompt_completion_rows, small_config, trained_weights
+from tiny_models import build_model
 from vllm_stand_in import StandIn
 
 from aesl_trl import AESLSFTTrainer, backends, engines, files

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build_model, build_tokenizer
-from test_benchmarks import ROWS, write_copy
+from benchmark_rows import ROWS, write_copy
+from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import eval_figures, evaluate, report
 from aesl_trl.benchmarks import BENCHMARKS

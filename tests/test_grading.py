@@ -396,7 +396,7 @@ def test_children_end_with_their_parent(stand_in, end):
     result = run_script(
         f"""
 import os, signal, sys, threading, time
-from aesl_trl.grading import Answer, Graders
+from aesl_trl.grading import Answer; from aesl_trl.grading import Graders
 graders = Graders(2)
 plain, endless = (Answer("accuracy_reward", text, "") for text in ("plain", "RUN x = 7**(7**9)"))
 while len(graders._children) < 2 or not all(child.is_idle for child in graders._children):

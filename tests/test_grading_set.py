@@ -16,7 +16,7 @@ from aesl_trl.grading import SHARED_GRADERS, Answer
 
 pytest.importorskip("math_verify")
 
-ROWS = json.loads((Path(__file__).parent / "data" / "grading_set.json").read_text())
+ROWS = json.loads((Path(__file__).parent / "fixtures" / "grading_set.json").read_text())
 TOO_STRICT = {
     1: r"\frac12 without braces: accuracy_reward does not mend LaTeX in answers, only in gold answers",
     30: r"\varnothing is a symbol to math-verify, \emptyset the empty set",

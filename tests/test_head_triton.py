@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_head import AESL_SETTINGS, TRANSFORMS, assert_equal, found_by_head, problem, truth
+from head_problems import AESL_SETTINGS, TRANSFORMS, assert_equal, found_by_head, problem, truth
 from triton.runtime.interpreter import InterpretedFunction
 
 from aesl_trl import head, head_triton

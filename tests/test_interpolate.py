@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aesl_trl.cli import main as aesl

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import build_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import build_tokenizer
 
 from aesl_trl import head, memory
 from aesl_trl.memory import ALWAYS, EVALUATE, GB, GENERATE, TRAIN, VLLM, Item, Training

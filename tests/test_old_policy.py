@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
 from small_runs import (
     PAIRS,
     double_model,
@@ -16,6 +15,7 @@ from small_runs import (
     trained_weights,
     trainer_for,
 )
+from tiny_models import build_model
 from torch.utils.data import IterableDataset
 
 from aesl_trl import rules

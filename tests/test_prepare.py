@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from small_problems import (
     openr1_rows,
     problem_text,
 )
+from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import data, pass_rates, prepare, prepare_output, problems, transformers_engine, vllm_engine
 from aesl_trl.decontaminate import BenchmarkIndex, normalise

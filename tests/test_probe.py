@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build_model
+from tiny_models import build_model
 
 from aesl_trl import files, probe, probe_checkpoints, probe_measurement
 from aesl_trl.errors import InputError

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import yaml
-from test_bad_input import CPU, lines, user
+from bad_input import CPU, lines, user
 
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

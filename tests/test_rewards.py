@@ -410,7 +410,7 @@ def test_a_function_that_hangs_ends_the_process_with_one_line(tmp_path, name, wh
     )
     script = f"""
 import asyncio, inspect
-from aesl_trl.data import load_function
+from aesl_trl.arguments import load_function
 from aesl_trl.rewards import guarded
 guard = guarded(load_function("own.py:{name}", field="reward_funcs"), hang_s=0.2)
 print("before", flush=True)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from head_problems import LENGTHS, TRANSFORMS, LargestTensor, problem, true_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_head import LENGTHS, TRANSFORMS, LargestTensor, problem, true_logits
 
 from aesl_trl import head
 from aesl_trl.head import LogitTransform, fused_head

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from tiny_models import build_model
 
 from aesl_trl import generating
 from aesl_trl.errors import InputError

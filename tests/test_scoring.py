@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from conftest import build_model, tiny_shape
 from small_runs import double_model, gradients
+from tiny_models import build_model, tiny_shape
 
 from aesl_trl.errors import InputError
 from aesl_trl.losses import aesl_loss, aesl_scores

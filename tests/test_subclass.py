@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import build_model
 from small_runs import cpu_settings, prompt_completion_rows, steps_of, trained_weights
+from tiny_models import build_model
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

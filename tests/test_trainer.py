@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from conftest import build_model
 from small_runs import (
     LONG_PAIR,
     PAIRS,
@@ -22,6 +21,7 @@ from small_runs import (
     trained_weights,
     trainer_for,
 )
+from tiny_models import build_model
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

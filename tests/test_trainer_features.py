@@ -12,7 +12,6 @@ import shutil
 import pytest
 import torch
 from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
-from conftest import build_model, build_tokenizer, tiny_shape
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_runs import (
@@ -29,6 +28,7 @@ from small_runs import (
     trainer_for,
     true_gradients,
 )
+from tiny_models import build_model, build_tokenizer, tiny_shape
 from transformers import Trainer
 
 from aesl_trl import AESLSFTTrainer

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import sharded_script
 import torch
-from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from sharded_script import RUNS
 from small_runs import assert_close_by_name
+from tiny_models import build_model, build_tokenizer
 from two_processes import results_of_two
 
 from aesl_trl import files

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_input import Project, evaluate, only_line, sft
-from test_grpo import make_adapter
+from adapters import make_adapter
+from bad_input import Project, evaluate, only_line, sft
 
 from aesl_trl import cli, files
 from aesl_trl.checkpoints import MANIFEST

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import build_tokenizer
+from tiny_models import build_tokenizer
 
 from aesl_trl import vllm_engine
 from aesl_trl.errors import InputError

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import test_chain
-from test_chain import fakes, project  # noqa: F401 (fixtures)
+from fake_chain import fakes, project  # noqa: F401 (fixtures)
 
 from aesl_trl import vllm_server
 from aesl_trl.errors import InputError

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
 from sharded_script import shard_on_cpu, sharding_settings, whole_weights
 from small_runs import PAIRS, prompt_completion_rows, small_config, steps_of
+from tiny_models import build_model, build_tokenizer
 from vllm_stand_in import StandIn
 
 from aesl_trl import AESLSFTTrainer, backends, generating, measurement

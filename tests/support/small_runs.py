@@ -4,8 +4,8 @@ import copy
 from functools import cache
 
 import torch
-from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import AESLSFTConfig, AESLSFTTrainer
 from aesl_trl.losses import aesl_loss, dft_loss, eaft_loss, gem_loss, gold_log_probs, nll_loss, psft_loss

@@ -9,7 +9,7 @@ import check_vllm
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_model
+from tiny_models import build_model
 from vllm_stand_in import StandIn
 
 from aesl_trl.backends import VLLMSettings
@@ -17,7 +17,7 @@ from aesl_trl.engines import VLLMEngine
 from aesl_trl.scoring import add_fused_head
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVERY_CHECK = [
     "log-probabilities of the samples",
     "tokens at temperature 0.01",

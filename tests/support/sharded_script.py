@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from conftest import build_model, build_tokenizer
 from small_runs import prompt_completion_rows, small_config, steps_of
+from tiny_models import build_model, build_tokenizer
 from torch.distributed.tensor import DTensor
 from torchrun_script import EVAL_ROWS, ROWS
 

@@ -16,7 +16,7 @@ from small_problems import gsm8k_row, openr1_row
 from aesl_trl.recipe_files import MODEL_CONFIG, kind_of, read_facts
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = ["Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct", "Qwen2.5-Math-7B", "Llama-3.1-8B-Instruct"]
 SHRUNK = {
     "hidden_size": 64,

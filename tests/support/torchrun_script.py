@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build_model, build_tokenizer
 from small_runs import LONG_PAIR, PAIRS, prompt_completion_rows, small_config, steps_of, trained_weights
+from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import AESLSFTTrainer, files
 

@@ -13,10 +13,10 @@ from transformers import Trainer, TrainerCallback
 from . import files
 from .backends import BACKENDS
 from .errors import InputError, nearest
+from .losses.rules import TOKEN_RULES
 from .measurement import Measurement
 from .prompts import prompt_rows
 from .provenance import package_versions
-from .rules import TOKEN_RULES
 from .selection import EVAL_METRICS, METRICS, RULES, select_run
 from .series import NOT_FIGURES
 from .turning_point import find_turning_point

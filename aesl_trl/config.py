@@ -8,8 +8,8 @@ from trl import SFTConfig
 from .backends import BACKENDS, VLLMSettings, check_backend
 from .budget import Size, fit
 from .errors import InputError, nearest
-from .losses import AESL_WEIGHTS, GEM_H, PREFIX_MODES
-from .rules import TOKEN_RULES
+from .losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
+from .losses.rules import TOKEN_RULES
 from .selection import EVAL_METRICS, METRICS, RULES, default_rule
 
 

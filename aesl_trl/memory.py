@@ -20,8 +20,8 @@ FRAGMENTATION = 0.1  # of what a phase allocates for itself, our allowance
 VLLM_OWN_GB = 2.0  # of vLLM's share that is neither weights nor cache: profiled activations, CUDA graphs
 # Bytes a parameter in 4 bits: half a byte, and a float32 scale for 64 of them, itself in 8 bits when nested (QLoRA).
 FOUR_BIT, FOUR_BIT_NESTED = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
-TILE_BYTES = 2**28  # of a head's tile of logits: what head.py takes on a GPU, and TRL's own head in GRPO
-TILE_MIN_ROWS = {True: 1024, False: 256}  # by whether the head is trained, as in head.py
+TILE_BYTES = 2**28  # of a head's tile of logits: what losses/head.py takes on a GPU, and TRL's own head in GRPO
+TILE_MIN_ROWS = {True: 1024, False: 256}  # by whether the head is trained, as in losses/head.py
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 

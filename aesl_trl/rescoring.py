@@ -6,8 +6,8 @@ The fused head computes them without logits; scoring takes one forward pass a ba
 
 import torch
 
+from .losses.rules import nll_rule
 from .outcomes import Draw
-from .rules import nll_rule
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def rescore(
     """`drawn` with `entropy`, `neg_log_prob` and, of samples that ended by themselves, `eos_prob`.
 
     Args:
-        model: takes `token_rule` ([`~aesl_trl.scoring.add_fused_head`]). A sharded model with its
+        model: takes `token_rule` ([`~aesl_trl.losses.scoring.add_fused_head`]). A sharded model with its
             wrapper, whose forward gathers weights: then `num_batches` has to be the same on every rank.
         prompts: token ids before each sample.
         batch_size: samples a forward pass.

@@ -17,10 +17,10 @@ from .callback import DiversityCallback, RunCallback, held_out_rows
 from .config import AESLSFTConfig
 from .divergence import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .errors import InputError
-from .losses import prefix_sums
-from .old_policy import OLD_LOG_PROBS, OldPolicy
-from .rules import TOKEN_RULES, TokenRule
-from .scoring import TokenScores, add_fused_head
+from .losses.definition import prefix_sums
+from .losses.old_policy import OLD_LOG_PROBS, OldPolicy
+from .losses.rules import TOKEN_RULES, TokenRule
+from .losses.scoring import TokenScores, add_fused_head
 from .stops import stop_ids
 
 
@@ -117,7 +117,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         self.add_callback(RunCallback(self))
 
     def create_token_rule(self) -> TokenRule:
-        """The loss as a function of each token's statistics; override it for a loss of your own (see rules.py)."""
+        """The loss as a function of each token's statistics; override it for a loss of your own (losses/rules.py)."""
         return TOKEN_RULES[self.args.cold_start_loss].rule(self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from aesl_trl.head import HeadOutput, _add_product, _product, _tile_rows, fused_head
-from aesl_trl.losses import aesl_loss, aesl_weights
-from aesl_trl.rules import TokenRule, aesl_rule, nll_rule
+from aesl_trl.losses.definition import aesl_loss, aesl_weights
+from aesl_trl.losses.head import HeadOutput, _add_product, _product, _tile_rows, fused_head
+from aesl_trl.losses.rules import TokenRule, aesl_rule, nll_rule
 
 
 SHAPES = {  # name -> (hidden size, vocabulary)

@@ -21,10 +21,10 @@ from trl.import_utils import is_vllm_available
 
 from aesl_trl.backends import VLLMSettings
 from aesl_trl.engines import VLLMEngine
+from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.outcomes import Draw, Request, share
 from aesl_trl.recipes import recipes_dir
 from aesl_trl.sampling import preserved_random_state
-from aesl_trl.scoring import add_fused_head
 
 
 PROMPTS = ["1 2 3", "a", "4 5 6 7 8 9 and so on"]

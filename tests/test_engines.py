@@ -18,9 +18,9 @@ from aesl_trl import AESLSFTTrainer, backends, engines, files
 from aesl_trl.backends import VLLMSettings, check_backend, choose_backend
 from aesl_trl.engines import VLLMEngine, preserved_base
 from aesl_trl.errors import InputError
+from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.outcomes import SamplingFailed
 from aesl_trl.sampling import sample_groups
-from aesl_trl.scoring import add_fused_head
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]

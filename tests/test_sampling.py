@@ -13,10 +13,10 @@ from tiny_models import build_model
 from aesl_trl import generating
 from aesl_trl.errors import InputError
 from aesl_trl.generating import GenerateEngine
+from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.outcomes import Draw, SamplingFailed, is_out_of_memory
 from aesl_trl.rescoring import rescore
 from aesl_trl.sampling import sample_groups
-from aesl_trl.scoring import add_fused_head
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]

@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from aesl_trl import AESLSFTConfig, AESLSFTTrainer, files
 from aesl_trl.errors import InputError
-from aesl_trl.losses import aesl_scores, gold_log_probs
+from aesl_trl.losses.definition import aesl_scores, gold_log_probs
 
 
 # ---- nll is TRL's own

@@ -33,7 +33,7 @@ from transformers import Trainer
 
 from aesl_trl import AESLSFTTrainer
 from aesl_trl.errors import InputError
-from aesl_trl.losses import aesl_loss
+from aesl_trl.losses.definition import aesl_loss
 
 
 LOSSES = ("aesl", "nll")

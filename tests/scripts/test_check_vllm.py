@@ -14,7 +14,7 @@ from vllm_stand_in import StandIn
 
 from aesl_trl.backends import VLLMSettings
 from aesl_trl.engines import VLLMEngine
-from aesl_trl.scoring import add_fused_head
+from aesl_trl.losses.scoring import add_fused_head
 
 
 ROOT = Path(__file__).parents[2]

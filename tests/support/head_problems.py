@@ -3,8 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aesl_trl.head import LogitTransform, fused_head
-from aesl_trl.losses import aesl_scores, gold_log_probs, weighted_nll
+from aesl_trl.losses.definition import aesl_scores, gold_log_probs, weighted_nll
+from aesl_trl.losses.head import LogitTransform, fused_head
 
 
 LENGTHS = (1, 7, 37, 1, 64, 3, 40)  # one-token sequences among them; no tile size below divides their sum

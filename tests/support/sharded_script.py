@@ -15,7 +15,8 @@ from tiny_models import build_model, build_tokenizer
 from torch.distributed.tensor import DTensor
 from torchrun_script import EVAL_ROWS, ROWS
 
-from aesl_trl import AESLSFTTrainer, scoring
+from aesl_trl import AESLSFTTrainer
+from aesl_trl.losses import scoring
 
 
 # Where `sharding` puts the head. "root": into FSDP2's root unit, as accelerate before 1.15 does; "auto": where the

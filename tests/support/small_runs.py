@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import AESLSFTConfig, AESLSFTTrainer
-from aesl_trl.losses import aesl_loss, dft_loss, eaft_loss, gem_loss, gold_log_probs, nll_loss, psft_loss
+from aesl_trl.losses.definition import aesl_loss, dft_loss, eaft_loss, gem_loss, gold_log_probs, nll_loss, psft_loss
 
 
 PAIRS = [("2+2=", "4"), ("Name a colour: ", "blue"), ("abc", " defghi jkl"), ("x", "y"), ("reverse 1 2 3: ", "3 2 1")]

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .errors import InputError
+from ..errors import InputError
 from .head import LogitTransform, fused_head
 from .rules import TokenRule
 

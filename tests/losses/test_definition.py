@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aesl_trl.losses import (
+from aesl_trl.losses.definition import (
     GEM_H,
     PREFIX_MODES,
     aesl_loss,

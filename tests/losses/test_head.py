@@ -18,10 +18,10 @@ from head_problems import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aesl_trl import head
-from aesl_trl.head import LogitTransform, fused_head
-from aesl_trl.losses import aesl_scores, gold_log_probs, weighted_nll
-from aesl_trl.rules import TokenRule, aesl_rule, nll_rule
+from aesl_trl.losses import head
+from aesl_trl.losses.definition import aesl_scores, gold_log_probs, weighted_nll
+from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.rules import TokenRule, aesl_rule, nll_rule
 
 
 @pytest.mark.parametrize("settings", AESL_SETTINGS, ids=lambda s: f"{s['prefix_mode']}-{s['t_scaling']}")

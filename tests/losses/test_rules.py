@@ -9,9 +9,8 @@ from head_problems import LENGTHS, TRANSFORMS, LargestTensor, problem, true_logi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aesl_trl import head
-from aesl_trl.head import LogitTransform, fused_head
-from aesl_trl.losses import (
+from aesl_trl.losses import head
+from aesl_trl.losses.definition import (
     aesl_loss,
     dft_loss,
     eaft_loss,
@@ -22,7 +21,8 @@ from aesl_trl.losses import (
     simple_weights,
     weighted_nll,
 )
-from aesl_trl.rules import (
+from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.rules import (
     TOKEN_RULES,
     aesl_rule,
     dft_rule,

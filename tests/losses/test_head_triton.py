@@ -12,9 +12,9 @@ import torch
 from head_problems import AESL_SETTINGS, TRANSFORMS, assert_equal, found_by_head, problem, truth
 from triton.runtime.interpreter import InterpretedFunction
 
-from aesl_trl import head, head_triton
-from aesl_trl.head import LogitTransform, fused_head
-from aesl_trl.rules import aesl_rule, eaft_rule, gem_rule, nll_rule
+from aesl_trl.losses import head, head_triton
+from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.rules import aesl_rule, eaft_rule, gem_rule, nll_rule
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,7 +146,7 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton, triton.language as tl
-from aesl_trl import head_triton as h
+from aesl_trl.losses import head_triton as h
 
 TYPES = dict(tile_ptr="*{tile}", gradient_ptr="*bf16", labels_ptr="*i64", is_top1_ptr="*i1", scale="fp32",
              softcap="fp32", tile_stride="i32", gradient_stride="i32", vocab="i32")

@@ -5,7 +5,7 @@ The fused head computes the statistics and all the gradients; a rule only says h
 serve what that does not cover: `losses`, a value that is not the weighted nll, and `tile`, which sees the logits.
 
 A further loss is one function and one row of `TOKEN_RULES` (docs/losses.md has an example); the definitions on plain
-logits that these are tested against are in losses.py.
+logits that these are tested against are in definition.py.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import EAFT_ENTROPY, GEM_SLOPE, PSFT_LOG_RATIO, aesl_temperatures, top_k_entropy
+from .definition import EAFT_ENTROPY, GEM_SLOPE, PSFT_LOG_RATIO, aesl_temperatures, top_k_entropy
 
 
 @dataclass

@@ -18,11 +18,11 @@ from small_runs import (
 from tiny_models import build_model
 from torch.utils.data import IterableDataset
 
-from aesl_trl import rules
-from aesl_trl.rules import TOKEN_RULES
+from aesl_trl.losses import rules
+from aesl_trl.losses.rules import TOKEN_RULES
 
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "losses.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "losses.md"
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
 ROWS = prompt_completion_rows(PAIRS * 4)  # 20 rows: 10 steps of 2 an epoch
 ABLATIONS = {

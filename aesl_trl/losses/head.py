@@ -19,7 +19,7 @@ five launches over n numbers. A rule that is not causal costs a pass for its sta
 that reads the tile itself may put another gradient in the place of softmax(z) - onehot, in torch on every device.
 
 Shapes: N trained tokens of the batch in order, n of them in a tile, V vocabulary, H hidden size. Not here: masks, rows
-and documents (scoring.py), and the definition that this is tested against (losses.py).
+and documents (scoring.py), and the definition that this is tested against (definition.py).
 """
 
 from typing import NamedTuple

@@ -7,9 +7,9 @@ from small_runs import double_model, gradients
 from tiny_models import build_model, tiny_shape
 
 from aesl_trl.errors import InputError
-from aesl_trl.losses import aesl_loss, aesl_scores
-from aesl_trl.rules import aesl_rule, nll_rule
-from aesl_trl.scoring import add_fused_head, logit_transform
+from aesl_trl.losses.definition import aesl_loss, aesl_scores
+from aesl_trl.losses.rules import aesl_rule, nll_rule
+from aesl_trl.losses.scoring import add_fused_head, logit_transform
 
 
 # What an architecture's config takes beside `tiny_shape`; the logits of those with a comment are not W h alone

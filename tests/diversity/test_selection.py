@@ -1,0 +1,344 @@
+"""Rules on rows, and `aesl select` on folders as a training leaves them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from aesl_trl import files
+from aesl_trl.diversity.selection import main, select_checkpoint, select_run
+from aesl_trl.errors import InputError
+
+
+STEPS = [0, 10, 20, 40, 60, 100, 200, 800]
+ENTROPY = [0.21, 0.25, 0.32, 0.25, 0.20, 0.12, 0.10, 0.07]
+SELF_BLEU = [0.60, 0.55, 0.50, 0.42, 0.48, 0.58, 0.66, 0.75]  # its valley is one measurement later
+PASS_1 = [0.15, 0.12, 0.11, 0.14, 0.26, 0.24, 0.27, 0.26]
+EVAL_NLL = {10: 0.9, 40: 0.7, 60: 0.65, 100: 0.6, 200: 0.7, 800: 1.1}
+CANDIDATES = [10, 20, 40, 200, 800]
+
+
+def diversity_rows(entropy=ENTROPY, self_bleu=SELF_BLEU):
+    columns = zip(STEPS, entropy, self_bleu, PASS_1, strict=True)
+    return [{"step": step, "entropy": e, "self_bleu": b, "pass@1": p} for step, e, b, p in columns]
+
+
+def eval_rows():
+    return [{"step": step, "eval_nll": value} for step, value in EVAL_NLL.items()]
+
+
+def select(rule="turning_point", rows=None, evals=(), candidates=CANDIDATES, **options):
+    return select_checkpoint(diversity_rows() if rows is None else rows, evals, candidates, rule=rule, **options)
+
+
+def test_turning_point():
+    chosen = select()
+    assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("turning_point", "turning_point", 20)
+    assert (chosen["metric"], chosen["candidates"]) == ("entropy", CANDIDATES)
+    assert chosen["evidence"]["measured"] == diversity_rows()[2]
+    assert "wanted_step" not in chosen["evidence"]
+
+
+def test_metrics_that_disagree_are_both_recorded():
+    by_entropy, by_self_bleu = select(), select(metric="self_bleu")
+    assert (by_entropy["step"], by_self_bleu["step"]) == (20, 40)
+    for chosen in (by_entropy, by_self_bleu):
+        points = chosen["evidence"]["turning_point"]
+        assert {metric: point["step"] for metric, point in points.items()} == {"entropy": 20, "self_bleu": 40}
+    assert by_entropy["reason"].endswith("self_bleu says step 40")
+    assert by_self_bleu["reason"].endswith("entropy says step 20")
+
+
+def test_undetermined_other_metric_is_said():
+    assert "self_bleu says undetermined" in select(rows=diversity_rows(self_bleu=[0.5] * 8))["reason"]
+
+
+def test_undetermined_falls_back_to_the_last():
+    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY)))
+    assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("turning_point", "last", 800)
+    assert "still rising" in chosen["reason"] and "falls back to last" in chosen["reason"]
+
+
+def test_undetermined_falls_back_to_the_best_evaluation_where_there_is_one():
+    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY)), evals=eval_rows())
+    assert (chosen["applied"], chosen["step"]) == ("best_eval", 40)  # 40 and 200 tie among the saved: the earlier
+    assert "falls back to best_eval" in chosen["reason"] and "0.7 at step 40" in chosen["reason"]
+
+
+def test_evaluations_away_from_candidates_do_not_count():
+    chosen = select(rows=[], evals=[{"step": 60, "eval_nll": 0.1}])
+    assert chosen["applied"] == "last"
+
+
+def test_only_falling_diversity_never_selects_the_base_model():
+    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY, reverse=True)))
+    assert (chosen["applied"], chosen["step"]) == ("last", 800)
+    assert "only fell" in chosen["reason"]
+
+
+def test_last():
+    chosen = select("last", evals=eval_rows())
+    assert (chosen["applied"], chosen["step"]) == ("last", 800)
+    assert chosen["evidence"]["turning_point"]["entropy"]["step"] == 20  # for the report
+
+
+def test_best_eval_by_nll_and_by_pass():
+    assert select("best_eval", evals=eval_rows())["step"] == 40
+    chosen = select("best_eval", best_eval_metric="pass@1")
+    assert chosen["step"] == 200
+    assert chosen["evidence"]["evaluation"]["values"][200] == 0.27
+
+
+def test_best_eval_ignores_nan():
+    evals = [{"step": 10, "eval_nll": float("nan")}, {"step": 20, "eval_nll": 0.5}, {"step": 40, "eval_nll": None}]
+    assert select("best_eval", evals=evals)["step"] == 20
+
+
+def test_best_eval_without_evaluations_falls_back_to_last():
+    chosen = select("best_eval")
+    assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("best_eval", "last", 800)
+    assert "no candidate has eval_nll" in chosen["reason"]
+
+
+# ---- By readiness
+
+
+def probed(step, verdict="ready", signal=0.5, reward=None):
+    rl = None if reward is None else {"steps": 20, "reward": reward}
+    found = {"signal": signal, "variance": 0.1}
+    return {"step": step, "verdict": verdict, "text": verdict, "figures": found, "intervals": {}, "rl": rl}
+
+
+@pytest.mark.parametrize(
+    "entries, applied, step, said",
+    [
+        ([(10, "ready", 0.4), (20, "ready", 0.6), (800, "collapsed", 0.9)], "readiness", 20, "of 2 ready candidates"),
+        ([(10, "ready", 0.4, 0.9), (20, "ready", 0.6, 0.3)], "readiness", 10, "after 20 steps of RL, 0.900"),
+        (
+            [(10, "collapsed"), (20, "collapsed")],
+            "turning_point",
+            20,
+            "(2 collapsed) (2 of 5 candidates were probed); f",
+        ),
+        ([(30, "ready"), (40, "ready")], "readiness", 40, "(1 of 5 candidates were probed)"),  # step 30 is not saved
+    ],
+)
+def test_readiness(entries, applied, step, said):
+    chosen = select("readiness", readiness={"checkpoints": [probed(*one) for one in entries]})
+    assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("readiness", applied, step)
+    assert said in chosen["reason"]
+    known = {one[0]: one[1] for one in entries if one[0] in CANDIDATES}
+    assert chosen["evidence"]["verdicts"] == known
+
+
+def test_readiness_falls_back_twice():
+    entries = {"checkpoints": [probed(10, "never stops")]}
+    chosen = select("readiness", rows=diversity_rows(entropy=sorted(ENTROPY)), readiness=entries)
+    assert (chosen["applied"], chosen["step"]) == ("last", 800)
+    assert (
+        "(1 never stops)" in chosen["reason"] and "falls back to turning_point: entropy: undeter" in chosen["reason"]
+    )
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, "has no readiness.json, which the rule readiness reads: run aesl probe"),
+        ("[1]", "is not what aesl probe writes"),
+        ('{"checkpoints": [{"step": 10}]}', "is not what aesl probe writes"),
+        ('{"checkpoints": []}', "no saved candidate has been probed: run aesl probe"),
+        ("{", "readiness.json is not valid JSON"),
+    ],
+)
+def test_select_by_readiness_needs_a_probe(tmp_path, capsys, content, said):
+    run = make_run(tmp_path / "run")
+    if content is not None:
+        (run / files.READINESS).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--rule", "readiness"])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and said in printed
+    assert not (run / files.SELECTED).exists()
+
+
+def test_select_by_readiness_reads_what_the_probe_wrote(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    files.write_json(run / files.READINESS, {"checkpoints": [probed(10), probed(200, signal=0.7)]})
+    main([str(run), "--rule", "readiness", "--out", str(tmp_path / "chain")])
+    assert weights(tmp_path / "chain") == "weights of step 200"
+    assert capsys.readouterr().out.startswith(
+        "selected step 200 by readiness: largest share of groups with signal, 0.70"
+    )
+
+
+@pytest.mark.parametrize(("candidates", "nearest"), [([10, 60], 10), ([10, 30, 800], 10), ([25], 25), ([800], 800)])
+def test_unsaved_step_takes_the_nearest_and_says_so(candidates, nearest):
+    chosen = select(candidates=candidates)
+    assert (chosen["step"], chosen["evidence"]["wanted_step"]) == (nearest, 20)
+    assert f"step 20 was not saved, step {nearest} is the nearest" in chosen["reason"]
+
+
+def test_step_measured_twice_counts_once():
+    stale = [
+        {**row, "entropy": 9.0} for row in diversity_rows()[5:]
+    ]  # a resumed run measures again after its checkpoint
+    chosen = select(rows=[*diversity_rows()[:5], *stale, *diversity_rows()[5:]])
+    assert chosen["evidence"]["turning_point"]["entropy"]["values"] == ENTROPY
+    assert chosen["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rule": "turningpoint"}, "did you mean 'turning_point'"),
+        ({"metric": "self-bleu"}, "did you mean 'self_bleu'"),
+        ({"best_eval_metric": "eval_loss"}, "eval_nll"),
+        ({"candidates": []}, "no saved candidates"),
+        ({"patience": 0}, "patience"),
+        ({"rows": [{"entropy": 1.0}]}, "row 1 has no whole number 'step'"),
+    ],
+)
+def test_refuses_in_one_line(options, said):
+    with pytest.raises(InputError, match=said) as error:
+        select(**options)
+    assert "\n" not in str(error.value)
+
+
+def make_run(folder, candidates=CANDIDATES, **recorded):
+    """An SFT folder as training leaves it."""
+    files.write_json(folder / files.RUN, {"stage": "sft", "cold_start_loss": "nll"} | recorded)
+    files.write_jsonl(folder / files.DIVERSITY, diversity_rows())
+    history = [{"step": 10, "loss": 1.0}, *eval_rows(), {"step": 800, "train_runtime": 3.0}]
+    files.write_json(folder / files.TRAINER_STATE, {"global_step": 800, "log_history": history})
+    for step in candidates:
+        target = folder / files.CANDIDATES / f"step-{step}"
+        target.mkdir(parents=True)
+        (target / "model.safetensors").write_text(f"weights of step {step}")
+    return folder
+
+
+def weights(folder):
+    return (folder / files.SELECTED / "model.safetensors").read_text()
+
+
+def test_select_run_writes_selection_and_weights(tmp_path):
+    run = make_run(tmp_path / "run")
+    chosen = select_run(run)
+    assert chosen["step"] == 20 and weights(run) == "weights of step 20"
+    written = files.read_json(run / files.SELECTION)
+    assert written == json.loads(json.dumps(files.to_json(chosen)))
+    assert (run / written["path"]).resolve() == run / files.SELECTED
+
+
+def test_select_run_again_replaces(tmp_path):
+    run = make_run(tmp_path)
+    select_run(run)
+    (run / files.SELECTED / "stale.txt").write_text("of an older selection")
+    assert select_run(run, rule="last")["step"] == 800
+    assert weights(run) == "weights of step 800"
+    assert os.listdir(run / files.SELECTED) == ["model.safetensors"]
+    assert (run / files.CANDIDATES / "step-20").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "expected"),
+    [
+        ({"cold_start_loss": "aesl"}, {}, ("last", "entropy", 800)),
+        ({"cold_start_loss": "aesl", "selection": "best_eval"}, {}, ("best_eval", "entropy", 40)),
+        ({"diversity_metric": "self_bleu"}, {}, ("turning_point", "self_bleu", 40)),
+        ({"diversity_metric": "self_bleu"}, {"metric": "entropy"}, ("turning_point", "entropy", 20)),
+        ({"diversity_patience": 7}, {}, ("best_eval", "entropy", 40)),
+        ({"diversity_patience": 7}, {"patience": 3}, ("turning_point", "entropy", 20)),
+        ({"selection": "best_eval", "best_eval_metric": "pass@1"}, {}, ("best_eval", "entropy", 200)),
+    ],
+)
+def test_select_run_takes_what_the_run_recorded_unless_told(tmp_path, recorded, options, expected):
+    chosen = select_run(make_run(tmp_path, **recorded), **options)
+    assert (chosen["applied"], chosen["metric"], chosen["step"]) == expected
+
+
+def test_select_run_takes_the_step_asked_for_by_no_rule(tmp_path):
+    run = make_run(tmp_path)
+    chosen = select_run(run, rule="best_eval", step=40)
+    assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("step", "step", 40)
+    assert weights(run) == "weights of step 40" and chosen["evidence"]["measured"]["step"] == 40
+    with pytest.raises(InputError, match="holds no step 70, the nearest is 40; raise max_candidates"):
+        select_run(run, step=70)
+    assert files.read_json(run / files.SELECTION)["step"] == 40
+
+
+def test_select_run_of_a_bare_callback(tmp_path):
+    run = make_run(tmp_path)
+    (run / files.RUN).unlink()
+    (run / files.TRAINER_STATE).unlink()
+    assert select_run(run)["step"] == 20
+
+
+def test_select_run_of_a_chain_writes_into_the_chain(tmp_path):
+    make_run(tmp_path / "sft")
+    files.write_json(tmp_path / files.CHAIN, {"sft_dir": "sft"})
+    select_run(tmp_path)
+    assert weights(tmp_path) == "weights of step 20"
+    assert not (tmp_path / "sft" / files.SELECTION).exists()
+
+
+def test_two_chains_select_from_one_sft_folder(tmp_path):
+    shared = make_run(tmp_path / "shared")
+    select_run(shared, tmp_path / "a", rule="turning_point")
+    select_run(shared, tmp_path / "b" / "deep", rule="last")
+    assert weights(tmp_path / "a") == "weights of step 20"
+    assert weights(tmp_path / "b" / "deep") == "weights of step 800"
+    assert not (shared / files.SELECTED).exists()
+
+
+def test_moved_run_still_finds_its_weights(tmp_path):
+    run = make_run(tmp_path / "before")
+    select_run(run)
+    moved = run.rename(tmp_path / "after")
+    assert (moved / files.read_json(moved / files.SELECTION)["path"] / "model.safetensors").exists()
+
+
+def test_half_saved_candidates_are_not_candidates(tmp_path):
+    run = make_run(tmp_path, candidates=[10, 20])
+    (run / files.CANDIDATES / ".step-40.tmp").mkdir()
+    (run / files.CANDIDATES / "step-40.old").mkdir()
+    (run / files.CANDIDATES / "step-60").write_text("not a folder")
+    assert select_run(run)["candidates"] == [10, 20]
+
+
+def test_no_candidates(tmp_path):
+    with pytest.raises(InputError, match="no candidate"):
+        select_run(make_run(tmp_path, candidates=[]))
+
+
+def test_main_prints_one_line(tmp_path, capsys):
+    run = make_run(tmp_path)
+    main([str(run), "--metric", "self_bleu", "--patience", "2", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert printed.startswith("selected step 40 by turning_point: self_bleu: peak of diversity at step 40")
+    assert weights(tmp_path / "out") == "weights of step 40"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], ["{run}", "--rule", "turningpoint"], ["{run}", "--patience", "0"], ["{empty}"]]
+)
+def test_main_exits_2_with_one_line(tmp_path, capsys, arguments):
+    make_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    places = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(**places) for argument in arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("aesl select: ") and printed.count("\n") == 1
+    assert not (tmp_path / "run" / files.SELECTED).exists()
+
+
+def test_command_runs_alone(tmp_path):
+    run = make_run(tmp_path)
+    command = [sys.executable, "-m", "aesl_trl.diversity.selection", str(run), "--rule", "last"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "selected step 800 by last: the last candidate, step 800\n")

@@ -12,14 +12,14 @@ from transformers import Trainer, TrainerCallback
 
 from . import files
 from .backends import BACKENDS
+from .diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
+from .diversity.series import NOT_FIGURES
+from .diversity.turning_point import find_turning_point
 from .errors import InputError, nearest
 from .losses.rules import TOKEN_RULES
 from .measurement import Measurement
 from .prompts import prompt_rows
 from .provenance import package_versions
-from .selection import EVAL_METRICS, METRICS, RULES, select_run
-from .series import NOT_FIGURES
-from .turning_point import find_turning_point
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less

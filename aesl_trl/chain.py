@@ -25,10 +25,10 @@ from . import files
 from .chain_config import read_config
 from .chain_stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, fingerprint, plan, portable, rl_start
 from .checkpoints import find_checkpoint, sweep
+from .diversity.readiness import CAUTION, READY
 from .errors import UNFINISHED, InputError, exit_on_input_error
 from .files import GRPO_DIR, REPORT, TRAINING_LOCK
 from .processes import Interrupts, end_processes, locked, run_process
-from .readiness import CAUTION, READY
 from .vllm_server import wait_for_server
 
 
@@ -163,7 +163,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def _select(chain: Chain, log: Path) -> int:
-    from .selection import select_run
+    from .diversity.selection import select_run
 
     given = {key: value for key, value in vars(chain.config.selection).items() if value is not None}
     chosen = select_run(chain.sft_dir, out=chain.run, **given)

@@ -136,7 +136,7 @@ def same_start(config: CompareConfig, cell: Cell) -> Path | None:
 
     None while the cold start is not trained, or where the chain itself has to find the step (by probing candidates).
     """
-    from .selection import select_run
+    from .diversity.selection import select_run
 
     if cell.selection is None or not cells_of.sft_is_done(config, cell):
         return None

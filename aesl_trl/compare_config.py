@@ -14,8 +14,8 @@ from typing import Any
 
 from .arguments import check_fields, check_folder, load_yaml, resolve
 from .chain_config import ChainConfig
+from .diversity.selection import RULES, default_rule
 from .errors import InputError, nearest
-from .selection import RULES, default_rule
 
 
 STEP = "step-"  # a selection by number, from rl_from_steps

@@ -43,7 +43,7 @@ def check(config: CompareConfig, path: Path) -> None:
 
 def _check_figures(config: CompareConfig, path: Path) -> None:
     """Whether the evaluation will have the figures that rows are compared, and points are chosen, by."""
-    from .diversity import Group, measure
+    from .diversity.figures import Group, measure
 
     values = load_yaml(config.chain["eval"]["config"])
     samples = values.get("samples", 8)

@@ -12,55 +12,17 @@ Left out: reading runs (compare_cells.py), tables as text (compare_page.py), plo
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
-import numpy as np
-
+from .diversity.intervals import LEVEL, spearman, spearman_interval, t_quantile
 from .errors import InputError, nearest
 
 
-LEVEL = 0.95
 MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds would decide
-MIN_CLUSTERS = 3  # fewer rows than this, resampled, give no interval
 SIGNAL = "groups_mixed"
 
 
 # ---- Student's t
-
-
-def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t) of Student's t with a whole number of degrees of freedom, in closed form.
-
-    Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of cos(theta), theta = atan(t / sqrt(df)).
-    """
-    theta = math.atan2(t, math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    first = 1 + df % 2  # of the factors: 2/3, 4/5, ... for odd df, 1/2, 3/4, ... for even
-    term = cosine if df % 2 else 1.0
-    total = term if df > 1 else 0.0
-    for number in range(first, df - 2, 2):
-        term *= cosine * cosine * number / (number + 1)
-        total += term
-    return 2 / math.pi * (theta + sine * total) if df % 2 else sine * total
-
-
-@cache
-def t_quantile(df: int, level: float = LEVEL) -> float:
-    """The t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for 4.
-
-    Raises:
-        InputError: `df` below 1 or `level` outside (0, 1).
-    """
-    if df < 1 or not 0 < level < 1:
-        raise InputError(f"Student's t needs df >= 1 and 0 < level < 1, got df {df} and level {level}")
-    low, high = 0.0, 1.0
-    while t_probability(high, df) < level:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, df) < level else (low, middle)
-    return (low + high) / 2
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -118,41 +80,6 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
 
 
 # ---- Rank correlation
-
-
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1, ties sharing the mean of theirs."""
-    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation in [-1, 1]; NaN where one side is constant or has fewer than two values."""
-    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
-        return math.nan
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def spearman_interval(
-    clusters: Sequence[Sequence[tuple[float, float]]], *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of Spearman's correlation, clusters resampled whole.
-
-    A cluster holds the cells of one row: its seeds start alike, and resampled one by one they would count as so many
-    starts. Resamples in which a side is constant are left out; NaN twice below [`MIN_CLUSTERS`] clusters.
-    """
-    if len(clusters) < MIN_CLUSTERS:
-        return math.nan, math.nan
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = generator.integers(len(clusters), size=len(clusters))
-        x, y = zip(*(point for index in drawn for point in clusters[index]), strict=True)
-        found.append(spearman(x, y))
-    known = np.array(found)[np.isfinite(found)]
-    if not known.size:
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 # ---- The table

@@ -7,10 +7,10 @@ from trl import SFTConfig
 
 from .backends import BACKENDS, VLLMSettings, check_backend
 from .budget import Size, fit
+from .diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
 from .errors import InputError, nearest
 from .losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from .losses.rules import TOKEN_RULES
-from .selection import EVAL_METRICS, METRICS, RULES, default_rule
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .diversity import Group
+from .diversity.figures import Group
 from .errors import InputError
 from .prepare_config import DataArguments, prompt_of
 from .problems import Drops, Problem, right_answer

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .diversity import Group, entropy_estimator, measure
+from .diversity.figures import Group, entropy_estimator, measure
+from .diversity.intervals import bootstrap_interval
+from .diversity.passk import avg_at_k, pass_at_k, powers_of_two
 from .files import write_jsonl
 from .majority import Votes, count_votes, extract, maj_at_k
-from .passk import avg_at_k, bootstrap_interval, pass_at_k, powers_of_two
 from .provenance import package_versions
 from .rewards import score_groups
 

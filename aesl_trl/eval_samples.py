@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .diversity import Group
+from .diversity.figures import Group
 from .errors import InputError
 from .files import append_jsonl, read_jsonl, write_json
 

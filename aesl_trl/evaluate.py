@@ -19,7 +19,7 @@ from .arguments import check_folder, leading_names, parse
 from .benchmarks import BENCHMARKS, check_names, load_benchmark
 from .data import load_rows
 from .data_checks import check_prompts
-from .diversity import Group
+from .diversity.figures import Group
 from .errors import InputError, exit_on_input_error
 from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
 from .eval_samples import SAMPLES_DIR, Piece, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces

@@ -99,8 +99,8 @@ def _boxed(text: str) -> str:
 def maj_at_k(votes: Votes, k: int) -> tuple[float, float]:
     """Chance that the majority of `k` of the samples is right, and that it is tied.
 
-    The mean over all k-subsets, without bias as in pass@k (passk.py), in whole numbers up to the last division. A
-    subset without any vote is wrong and not tied.
+    The mean over all k-subsets, without bias as in pass@k (diversity/passk.py), in whole numbers up to the last
+    division. A subset without any vote is wrong and not tied.
 
     Returns:
         (maj@k, share of tied subsets), each in [0, 1].

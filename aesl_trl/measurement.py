@@ -10,15 +10,15 @@ from pathlib import Path
 from . import files
 from .backends import VLLMSettings, choose_backend
 from .budget import Size, budget_of, fit
-from .diversity import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
+from .diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
+from .diversity.selection import METRICS
+from .diversity.series import SETTINGS, base_completions, check_settings
 from .engines import VLLMEngine
 from .errors import InputError
 from .generating import GenerateEngine
 from .outcomes import SamplingFailed, agree
 from .rewards import score_groups
 from .sampling import sample_groups
-from .selection import METRICS
-from .series import SETTINGS, base_completions, check_settings
 
 
 class Measurement:

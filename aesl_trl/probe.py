@@ -4,7 +4,7 @@ The config is GRPO's, with a few keys more, so that an RL run's own config serve
 each checkpoint, of equal budget. All that can be refused is refused before the first model loads.
 
 Left out: which checkpoints a name stands for (probe_checkpoints.py), how one is measured (probe_measurement.py), what
-the figures mean (readiness.py) and which candidate is selected by them (selection.py).
+the figures mean (diversity/readiness.py) and which candidate is selected by them (diversity/selection.py).
 """
 
 import copy
@@ -19,6 +19,7 @@ from trl import GRPOConfig, ModelConfig
 from . import files, grpo
 from .arguments import check_folder, leading_names, parse
 from .data import load_rows
+from .diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, table
 from .errors import InputError, exit_on_input_error
 from .evaluate import check_start
 from .files import candidate_steps
@@ -26,7 +27,6 @@ from .probe_checkpoints import Checkpoint, find_checkpoints, told_apart
 from .probe_measurement import probe
 from .prompts import check_held_out, prompt_rows
 from .provenance import package_versions
-from .readiness import MIN_PROMPTS, MIN_SAMPLES, table
 
 
 NAME = "aesl probe"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import files
+from .diversity.readiness import History
 from .errors import InputError
 from .files import candidate_steps, read_rows
 from .handoff_source import ADAPTER_CONFIG
-from .readiness import History
 
 
 @dataclass(frozen=True)

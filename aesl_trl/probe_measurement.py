@@ -3,7 +3,8 @@
 Prompts are sampled and graded by GRPOTrainer itself: its generation (vLLM too), its rewards, its log-probabilities and
 entropies, and no optimizer, so that the weights stay as they are.
 
-Left out: the settings and prompts, which are checked before (probe.py), and what the figures mean (readiness.py).
+Left out: the settings and prompts, which are checked before (probe.py), and what the figures mean
+(diversity/readiness.py).
 """
 
 import tempfile
@@ -18,11 +19,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from . import grpo
-from .diversity import Group, by_prompt
+from .diversity.figures import Group, by_prompt
+from .diversity.intervals import paired_interval
+from .diversity.readiness import entry, figures_of
 from .loading import release_memory
-from .passk import paired_interval
 from .probe_checkpoints import Checkpoint, history
-from .readiness import entry, figures_of
 
 
 ROW = "aesl_row"  # column that tells which prompt a sample belongs to; the reward functions do not see it

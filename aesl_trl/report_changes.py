@@ -4,14 +4,14 @@ The measurements share their prompts, so that a change is the mean of each promp
 narrower than the two figures' intervals suggest. Rows without per-prompt values show the figures alone. Beside it, the
 turning point of the run's own series.
 
-Left out: the rule that finds a turning point (turning_point.py), the curves (report_plots.py).
+Left out: the rule that finds a turning point (diversity/turning_point.py), the curves (report_plots.py).
 """
 
 from collections.abc import Sequence
 
-from .passk import paired_interval
+from .diversity.intervals import paired_interval
+from .diversity.turning_point import Selection, find_turning_point
 from .report_runs import Run, series
-from .turning_point import Selection, find_turning_point
 
 
 METRICS = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "pass@1": "pass@1"}

@@ -154,7 +154,7 @@ def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *
     None, as in TRL).
 
     Args:
-        groups: [`~aesl_trl.diversity.Group`]s; `groups[i]` was sampled from `rows[i]`.
+        groups: [`~aesl_trl.diversity.figures.Group`]s; `groups[i]` was sampled from `rows[i]`.
         rows: the dataset's rows; their columns reach the functions repeated, one entry per completion.
         trainer_state: what a function that follows the training's progress reads; a fresh state by default.
 

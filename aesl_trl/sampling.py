@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .diversity import Group
+from .diversity.figures import Group
 from .generating import GenerateEngine, free_memory
 from .outcomes import Draw, share
 
@@ -84,7 +84,7 @@ def sample_groups(
         engine: what draws, by default a [`~aesl_trl.generating.GenerateEngine`] of `batch_size`.
 
     Returns:
-        One [`~aesl_trl.diversity.Group`] a row, without rewards.
+        One [`~aesl_trl.diversity.figures.Group`] a row, without rewards.
 
     Raises:
         SamplingFailed: nothing could be drawn; on every process alike.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from .diversity import Group
+from .diversity.figures import Group
 from .errors import InputError
 from .eval_samples import Piece, draw_seed
 from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG

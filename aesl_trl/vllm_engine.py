@@ -9,7 +9,7 @@ transformers), data parallelism over processes, and the exact entropy, which vLL
 import importlib.util
 import math
 
-from .diversity import Group
+from .diversity.figures import Group
 from .errors import InputError
 from .eval_samples import Piece, draw_seed
 from .handoff_checks import prompt_tokens

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from sacrebleu.metrics.bleu import BLEU
 
-from aesl_trl.self_bleu import self_bleu, sentence_bleus, tokenized
+from aesl_trl.diversity.bleu import self_bleu, sentence_bleus, tokenized
 
 
 try:

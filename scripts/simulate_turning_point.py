@@ -24,8 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from aesl_trl import files
-from aesl_trl.diversity import self_bleu
-from aesl_trl.turning_point import MULTIPLE, STANDARD_ERRORS, THRESHOLD_COUNTS, THRESHOLDS, find_turning_point
+from aesl_trl.diversity.figures import self_bleu
+from aesl_trl.diversity.turning_point import (
+    MULTIPLE,
+    STANDARD_ERRORS,
+    THRESHOLD_COUNTS,
+    THRESHOLDS,
+    find_turning_point,
+)
 
 
 TUNING, REPORT = 1, 2  # first word of every seed

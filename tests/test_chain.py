@@ -277,7 +277,7 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
         seen.update(folder=folder, out=out, **given)
         return {"step": 7, "applied": "last", "reason": "asked for"}
 
-    monkeypatch.setattr("aesl_trl.selection.select_run", select_run)
+    monkeypatch.setattr("aesl_trl.diversity.selection.select_run", select_run)
     chain = make(project(selection={"rule": "last", "patience": 2}))
     assert chains._select(chain, chain.run / "logs/select.log") == 0
     assert seen == {"folder": chain.sft_dir, "out": chain.run, "rule": "last", "patience": 2}

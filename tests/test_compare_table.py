@@ -14,16 +14,12 @@ from aesl_trl.compare_table import (
     distinct_runs,
     figure_names,
     paired,
-    ranks,
     seeds_to_decide,
-    spearman,
-    spearman_interval,
     summary,
-    t_probability,
-    t_quantile,
     table,
     tuned,
 )
+from aesl_trl.diversity.intervals import ranks, spearman, spearman_interval, t_probability, t_quantile
 from aesl_trl.errors import InputError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aesl_trl import eval_samples
-from aesl_trl.diversity import Group
+from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
 from aesl_trl.eval_samples import Piece, SamplesFile, assemble, draw_missing, draw_seed, folder_for, pieces
 

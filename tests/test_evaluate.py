@@ -17,9 +17,9 @@ from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import eval_figures, evaluate, report
 from aesl_trl.benchmarks import BENCHMARKS
-from aesl_trl.diversity import Group
+from aesl_trl.diversity.figures import Group
+from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
-from aesl_trl.passk import pass_at_k
 from aesl_trl.sampling import sample_groups
 from aesl_trl.transformers_engine import load
 

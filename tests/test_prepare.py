@@ -26,7 +26,7 @@ from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import data, pass_rates, prepare, prepare_output, problems, transformers_engine, vllm_engine
 from aesl_trl.decontaminate import BenchmarkIndex, normalise
-from aesl_trl.diversity import Group
+from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json, read_jsonl
 from aesl_trl.prepare_config import DataArguments, difficulty_of

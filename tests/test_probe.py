@@ -14,9 +14,9 @@ import yaml
 from tiny_models import build_model
 
 from aesl_trl import files, probe, probe_checkpoints, probe_measurement
+from aesl_trl.diversity.readiness import READY
+from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
-from aesl_trl.readiness import READY
-from aesl_trl.selection import select_run
 
 
 REWARDS = """

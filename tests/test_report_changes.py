@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aesl_trl.passk import paired_interval
+from aesl_trl.diversity.intervals import paired_interval
 from aesl_trl.report_changes import changes
 
 

@@ -26,7 +26,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from aesl_trl import grading
-from aesl_trl.diversity import Group
+from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
 from aesl_trl.grading import Graders
 from aesl_trl.rewards import (

@@ -15,7 +15,7 @@ from tiny_models import build_model, build_tokenizer
 from two_processes import results_of_two
 
 from aesl_trl import files
-from aesl_trl.passk import bootstrap_interval
+from aesl_trl.diversity.intervals import bootstrap_interval
 
 
 FSDP = ("root", "root-tied", "auto", "auto-tied", "own", "own-nll", "own-psft", "own-accumulated")

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import files
-from .errors import InputError
+from .. import files
+from ..errors import InputError
 
 
 # Two rows that differ in one of these measure different things: their figures are no series

@@ -6,7 +6,7 @@ should start (docs/entropy.md).
 
 Every figure is a sum over prompts divided by another one, which is how prompts are resampled for its interval.
 
-Left out: sampling (sampling.py), grading (rewards.py), BLEU itself (self_bleu.py), and what to conclude
+Left out: sampling (sampling.py), grading (rewards.py), BLEU itself (bleu.py), and what to conclude
 (turning_point.py, selection.py).
 """
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import InputError
-from .passk import group_signal, is_number, pass_at_k, powers_of_two, ratio_intervals
-from .self_bleu import mean_score, self_bleu, self_bleu_of_ids, self_bleu_of_tokens, sentence_bleus, tokenized
+from ..errors import InputError
+from .bleu import mean_score, self_bleu, self_bleu_of_ids, self_bleu_of_tokens, sentence_bleus, tokenized
+from .intervals import is_number, ratio_intervals
+from .passk import group_signal, pass_at_k, powers_of_two
 
 
 __all__ = [
@@ -192,8 +193,8 @@ def by_prompt(
 ) -> dict[str, list[float | None]]:
     """`entropy`, `self_bleu` and, of graded groups, every `pass@k`, one value a prompt; None where it has none.
 
-    For [`~aesl_trl.passk.paired_interval`]: steps measured on the same prompts differ by less than their intervals
-    suggest.
+    For [`~aesl_trl.diversity.intervals.paired_interval`]: steps measured on the same prompts differ by less than their
+    intervals suggest.
     """
     sums = _as_sums(groups, success_threshold, None).sums
     kept = [name for name in sums if name in ("entropy", "self_bleu") or name.startswith("pass@")]

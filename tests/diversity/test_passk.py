@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aesl_trl.diversity.intervals import bootstrap_interval, paired_interval, ratio_intervals
+from aesl_trl.diversity.passk import avg_at_k, expected_group_variance, group_signal, pass_at_k, powers_of_two
 from aesl_trl.errors import InputError
-from aesl_trl.passk import (
-    avg_at_k,
-    bootstrap_interval,
-    expected_group_variance,
-    group_signal,
-    paired_interval,
-    pass_at_k,
-    powers_of_two,
-    ratio_intervals,
-)
 
 
 @pytest.mark.parametrize("num_samples", range(1, 8))

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import InputError, nearest
-from .passk import is_number
+from ..errors import InputError, nearest
+from .intervals import is_number
 
 
 MINIMUM = 6  # values, without per-prompt values: with fewer a random order is too often a rise and a fall

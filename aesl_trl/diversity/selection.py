@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import __version__, files
-from .errors import InputError, exit_on_input_error, nearest
-from .files import _log_history, candidate_steps, check_version, read_rows
+from .. import __version__, files
+from ..errors import InputError, exit_on_input_error, nearest
+from ..files import _log_history, candidate_steps, check_version, read_rows
 from .readiness import rank
 from .series import check_settings
 from .turning_point import find_turning_point

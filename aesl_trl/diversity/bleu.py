@@ -5,7 +5,7 @@ one sort over all texts for each order, where sacrebleu counts every reference a
 
 Legend for shapes: N tokens of all texts, T texts, E pairs of an n-gram and a text that has it, G different n-grams.
 
-Left out: corpus BLEU, and what the figures mean (diversity.py).
+Left out: corpus BLEU, and what the figures mean (figures.py).
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
-from .errors import InputError, nearest
+from ..errors import InputError, nearest
 
 
 def self_bleu(

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .diversity import Group, intervals, measure, prompt_sums
-from .passk import expected_group_variance, is_number, powers_of_two
+from .figures import Group, intervals, measure, prompt_sums
+from .intervals import is_number
+from .passk import expected_group_variance, powers_of_two
 from .turning_point import find_turning_point
 
 

@@ -1,103 +1,17 @@
-"""From counts of right samples to pass@k, avg@k, the signal left for a group-relative reward, and intervals.
-
-A problem (a prompt) has `num_samples` samples of which `num_correct` are right. Nothing here samples or grades.
-"""
+"""Intervals: bootstrap over prompts, Student's t over seeds, rank correlations."""
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from .errors import InputError
-
-
-def _check_counts(num_samples: int, num_correct: int) -> None:
-    if num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, got {num_samples}")
-    if not 0 <= num_correct <= num_samples:
-        raise InputError(f"num_correct must lie between 0 and num_samples = {num_samples}, got {num_correct}")
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of `k` samples is right, estimated without bias from `num_samples` of them.
-
-        1 - C(num_samples - num_correct, k) / C(num_samples, k)
-
-    the share of all k-subsets that hold a right sample (Chen et al., arXiv 2107.03374). It differs from `1 - (1 -
-    p)^k`, which is biased low. Whole numbers up to the last division, so a tiny share keeps its digits.
-
-    Returns:
-        A probability in [0, 1].
-
-    Raises:
-        InputError: `k` outside 1..num_samples, or `num_correct` outside 0..num_samples.
-    """
-    _check_counts(num_samples, num_correct)
-    if not 1 <= k <= num_samples:
-        raise InputError(f"k must lie between 1 and num_samples = {num_samples}, got {k}")
-    num_samples, num_correct, k = int(num_samples), int(num_correct), int(k)
-    subsets = math.comb(num_samples, k)
-    return (subsets - math.comb(num_samples - num_correct, k)) / subsets
-
-
-def avg_at_k(num_samples: int, num_correct: int) -> float:
-    """Share of one problem's samples that are right: avg@k for `k = num_samples`, equal to pass@1."""
-    _check_counts(num_samples, num_correct)
-    return num_correct / num_samples
+from ..errors import InputError
 
 
 def is_number(value: float | None) -> bool:
     """Whether a figure is known: neither None, which JSON has for NaN, nor NaN or infinite."""
     return value is not None and math.isfinite(value)
-
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to `limit`: the values of k that are reported."""
-    return [2**exponent for exponent in range(int(limit).bit_length())]
-
-
-def group_signal(num_samples: int | Sequence[int], num_correct: Sequence[int]) -> dict[str, float]:
-    """How many groups can teach a group-relative method (GRPO) anything.
-
-    The advantages of a group whose samples all earn the same reward are zero, so only mixed groups have a gradient.
-
-    Args:
-        num_samples: samples in each group, or one number for all of them.
-        num_correct: right samples in each group.
-
-    Returns:
-        `{"all_right", "all_wrong", "mixed"}`: shares of groups, summing to 1; NaN without groups.
-    """
-    if isinstance(num_samples, int | np.integer):
-        num_samples = [num_samples] * len(num_correct)
-    if len(num_samples) != len(num_correct):
-        raise InputError(f"num_samples has {len(num_samples)} groups, num_correct {len(num_correct)}")
-    for total, right in zip(num_samples, num_correct, strict=True):
-        _check_counts(total, right)
-    groups = len(num_correct)
-    if groups == 0:
-        return {"all_right": math.nan, "all_wrong": math.nan, "mixed": math.nan}
-    all_right = sum(right == total for total, right in zip(num_samples, num_correct, strict=True))
-    all_wrong = sum(right == 0 for right in num_correct)
-    return {
-        "all_right": all_right / groups,
-        "all_wrong": all_wrong / groups,
-        "mixed": (groups - all_right - all_wrong) / groups,
-    }
-
-
-def expected_group_variance(success_rate: float, group_size: int) -> float:
-    """Expected variance of the 0/1 rewards inside a group, `p (1 - p) (g - 1) / g` (arXiv 2606.18487).
-
-    Args:
-        success_rate: p, chance in [0, 1] that one sample is right.
-        group_size: g, samples in a group; the variance divides by g. Zero for a group of one.
-    """
-    if not 0 <= success_rate <= 1:
-        raise InputError(f"success_rate must lie between 0 and 1, got {success_rate}")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, got {group_size}")
-    return success_rate * (1 - success_rate) * (group_size - 1) / group_size
 
 
 def bootstrap_interval(
@@ -195,3 +109,78 @@ def _resampled_counts(generator: np.random.Generator, resamples: int, problems: 
 
 def _is_known(value: float | None) -> bool:
     return value is not None and not math.isnan(value)
+
+
+LEVEL = 0.95
+
+
+MIN_CLUSTERS = 3  # fewer rows than this, resampled, give no interval
+
+
+def t_probability(t: float, df: int) -> float:
+    """P(|T| <= t) of Student's t with a whole number of degrees of freedom, in closed form.
+
+    Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of cos(theta), theta = atan(t / sqrt(df)).
+    """
+    theta = math.atan2(t, math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    first = 1 + df % 2  # of the factors: 2/3, 4/5, ... for odd df, 1/2, 3/4, ... for even
+    term = cosine if df % 2 else 1.0
+    total = term if df > 1 else 0.0
+    for number in range(first, df - 2, 2):
+        term *= cosine * cosine * number / (number + 1)
+        total += term
+    return 2 / math.pi * (theta + sine * total) if df % 2 else sine * total
+
+
+@cache
+def t_quantile(df: int, level: float = LEVEL) -> float:
+    """The t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for 4.
+
+    Raises:
+        InputError: `df` below 1 or `level` outside (0, 1).
+    """
+    if df < 1 or not 0 < level < 1:
+        raise InputError(f"Student's t needs df >= 1 and 0 < level < 1, got df {df} and level {level}")
+    low, high = 0.0, 1.0
+    while t_probability(high, df) < level:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, df) < level else (low, middle)
+    return (low + high) / 2
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, ties sharing the mean of theirs."""
+    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation in [-1, 1]; NaN where one side is constant or has fewer than two values."""
+    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
+        return math.nan
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def spearman_interval(
+    clusters: Sequence[Sequence[tuple[float, float]]], *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of Spearman's correlation, clusters resampled whole.
+
+    A cluster holds the cells of one row: its seeds start alike, and resampled one by one they would count as so many
+    starts. Resamples in which a side is constant are left out; NaN twice below [`MIN_CLUSTERS`] clusters.
+    """
+    if len(clusters) < MIN_CLUSTERS:
+        return math.nan, math.nan
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = generator.integers(len(clusters), size=len(clusters))
+        x, y = zip(*(point for index in drawn for point in clusters[index]), strict=True)
+        found.append(spearman(x, y))
+    known = np.array(found)[np.isfinite(found)]
+    if not known.size:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -90,7 +90,7 @@ def build_select(chain: Chain) -> Stage:
 
 
 def build_handoff(chain: Chain) -> Stage:
-    command = [sys.executable, "-m", "aesl_trl.handoff", str(chain.run), "--mode", chain.config.handoff.mode]
+    command = [sys.executable, "-m", "aesl_trl.models.handoff", str(chain.run), "--mode", chain.config.handoff.mode]
     return Stage("handoff", command, chain.run / files.HANDOFF)
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import load_function
 from .errors import InputError, nearest, nearest_sibling
+from .models.folder import GIT_LFS
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-GIT_LFS = b"version https://git-lfs"
 
 
 def load_rows(

@@ -30,9 +30,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from .backends import VLLMSettings
 from .generating import free_memory, unmark
+from .models.tokens import stop_ids
 from .outcomes import Draw, Request, SamplingFailed, agree, is_out_of_memory
 from .rescoring import rescore
-from .stops import stop_ids
 
 
 CONCURRENT_REQUESTS = 64  # to a server, which batches what it is given

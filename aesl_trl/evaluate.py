@@ -24,8 +24,8 @@ from .errors import InputError, exit_on_input_error
 from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
 from .eval_samples import SAMPLES_DIR, Piece, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
 from .files import EVALUATION, write_json
-from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
-from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer
+from .models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
+from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .processes import lock
 from .prompts import prompt_rows
 from .provenance import package_versions

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl.models.utils import unwrap_model_for_generation
 
 from .errors import InputError
+from .models.tokens import stop_ids
 from .outcomes import Draw, Request, SamplingFailed, agree, is_out_of_memory
-from .stops import stop_ids
 
 
 class StepRecorder(LogitsProcessor):

@@ -20,8 +20,6 @@ from .data import load_rows
 from .data_checks import check_prompts
 from .errors import InputError, exit_on_input_error
 from .files import RUN, write_json
-from .handoff_source import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
-from .loading import CHECKED_ROWS, base_of, check_model, check_tokenizer, put_adapter
 from .mains import (
     at_work,
     check_finished,
@@ -33,6 +31,8 @@ from .mains import (
     source,
     train,
 )
+from .models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, base_of
+from .models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from .provenance import package_versions
 from .rewards import check_columns, load_reward_funcs
 from .signals import StopSignals

@@ -20,7 +20,7 @@ from .data import load_rows
 from .decontaminate import BenchmarkIndex, load_benchmarks
 from .demonstrations import BATCH, Judge, gradable, num_tokens, take
 from .errors import InputError, exit_on_input_error, nearest
-from .loading import CHECKED_ROWS, check_model, check_tokenizer
+from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .pass_rates import Sampling, rates_in_file, sample_rates
 from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
 from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write

@@ -11,7 +11,7 @@ from . import files
 from .diversity.readiness import History
 from .errors import InputError
 from .files import candidate_steps, read_rows
-from .handoff_source import ADAPTER_CONFIG
+from .models.folder import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from . import grpo
 from .diversity.figures import Group, by_prompt
 from .diversity.intervals import paired_interval
 from .diversity.readiness import entry, figures_of
-from .loading import release_memory
+from .models.loading import release_memory
 from .probe_checkpoints import Checkpoint, history
 
 

@@ -6,10 +6,11 @@ Left out: loading the rows (data.py), and which prompts are refused (data_checks
 import json
 import textwrap
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .data_checks import check_prompts, only_columns, peek, prompt_column
 from .errors import InputError
+from .models.tokens import without_none
 
 
 if TYPE_CHECKING:
@@ -40,13 +41,6 @@ def _prompt_row(row: dict) -> dict:
     messages = without_none(row["messages"])
     assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return {"prompt": messages[: assistant[-1]] if assistant else messages, **others}
-
-
-def without_none(prompt: Any) -> Any:
-    # Arrow gives every message the keys of all: a template would see `tool_calls: None` where there are none.
-    if not isinstance(prompt, list):
-        return prompt
-    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
 def check_held_out(

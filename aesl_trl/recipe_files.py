@@ -199,7 +199,7 @@ def local_facts(model: str) -> Facts | None:
     """The facts of a model that is here, in a folder or in the hub's cache: read from its own files."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from .stops import turn_end_token
+    from .models.tokens import turn_end_token
 
     local = {"local_files_only": True}
     try:

@@ -15,7 +15,6 @@ from .config import AESLSFTConfig
 from .data import load_rows
 from .data_checks import check_demonstrations, check_trainable
 from .errors import InputError, exit_on_input_error
-from .loading import CHECKED_ROWS, check_model, check_tokenizer
 from .mains import (
     at_work,
     check_finished,
@@ -27,6 +26,7 @@ from .mains import (
     source,
     train,
 )
+from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .prompts import check_held_out, prompt_rows
 from .rewards import check_columns, load_reward_funcs
 from .signals import StopSignals

@@ -21,7 +21,7 @@ from .losses.definition import prefix_sums
 from .losses.old_policy import OLD_LOG_PROBS, OldPolicy
 from .losses.rules import TOKEN_RULES, TokenRule
 from .losses.scoring import TokenScores, add_fused_head
-from .stops import stop_ids
+from .models.tokens import stop_ids
 
 
 LOW_WEIGHT = 0.1  # a token below this weight counts as released

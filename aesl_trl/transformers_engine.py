@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from .diversity.figures import Group
-from .errors import InputError
 from .eval_samples import Piece, draw_seed
-from .handoff_source import ADAPTER_CONFIG, TOKENIZER_CONFIG
-from .loading import base_of, load_model, put_adapter, release_memory
+from .models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
+from .models.loading import load_model, put_adapter, release_memory
+from .models.tokens import stop_at_turn_end
 from .sampling import sample_groups
-from .stops import stop_ids, turn_end_token
 
 
 class TransformersEngine:
@@ -48,21 +45,6 @@ class TransformersEngine:
     def close(self) -> None:
         del self._model
         release_memory()
-
-
-def stop_at_turn_end(model, tokenizer) -> None:
-    """Let the token that ends an assistant's turn end a completion: a base model's own files name another one."""
-    turn_end, ids = end_of_turn(tokenizer), stop_ids(tokenizer, model)
-    if turn_end is not None and turn_end not in ids:
-        model.generation_config.eos_token_id = [*ids, turn_end]
-
-
-def end_of_turn(tokenizer) -> int | None:
-    """The token that ends an assistant's turn; None where the template does not tell."""
-    try:
-        return turn_end_token(tokenizer)
-    except (InputError, TemplateError, TypeError):  # a template that the conversation does not suit
-        return None
 
 
 def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:

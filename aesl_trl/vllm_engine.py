@@ -12,9 +12,9 @@ import math
 from .diversity.figures import Group
 from .errors import InputError
 from .eval_samples import Piece, draw_seed
-from .handoff_checks import prompt_tokens
-from .loading import release_memory
-from .transformers_engine import TransformersEngine, end_of_turn
+from .models.loading import release_memory
+from .models.tokens import end_of_turn, prompt_tokens
+from .transformers_engine import TransformersEngine
 
 
 BACKENDS = ("auto", "vllm", "transformers")

@@ -45,7 +45,7 @@ def test_stage_commands(project, tmp_path):
     assert (sft["--config"], sft["--output_dir"]) == (str(tmp_path / "sft.yaml"), str(chain.run / "sft"))
     assert sft["--seed"] == grpo["--seed"] == "4"
     assert grpo["--model_name_or_path"] == str(chain.run / "handoff")
-    assert build_handoff(chain).command[1:] == ["-m", "aesl_trl.handoff", str(chain.run), "--mode", "merge"]
+    assert build_handoff(chain).command[1:] == ["-m", "aesl_trl.models.handoff", str(chain.run), "--mode", "merge"]
     evaluation = flags_of(build_eval(chain))
     assert (evaluation["--start"], evaluation["--final"]) == (str(chain.run / "handoff"), str(chain.run / "grpo"))
     assert build_report(chain).command[-1] == "--title=-t"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aesl_trl.cli import main as aesl
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json
-from aesl_trl.interpolate import average, interpolate, scaling
+from aesl_trl.models.interpolate import average, interpolate, scaling
 
 
 IDS = torch.arange(24).reshape(2, 12)

@@ -7,9 +7,9 @@ import copy
 
 import torch
 
-from .errors import InputError
-from .handoff_source import Source
-from .stops import CONVERSATION, Stops
+from ..errors import InputError
+from .source import Source
+from .tokens import CONVERSATION, Stops, prompt_tokens
 
 
 # Largest difference in log-prob (nats) between a folder and its exact copy.
@@ -46,15 +46,6 @@ def encode(tokenizer, samples: list[dict]) -> list[tuple[list[int], int]]:
 
 def _stride(samples: list[dict]) -> int:
     return max(1, sum(len(row["completions"]) for row in samples) // MAX_SCORED)
-
-
-def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise InputError("the run's prompts are conversations, and the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ import torch
 from tiny_models import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from aesl_trl import handoff
 from aesl_trl.errors import InputError
 from aesl_trl.files import write_json, write_jsonl
-from aesl_trl.handoff import hand_off
-from aesl_trl.handoff_checks import check_differences, compare, log_probs
-from aesl_trl.loading import load_model
+from aesl_trl.models import handoff
+from aesl_trl.models.handoff import hand_off
+from aesl_trl.models.handoff_checks import check_differences, compare, log_probs
+from aesl_trl.models.loading import load_model
 from aesl_trl.sampling import sample_groups
 
 

@@ -2,7 +2,7 @@
 
 PEFT leaves out what finds no place in a base, with a warning at most; here that is refused. What a model or a
 tokenizer lacks is looked for before any weights are read. Which folder it is, and whether another base holds the same
-weights, is handoff_source.py.
+weights, is source.py.
 """
 
 import gc
@@ -14,11 +14,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from .errors import InputError, in_one_line, nearest
-from .handoff_checks import prompt_tokens
-from .handoff_source import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Source, check_weights, is_quantized, tensor_files
-from .prompts import without_none
-from .stops import check_ids, turn_end_token
+from ..errors import InputError, in_one_line, nearest
+from .folder import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, check_weights, is_quantized, tensor_files
+from .source import Source
+from .tokens import check_ids, prompt_tokens, turn_end_token, without_none
 
 
 # ---- Checks before any weights are read
@@ -58,26 +57,6 @@ def _without_config(folder: Path) -> str:
         return f"is an adapter: name its base, or merge it: aesl handoff {folder} --output {folder}-merged"
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     return f"holds no {CONFIG}" + (f", {inside[-1]} does: name that one" if inside else ": name a model's folder")
-
-
-def base_of(adapter: str, field: str) -> str:
-    """The base that an adapter names, refused where it is a folder that is gone."""
-    from peft import PeftConfig
-
-    if Path(adapter).is_dir():
-        check_weights(Path(adapter))
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{field}: the adapter {adapter} cannot be read: {in_one_line(error)}") from None
-    if not base:
-        raise InputError(f"{field}: {adapter} does not name its base: add base_model_name_or_path to {ADAPTER_CONFIG}")
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise InputError(
-            f"{field}: the base of {adapter} is {base}, which is not there: put it there, or correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}"
-        )
-    return base
 
 
 def check_tokenizer(

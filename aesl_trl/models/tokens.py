@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import InputError
-from .files import read_json, write_json
-from .handoff_source import CONFIG, GENERATION_CONFIG
+from jinja2 import TemplateError
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from .folder import CONFIG, GENERATION_CONFIG
 
 
 # A turn to read the chat template by; also what is scored where a folder has no samples of its own.
@@ -115,3 +118,34 @@ def write_stops(folder: Path, tokenizer, declared: dict, stops: Stops) -> None:
             {"text_config": {**config["text_config"], **ids}} if isinstance(config.get("text_config"), dict) else {}
         )
         write_json(folder / CONFIG, {**config, **nested, **ids})
+
+
+def stop_at_turn_end(model, tokenizer) -> None:
+    """Let the token that ends an assistant's turn end a completion: a base model's own files name another one."""
+    turn_end, ids = end_of_turn(tokenizer), stop_ids(tokenizer, model)
+    if turn_end is not None and turn_end not in ids:
+        model.generation_config.eos_token_id = [*ids, turn_end]
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The token that ends an assistant's turn; None where the template does not tell."""
+    try:
+        return turn_end_token(tokenizer)
+    except (InputError, TemplateError, TypeError):  # a template that the conversation does not suit
+        return None
+
+
+def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise InputError("the run's prompts are conversations, and the tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def without_none(prompt: Any) -> Any:
+    # Arrow gives every message the keys of all: a template would see `tool_calls: None` where there are none.
+    if not isinstance(prompt, list):
+        return prompt
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]

@@ -5,7 +5,7 @@ template, config and generation config agree on the tokens that end a completion
 and every reward is zero. Then the folder is loaded from disk, must give the log-probs of its source, and must stop by
 itself at least once.
 
-Left to others: which folder it is (handoff_source.py), loading it, the tokens (stops.py) and the checks
+Left to others: which folder it is (source.py), loading it, the tokens (tokens.py) and the checks
 (handoff_checks.py).
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from .arguments import check_folder, parse
-from .errors import InputError, exit_on_input_error, nearest
-from .files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, read_json, write_json
+from ..arguments import check_folder, parse
+from ..errors import InputError, exit_on_input_error, nearest
+from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, read_json, write_json
+from .folder import ADAPTER_CONFIG, CONFIG, is_quantized
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
-from .handoff_source import ADAPTER_CONFIG, CONFIG, Source, find_source, is_quantized
 from .loading import (
     check_model,
     generation_config,
@@ -32,7 +32,8 @@ from .loading import (
     num_embeddings,
     release_memory,
 )
-from .stops import agree_on_stops, write_stops
+from .source import Source, find_source
+from .tokens import agree_on_stops, write_stops
 
 
 MODES = ("auto", "merge", "continue")

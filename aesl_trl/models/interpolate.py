@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import check_folder, parse
-from .errors import InputError, exit_on_input_error
-from .files import read_json, write_json
-from .handoff_source import ADAPTER_CONFIG, CONFIG, INDEX, Source, find_source, is_quantized, tensor_files
-from .provenance import package_versions
+from ..arguments import check_folder, parse
+from ..errors import InputError, exit_on_input_error
+from ..files import read_json, write_json
+from ..provenance import package_versions
+from .folder import ADAPTER_CONFIG, CONFIG, INDEX, is_quantized, tensor_files
+from .source import Source, find_source
 
 
 INTERPOLATION = "interpolation.json"

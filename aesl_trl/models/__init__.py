@@ -1,0 +1,1 @@
+"""A model's folder: checked, loaded, handed over to RL, averaged."""

@@ -58,8 +58,8 @@ class Benchmark:
         gold: the answer column's value -> LaTeX of the gold answer, None where there is none.
         read_at: pages on which hub, split and columns were read.
         prompt: the user's message; `{problem}` stands for the problem.
-        extraction: what takes an answer out of a completion, for majority votes (grading.py).
-        metric: the reward that grades (rewards.py); 1.0 is right.
+        extraction: what takes an answer out of a completion, for majority votes (rewards/grading.py).
+        metric: the reward that grades (rewards/functions.py); 1.0 is right.
         unverified: what no page stated.
     """
 

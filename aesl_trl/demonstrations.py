@@ -14,7 +14,7 @@ from .diversity.figures import Group
 from .errors import InputError
 from .prepare_config import DataArguments, prompt_of
 from .problems import Drops, Problem, right_answer
-from .rewards import score_groups
+from .rewards.functions import score_groups
 
 
 BATCH = 1000  # texts tokenized, or demonstrations graded, at once

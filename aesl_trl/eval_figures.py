@@ -1,6 +1,6 @@
 """From graded samples to what evaluation.json holds: pass@k, avg@k, maj@k, diversity, and intervals over problems.
 
-Nothing is sampled here. Answers are graded and compared in child processes (grading.py, majority.py).
+Nothing is sampled here. Answers are graded and compared in child processes (rewards/grading.py, rewards/majority.py).
 """
 
 import importlib.metadata
@@ -14,9 +14,9 @@ from .diversity.figures import Group, entropy_estimator, measure
 from .diversity.intervals import bootstrap_interval
 from .diversity.passk import avg_at_k, pass_at_k, powers_of_two
 from .files import write_jsonl
-from .majority import Votes, count_votes, extract, maj_at_k
 from .provenance import package_versions
-from .rewards import score_groups
+from .rewards.functions import score_groups
+from .rewards.majority import Votes, count_votes, extract, maj_at_k
 
 
 PROMPTS = "prompts"  # what the problems of `dataset_name` are called beside the benchmarks

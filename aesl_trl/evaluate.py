@@ -29,7 +29,7 @@ from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .processes import lock
 from .prompts import prompt_rows
 from .provenance import package_versions
-from .rewards import check_columns, load_reward_funcs
+from .rewards.functions import check_columns, load_reward_funcs
 from .vllm_engine import BACKENDS, choose_engine, open_engine
 
 

@@ -34,7 +34,7 @@ from .mains import (
 from .models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, base_of
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from .provenance import package_versions
-from .rewards import check_columns, load_reward_funcs
+from .rewards.functions import check_columns, load_reward_funcs
 from .signals import StopSignals
 
 

@@ -17,7 +17,7 @@ from .engines import VLLMEngine
 from .errors import InputError
 from .generating import GenerateEngine
 from .outcomes import SamplingFailed, agree
-from .rewards import score_groups
+from .rewards.functions import score_groups
 from .sampling import sample_groups
 
 

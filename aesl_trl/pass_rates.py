@@ -115,7 +115,7 @@ def _known(path: Path, keys: dict[str, str]) -> dict[str, float | None]:
 def _sampled(todo, sampling, rewards, accelerator, limits, say):
     """A line of the file for each problem, chunk after chunk."""
     from .evaluate import EvalArguments
-    from .rewards import score_groups
+    from .rewards.functions import score_groups
     from .vllm_engine import open_engine
 
     drawn = {name: getattr(sampling, name) for name in ("samples", "temperature", "max_new_tokens", "seed")}

@@ -25,7 +25,7 @@ from .pass_rates import Sampling, rates_in_file, sample_rates
 from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
 from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
-from .rewards import check_columns, load_reward_funcs, reward_name
+from .rewards.functions import check_columns, load_reward_funcs, reward_name
 from .vllm_engine import choose_engine
 
 

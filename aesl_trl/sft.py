@@ -28,7 +28,7 @@ from .mains import (
 )
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .prompts import check_held_out, prompt_rows
-from .rewards import check_columns, load_reward_funcs
+from .rewards.functions import check_columns, load_reward_funcs
 from .signals import StopSignals
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from trl.rewards import accuracy_reward
 
-from aesl_trl.grading import Answer, Graders
+from aesl_trl.rewards.grading import Answer, Graders
 
 
 DEADLINE_S = 10.0

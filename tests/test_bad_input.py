@@ -384,7 +384,8 @@ def test_a_reward_that_hangs_ends_in_one_line(project):
     """Nothing but the end of the process ends it, so it needs one of its own."""
     arguments = grpo(reward_funcs=["rewards.py:hangs"])(project)
     code = (
-        f"from aesl_trl import cli, rewards\nrewards.guarded.__kwdefaults__['hang_s'] = 1.0\ncli.main({arguments!r})"
+        "from aesl_trl import cli; from aesl_trl.rewards import functions as rewards\n"
+        f"rewards.guarded.__kwdefaults__['hang_s'] = 1.0\ncli.main({arguments!r})"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     before = hashes(project.out)

@@ -9,9 +9,8 @@ from aesl_trl.arguments import parse
 from aesl_trl.benchmarks import BENCHMARKS, PROMPT, load_benchmark
 from aesl_trl.errors import InputError
 from aesl_trl.evaluate import ARGUMENT_TYPES
-from aesl_trl.extraction import EXTRACT
-from aesl_trl.grading import GRADERS, SHARED_GRADERS, Answer
 from aesl_trl.recipes import recipes_dir
+from aesl_trl.rewards.grading import EXTRACT, GRADERS, SHARED_GRADERS, Answer
 
 
 SOLUTIONS = {

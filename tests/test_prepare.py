@@ -178,7 +178,7 @@ def test_trainers_take_them(run, tmp_path):
     from small_runs import trainer_for
 
     from aesl_trl import grpo
-    from aesl_trl.rewards import load_reward_funcs
+    from aesl_trl.rewards.functions import load_reward_funcs
 
     out = run()
     tokenizer = build_tokenizer()

@@ -14,8 +14,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
-from .extraction import EXTRACT
-from .grading import Answer, Graders
+from .grading import EXTRACT, Answer, Graders
 
 
 COMPARE = "accuracy_reward"  # compares two answers, each in a box

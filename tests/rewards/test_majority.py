@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl.grading import Answer, Grade, Graders
-from aesl_trl.majority import MAX_CHARS, Votes, count_votes, extract, maj_at_k
+from aesl_trl.rewards.grading import Answer, Grade, Graders
+from aesl_trl.rewards.majority import MAX_CHARS, Votes, count_votes, extract, maj_at_k
 
 
 def by_enumeration(votes: Votes, k: int) -> tuple[Fraction, Fraction]:

@@ -32,7 +32,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import InputError
+from ..errors import InputError
+
+
+EXTRACT = "extracted_answer"  # the name by which grading.py knows it
 
 
 MATH_GRADERS = ("accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
@@ -151,13 +154,13 @@ class _Child:
     """A grading process and the socket to it; it has one answer at a time."""
 
     def __init__(self, memory_mb: int):
-        package = str(Path(__file__).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 # -P: a file of the current folder must not pass for a module
-                [sys.executable, "-P", "-m", "aesl_trl.grading", str(memory_mb)],
+                [sys.executable, "-P", "-m", "aesl_trl.rewards.grading", str(memory_mb)],
                 stdin=theirs,
                 stdout=theirs,
                 env={**os.environ, "PYTHONPATH": path},
@@ -198,7 +201,7 @@ class _Child:
         if not self.is_ready:
             raise InputError(
                 f"the process that grades answers did not start (exit code {code}), its own error is above; to see it "
-                "alone: python -m aesl_trl.grading < /dev/null"
+                "alone: python -m aesl_trl.rewards.grading < /dev/null"
             )
         return index, Grade(0.0, "timeout" if is_late or code == -signal.SIGXCPU else "crash")
 
@@ -265,7 +268,7 @@ def _load() -> dict[str, Callable]:
     """The graders that can run here, each warm from one answer."""
     from trl import rewards
 
-    from .extraction import EXTRACT, extracted_answer
+    pass
 
     names = GRADERS if importlib.util.find_spec("math_verify") else set(GRADERS) - set(MATH_GRADERS)
     graders = {name: getattr(rewards, name) for name in names}
@@ -335,6 +338,27 @@ def _die_with_parent(channel: socket.socket, is_on: bool) -> None:
 def _address_space() -> int:
     pages = Path("/proc/self/statm").read_text().split()[0]
     return int(pages) * resource.getpagesize()
+
+
+def extracted_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:
+    """The normalised LaTeX of the answer in each completion, with math-verify; None where it finds none.
+
+    The settings are those of `trl.rewards.accuracy_reward`.
+    """
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True),
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+    )
+    texts = [completion[0]["content"] for completion in completions]
+    found = [
+        parse(text, extraction_config=[config], extraction_mode="first_match", parsing_timeout=10) for text in texts
+    ]
+    # The last item is the text, whether or not math-verify could read it as mathematics
+    return [" ".join(str(items[-1]).split()) or None if items else None for items in found]
 
 
 if __name__ == "__main__":

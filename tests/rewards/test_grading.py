@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from aesl_trl import grading
 from aesl_trl.errors import InputError
-from aesl_trl.grading import GRADERS, MAX_CHARS, SELF_TEST, Answer, Grade, Graders
+from aesl_trl.rewards import grading
+from aesl_trl.rewards.grading import GRADERS, MAX_CHARS, SELF_TEST, Answer, Grade, Graders
 
 
 TOWER = r"\boxed{5^{5^{5^{5^{5}}}}}"
@@ -371,7 +371,7 @@ def test_a_forked_process_grades_with_children_of_its_own(stand_in, tmp_path):
     result = run_script(
         """
 import os
-from aesl_trl.grading import SHARED_GRADERS as graders, Answer, Grade
+from aesl_trl.rewards.grading import SHARED_GRADERS as graders, Answer, Grade
 def grade():
     assert graders.grade([Answer("accuracy_reward", "plain", "")] * 3, 5.0) == [Grade(1.0)] * 3
     return [child.process.pid for child in graders._children]
@@ -396,7 +396,7 @@ def test_children_end_with_their_parent(stand_in, end):
     result = run_script(
         f"""
 import os, signal, sys, threading, time
-from aesl_trl.grading import Answer; from aesl_trl.grading import Graders
+from aesl_trl.rewards.grading import Answer; from aesl_trl.rewards.grading import Graders
 graders = Graders(2)
 plain, endless = (Answer("accuracy_reward", text, "") for text in ("plain", "RUN x = 7**(7**9)"))
 while len(graders._children) < 2 or not all(child.is_idle for child in graders._children):

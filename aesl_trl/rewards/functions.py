@@ -26,8 +26,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .arguments import load_function
-from .errors import InputError, nearest
+from ..arguments import load_function
+from ..errors import InputError, nearest
 from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Graders
 
 

@@ -25,11 +25,10 @@ import trl.rewards
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from aesl_trl import grading
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
-from aesl_trl.grading import Graders
-from aesl_trl.rewards import (
+from aesl_trl.rewards import grading
+from aesl_trl.rewards.functions import (
     GradedFormat,
     GradedReward,
     check_columns,
@@ -38,6 +37,7 @@ from aesl_trl.rewards import (
     reward_name,
     score_groups,
 )
+from aesl_trl.rewards.grading import Graders
 
 
 def group(prompt, completions):
@@ -295,7 +295,7 @@ async def raising_later(completions, **kwargs):
     raise KeyError("unit\nprice")
 
 
-RAISED = r"raised KeyError at .*test_rewards.py:{}: 'unit\\nprice'; correct it, or let it return None"
+RAISED = r"raised KeyError at .*test_functions.py:{}: 'unit\\nprice'; correct it, or let it return None"
 BAD_RESULTS = {
     "shorter": ([1.0], "returned 1 rewards for 4 completions"),
     "longer": ([1.0] * 5, "returned 5 rewards for 4 completions"),
@@ -411,7 +411,7 @@ def test_a_function_that_hangs_ends_the_process_with_one_line(tmp_path, name, wh
     script = f"""
 import asyncio, inspect
 from aesl_trl.arguments import load_function
-from aesl_trl.rewards import guarded
+from aesl_trl.rewards.functions import guarded
 guard = guarded(load_function("own.py:{name}", field="reward_funcs"), hang_s=0.2)
 print("before", flush=True)
 result = guard(completions=["a"])

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from aesl_trl.extraction import EXTRACT
-from aesl_trl.grading import SHARED_GRADERS, Answer
+from aesl_trl.rewards.grading import EXTRACT, SHARED_GRADERS, Answer
 
 
 pytest.importorskip("math_verify")
 
-ROWS = json.loads((Path(__file__).parent / "fixtures" / "grading_set.json").read_text())
+ROWS = json.loads((Path(__file__).parents[1] / "fixtures" / "grading_set.json").read_text())
 TOO_STRICT = {
     1: r"\frac12 without braces: accuracy_reward does not mend LaTeX in answers, only in gold answers",
     30: r"\varnothing is a symbol to math-verify, \emptyset the empty set",

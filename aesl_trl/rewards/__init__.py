@@ -1,0 +1,1 @@
+"""Rewards by name; untrusted answers are graded in child processes."""

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
 from . import files
-from .backends import BACKENDS
 from .diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
 from .diversity.series import NOT_FIGURES
 from .diversity.turning_point import find_turning_point
@@ -20,6 +19,7 @@ from .losses.rules import TOKEN_RULES
 from .measurement import Measurement
 from .prompts import prompt_rows
 from .provenance import package_versions
+from .sampling.backends import TRAINING_BACKENDS
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less
@@ -53,8 +53,8 @@ class DiversityCallback(TrainerCallback):
         batch_size (`int`): completions generated at once on each process.
         token_budget (`int`, *optional*): completion tokens that a measurement may cost; what is asked for beyond it is
             made smaller (see budget.py). 0 is no limit, `None` the backend's default.
-        vllm ([`~aesl_trl.backends.VLLMSettings`], *optional*): where vLLM's server is, and what a colocated one may
-            take.
+        vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): where vLLM's server is, and what a colocated
+            one may take.
         selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are
             kept.
         best_eval_metric (`str`): for the rule `"best_eval"`.
@@ -99,7 +99,7 @@ class DiversityCallback(TrainerCallback):
         if not temperature > 0:
             raise InputError(f"temperature is {temperature!r}, but must be above 0")
         for name, value, choices in (
-            ("backend", backend, BACKENDS),
+            ("backend", backend, TRAINING_BACKENDS),
             ("metric", metric, METRICS),
             ("selection", selection, (None, *RULES)),
             ("best_eval_metric", best_eval_metric, EVAL_METRICS),

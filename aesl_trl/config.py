@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
-from .backends import BACKENDS, VLLMSettings, check_backend
 from .budget import Size, fit
 from .diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
 from .errors import InputError, nearest
 from .losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from .losses.rules import TOKEN_RULES
+from .sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
 
 
 @dataclass
@@ -139,7 +139,7 @@ class AESLSFTConfig(SFTConfig):
     )
     diversity_backend: str = field(
         default="auto",
-        metadata={"help": "How to sample.", "choices": list(BACKENDS)},
+        metadata={"help": "How to sample.", "choices": list(TRAINING_BACKENDS)},
     )
     diversity_vllm_server_base_url: str | None = field(
         default=None, metadata={"help": "Address of a vLLM server, e.g. http://localhost:8000."}
@@ -187,7 +187,7 @@ class AESLSFTConfig(SFTConfig):
         self._check_choice("cold_start_loss", tuple(TOKEN_RULES))
         for name, choices in (("prefix_mode", PREFIX_MODES), ("aesl_weight", AESL_WEIGHTS), ("gem_h", GEM_H)):
             self._check_choice(name, choices)
-        self._check_choice("diversity_backend", BACKENDS)
+        self._check_choice("diversity_backend", TRAINING_BACKENDS)
         self._check_choice("diversity_metric", tuple(METRICS))
         self._check_choice("best_eval_metric", tuple(EVAL_METRICS))
         for name in (

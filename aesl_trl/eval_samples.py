@@ -5,7 +5,7 @@ own, made from the run's seed, its first problem and its part, and added to the 
 not depend on where a run was cut off. A folder is of one model with one set of settings: another model, seed or
 length has another folder, and never meets these samples.
 
-What draws is transformers_engine.py and vllm_engine.py.
+What draws is sampling/offline.py and sampling/offline.py.
 """
 
 import dataclasses
@@ -14,27 +14,17 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from .diversity.figures import Group
 from .errors import InputError
 from .files import append_jsonl, read_jsonl, write_json
+from .sampling.draws import Piece
 
 
 SAMPLES_DIR = "evaluation_samples"
 SETTINGS = "settings.json"
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-
-
-class Piece(NamedTuple):
-    """Problems `first` .. `first + num - 1`, part `chunk` of their samples, `samples` of each."""
-
-    first: int
-    num: int
-    chunk: int
-    samples: int
 
 
 def pieces(num_problems: int, samples: int, answers: int) -> list[Piece]:
@@ -48,17 +38,6 @@ def pieces(num_problems: int, samples: int, answers: int) -> list[Piece]:
         for first in range(num_problems)
         for chunk, start in enumerate(starts)
     ]
-
-
-def draw_seed(seed: int, problem: int, chunk: int) -> int:
-    """The seed from which part `chunk` of the samples of `problem` is drawn, in 0 .. 2**32 - 1.
-
-    Seeds beside each other would not do: vLLM gives the i-th sample of a request the request's seed plus i. The first
-    piece has the run's own seed.
-    """
-    if (problem, chunk) == (0, 0):
-        return seed
-    return int(np.random.SeedSequence([seed, problem, chunk]).generate_state(1)[0])
 
 
 def model_identity(path: str, base: str | None = None) -> dict:

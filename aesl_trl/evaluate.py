@@ -22,7 +22,7 @@ from .data_checks import check_prompts
 from .diversity.figures import Group
 from .errors import InputError, exit_on_input_error
 from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
-from .eval_samples import SAMPLES_DIR, Piece, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
+from .eval_samples import SAMPLES_DIR, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
 from .files import EVALUATION, write_json
 from .models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
@@ -30,7 +30,9 @@ from .processes import lock
 from .prompts import prompt_rows
 from .provenance import package_versions
 from .rewards.functions import check_columns, load_reward_funcs
-from .vllm_engine import BACKENDS, choose_engine, open_engine
+from .sampling.backends import OFFLINE_BACKENDS, choose_engine
+from .sampling.draws import Piece
+from .sampling.offline import open_engine
 
 
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece
@@ -93,7 +95,10 @@ class EvalArguments:
     )
     backend: str = field(
         default="auto",
-        metadata={"help": "What samples: vllm, transformers, or auto, vLLM where it can run.", "choices": BACKENDS},
+        metadata={
+            "help": "What samples: vllm, transformers, or auto, vLLM where it can run.",
+            "choices": OFFLINE_BACKENDS,
+        },
     )
     tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model (vLLM)."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the GPU's memory for vLLM."})

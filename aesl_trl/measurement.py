@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import files
-from .backends import VLLMSettings, choose_backend
 from .budget import Size, budget_of, fit
 from .diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from .diversity.selection import METRICS
 from .diversity.series import SETTINGS, base_completions, check_settings
-from .engines import VLLMEngine
 from .errors import InputError
-from .generating import GenerateEngine
-from .outcomes import SamplingFailed, agree
 from .rewards.functions import score_groups
-from .sampling import sample_groups
+from .sampling.backends import VLLMSettings, choose_backend
+from .sampling.draws import SamplingFailed, agree
+from .sampling.generate import GenerateEngine
+from .sampling.groups import sample_groups
+from .sampling.vllm_synced import SyncedVLLM
 
 
 class Measurement:
@@ -57,7 +57,7 @@ class Measurement:
         self.engine = (
             GenerateEngine(batch_size)
             if self.backend == "generate"
-            else VLLMEngine(self.backend, vllm, trainer.args.per_device_train_batch_size)
+            else SyncedVLLM(self.backend, vllm, trainer.args.per_device_train_batch_size)
         )
         self.token_budget = budget_of(self.backend, token_budget)
         self.asked = Size(len(rows), samples, max_new_tokens)

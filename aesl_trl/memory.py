@@ -257,7 +257,7 @@ def sampling_items(
 
 
 def gathered_for_sampling(run: Training) -> list[Item]:
-    """A sharded model is gathered whole before `generate` samples from it (generating.py; TRL for ZeRO-3)."""
+    """A sharded model is gathered whole before `generate` samples from it (sampling/generate.py; TRL for ZeRO-3)."""
     if run.sharding not in ("zero3", "fsdp"):
         return []
     return [Item("gathered weights", GENERATE, 2 * run.shape.parameters / GB, "the whole model in bf16")]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from .data import load_rows
 from .errors import InputError
-from .eval_samples import Piece
 from .files import append_jsonl, read_jsonl
 from .problems import Problem, checked_rate, problem_id
+from .sampling.draws import Piece
 
 
 CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each
@@ -116,7 +116,7 @@ def _sampled(todo, sampling, rewards, accelerator, limits, say):
     """A line of the file for each problem, chunk after chunk."""
     from .evaluate import EvalArguments
     from .rewards.functions import score_groups
-    from .vllm_engine import open_engine
+    from .sampling.offline import open_engine
 
     drawn = {name: getattr(sampling, name) for name in ("samples", "temperature", "max_new_tokens", "seed")}
     engine = open_engine(sampling.backend, sampling.model, EvalArguments(**drawn, **limits), accelerator)

@@ -26,7 +26,7 @@ from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_o
 from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
 from .rewards.functions import check_columns, load_reward_funcs, reward_name
-from .vllm_engine import choose_engine
+from .sampling.backends import choose_engine
 
 
 ARGUMENT_TYPES = (DataArguments,)

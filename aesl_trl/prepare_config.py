@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .errors import InputError
 from .problems import Problem
-from .vllm_engine import BACKENDS
+from .sampling.backends import OFFLINE_BACKENDS
 
 
 PLACEHOLDER = "{problem}"
@@ -86,7 +86,7 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "What samples pass rates: vllm, transformers, or auto, vLLM where it can.",
-            "choices": BACKENDS,
+            "choices": OFFLINE_BACKENDS,
         },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Sample on the CPU although there is a GPU."})

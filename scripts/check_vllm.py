@@ -19,12 +19,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl.import_utils import is_vllm_available
 
-from aesl_trl.backends import VLLMSettings
-from aesl_trl.engines import VLLMEngine
 from aesl_trl.losses.scoring import add_fused_head
-from aesl_trl.outcomes import Draw, Request, share
 from aesl_trl.recipes import recipes_dir
-from aesl_trl.sampling import preserved_random_state
+from aesl_trl.sampling.backends import VLLMSettings
+from aesl_trl.sampling.draws import Draw, Request, share
+from aesl_trl.sampling.groups import preserved_random_state
+from aesl_trl.sampling.vllm_synced import SyncedVLLM
 
 
 PROMPTS = ["1 2 3", "a", "4 5 6 7 8 9 and so on"]
@@ -68,7 +68,7 @@ def largest_difference(model, request: Request, drawn: list[Draw]) -> float:
     )
 
 
-def checks(model, tokenizer, engine: VLLMEngine, cold_engine: VLLMEngine | None, accelerator) -> Iterator[tuple]:
+def checks(model, tokenizer, engine: SyncedVLLM, cold_engine: SyncedVLLM | None, accelerator) -> Iterator[tuple]:
     """(what, whether it holds, the number behind it) of each check. Changes the model's weights."""
     request = request_of(tokenizer, accelerator)
     base = {name: value.clone() for name, value in model.named_parameters()}
@@ -169,14 +169,14 @@ def main() -> int:
         add_fused_head(model)
         model = adapted(model).eval() if args.kind == "adapter" else model
         # A second engine would want the GPU's state that the first one has: the temperature is the engine's alone
-        engine = VLLMEngine("vllm_colocate", VLLMSettings(), rescore_batch_size=4)
+        engine = SyncedVLLM("vllm_colocate", VLLMSettings(), rescore_batch_size=4)
         return report(args.kind, checks(model, AutoTokenizer.from_pretrained(path), engine, Cold(engine), accelerator))
 
 
 class Cold:
     """The same engine at another temperature."""
 
-    def __init__(self, engine: VLLMEngine):
+    def __init__(self, engine: SyncedVLLM):
         self.engine = engine
 
     def draw(self, model, tokenizer, request: Request) -> list[Draw]:

@@ -22,8 +22,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from aesl_trl import AESLSFTConfig, AESLSFTTrainer, files
-from aesl_trl.backends import BACKENDS
 from aesl_trl.recipes import recipes_dir
+from aesl_trl.sampling.backends import TRAINING_BACKENDS
 
 
 class Clock(TrainerCallback):
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=AESLSFTConfig.diversity_max_new_tokens)
     parser.add_argument("--batch_size", type=int, default=AESLSFTConfig.diversity_batch_size)
     parser.add_argument("--token_budget", type=int)
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--backend", choices=TRAINING_BACKENDS, default="auto")
     return parser.parse_args()
 
 

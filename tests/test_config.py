@@ -7,11 +7,12 @@ from small_runs import cpu_settings, small_config
 from transformers import HfArgumentParser
 from trl import GRPOConfig, SFTConfig
 
-from aesl_trl import AESLSFTConfig, backends
-from aesl_trl.backends import VLLMSettings
+from aesl_trl import AESLSFTConfig
 from aesl_trl.diversity.selection import RULES
 from aesl_trl.errors import InputError
 from aesl_trl.losses.rules import TOKEN_RULES
+from aesl_trl.sampling import backends
+from aesl_trl.sampling.backends import VLLMSettings
 
 
 def test_defaults_are_the_documented_ones(tmp_path):

@@ -245,7 +245,7 @@ def test_load_balancing_loss():
 
 def test_processors_of_the_caller_run_before_the_temperature(tokenizer, tiny_model_dir):
     """The recorded entropy is at temperature 1."""
-    from aesl_trl.generating import StepRecorder
+    from aesl_trl.sampling.generate import StepRecorder
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     inputs = tokenizer("abc", return_tensors="pt")

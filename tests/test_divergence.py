@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from aesl_trl import files
 from aesl_trl.divergence import SKIPPED_STEPS
 from aesl_trl.errors import Diverged, exit_on_input_error
-from aesl_trl.sampling import sample_groups
+from aesl_trl.sampling.groups import sample_groups
 
 
 class Poison(TrainerCallback):

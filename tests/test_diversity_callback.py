@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import aesl_trl.callback
-import aesl_trl.generating
 import aesl_trl.measurement
+import aesl_trl.sampling.generate
 from aesl_trl import AESLSFTTrainer, DiversityCallback, files
 from aesl_trl.errors import InputError
-from aesl_trl.sampling import sample_groups
+from aesl_trl.sampling.groups import sample_groups
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
@@ -596,7 +596,7 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(aesl_trl.generating, "_generate", fail)
+    monkeypatch.setattr(aesl_trl.sampling.generate, "_generate", fail)
     measured = trainer_for(tokenizer, tmp_path / "gaps", selection="turning_point")
     measured.train()
     weights = trained_weights(plain)

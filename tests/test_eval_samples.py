@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from aesl_trl import eval_samples
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
-from aesl_trl.eval_samples import Piece, SamplesFile, assemble, draw_missing, draw_seed, folder_for, pieces
+from aesl_trl.eval_samples import SamplesFile, assemble, draw_missing, folder_for, pieces
+from aesl_trl.sampling.draws import Piece, draw_seed
 
 
 def group(prompt: str, texts: list[str]) -> Group:

@@ -20,8 +20,8 @@ from aesl_trl.benchmarks import BENCHMARKS
 from aesl_trl.diversity.figures import Group
 from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
-from aesl_trl.sampling import sample_groups
-from aesl_trl.transformers_engine import load
+from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.sampling.offline import load
 
 
 REWARD = """

@@ -24,13 +24,15 @@ from small_problems import (
 )
 from tiny_models import build_model, build_tokenizer
 
-from aesl_trl import data, pass_rates, prepare, prepare_output, problems, transformers_engine, vllm_engine
+from aesl_trl import data, pass_rates, prepare, prepare_output, problems
 from aesl_trl.decontaminate import BenchmarkIndex, normalise
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json, read_jsonl
 from aesl_trl.prepare_config import DataArguments, difficulty_of
 from aesl_trl.problems import Drops, Problem, problem_id
+from aesl_trl.sampling import offline as transformers_engine
+from aesl_trl.sampling import offline as vllm_engine
 
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ should start (docs/entropy.md).
 
 Every figure is a sum over prompts divided by another one, which is how prompts are resampled for its interval.
 
-Left out: sampling (sampling.py), grading (rewards/functions.py), BLEU itself (bleu.py), and what to conclude
+Left out: sampling (sampling/groups.py), grading (rewards/functions.py), BLEU itself (bleu.py), and what to conclude
 (turning_point.py, selection.py).
 """
 

@@ -17,7 +17,7 @@ from aesl_trl.models import handoff
 from aesl_trl.models.handoff import hand_off
 from aesl_trl.models.handoff_checks import check_differences, compare, log_probs
 from aesl_trl.models.loading import load_model
-from aesl_trl.sampling import sample_groups
+from aesl_trl.sampling.groups import sample_groups
 
 
 IM_END, END_OF_TEXT, IM_START = 256, 257, 258

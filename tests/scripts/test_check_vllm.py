@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from tiny_models import build_model
 from vllm_stand_in import StandIn
 
-from aesl_trl.backends import VLLMSettings
-from aesl_trl.engines import VLLMEngine
 from aesl_trl.losses.scoring import add_fused_head
+from aesl_trl.sampling.backends import VLLMSettings
+from aesl_trl.sampling.vllm_synced import SyncedVLLM
 
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def wrong(monkeypatch, tokenizer, kind, spoil=None) -> tuple[list[str], list[str
     model = build_model(tokenizer, initializer_range=0.4).eval()
     add_fused_head(model)
     model = check_vllm.adapted(model.bfloat16()).eval() if kind == "adapter" else model
-    engine = VLLMEngine("vllm_colocate", VLLMSettings(), rescore_batch_size=4)
+    engine = SyncedVLLM("vllm_colocate", VLLMSettings(), rescore_batch_size=4)
     if spoil:
         spoil(stand_in, model)
     results = list(check_vllm.checks(model, tokenizer, engine, check_vllm.Cold(engine), Accelerator(cpu=True)))

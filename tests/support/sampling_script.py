@@ -1,4 +1,4 @@
-"""What test_sampling_processes.py launches with torchrun: `python sampling_script.py FOLDER RUN...`, names of RUNS.
+"""What test_groups_processes.py launches with torchrun: `python sampling_script.py FOLDER RUN...`, names of RUNS.
 
 Each process writes what it holds to FOLDER/rank-R.pt.
 """
@@ -13,7 +13,9 @@ from small_runs import PAIRS, prompt_completion_rows, small_config, steps_of
 from tiny_models import build_model, build_tokenizer
 from vllm_stand_in import StandIn
 
-from aesl_trl import AESLSFTTrainer, backends, generating, measurement
+from aesl_trl import AESLSFTTrainer, measurement
+from aesl_trl.sampling import backends
+from aesl_trl.sampling import generate as generating
 
 
 PROMPTS = ["2+3=", "abc", "Name a colour: "]  # two for the first process, one for the second

@@ -12,7 +12,7 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aesl_trl import engines
+from aesl_trl.sampling import vllm_synced as engines
 
 
 class StandIn:

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl.models.utils import unwrap_model_for_generation
 
-from .errors import InputError
-from .models.tokens import stop_ids
-from .outcomes import Draw, Request, SamplingFailed, agree, is_out_of_memory
+from ..errors import InputError
+from ..models.tokens import stop_ids
+from .draws import Draw, Request, SamplingFailed, agree, is_out_of_memory
 
 
 class StepRecorder(LogitsProcessor):

@@ -6,57 +6,60 @@ own seed, and `RequestOutput.outputs`. Left out: LoRA requests (an adapter is me
 transformers), data parallelism over processes, and the exact entropy, which vLLM does not return.
 """
 
-import importlib.util
 import math
+from pathlib import Path
 
-from .diversity.figures import Group
-from .errors import InputError
-from .eval_samples import Piece, draw_seed
-from .models.loading import release_memory
-from .models.tokens import end_of_turn, prompt_tokens
-from .transformers_engine import TransformersEngine
-
-
-BACKENDS = ("auto", "vllm", "transformers")
+from ..diversity.figures import Group
+from ..models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
+from ..models.loading import load_model, put_adapter, release_memory
+from ..models.tokens import end_of_turn, prompt_tokens, stop_at_turn_end
+from .draws import Piece, draw_seed
+from .groups import sample_groups
 
 
-def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
-    """`vllm` or `transformers`, and why.
+class TransformersEngine:
+    """A loaded model; `close` frees its memory.
 
     Args:
-        asked: one of `BACKENDS`.
-        accelerator: its number of processes and its device decide.
-        is_adapter: whether the model is an adapter on a base.
-
-    Raises:
-        InputError: vllm is asked for where it cannot run.
+        path: a folder or a name on the hub; an adapter comes on the base that it names.
+        args: [`~evaluate.EvalArguments`].
+        accelerator: splits the problems of a piece over its processes.
     """
-    if asked == "transformers":
-        return asked, "as asked"
-    reason = _why_not_vllm(is_adapter, accelerator.num_processes, accelerator.device.type == "cuda")
-    if reason is None:
-        return "vllm", "as asked" if asked == "vllm" else "it is installed, and there is a GPU"
-    if asked == "vllm":
-        raise InputError(f"backend: vllm cannot be used: {reason}")
-    return "transformers", f"not vllm: {reason}"
+
+    name = "transformers"
+
+    def __init__(self, path: str, args, accelerator):
+        self._args, self._accelerator = args, accelerator
+        self._model, self._tokenizer = load(path, str(accelerator.device), trust_remote_code=args.trust_remote_code)
+
+    def draw(self, rows: list[dict], piece: Piece) -> list[Group]:
+        """The groups of `rows`, the problems of `piece`, on every process."""
+        args = self._args
+        if isinstance(rows[0]["prompt"], list):
+            stop_at_turn_end(self._model, self._tokenizer)
+        return sample_groups(
+            self._model,
+            self._tokenizer,
+            rows,
+            samples=piece.samples,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=draw_seed(args.seed, piece.first, piece.chunk),
+            accelerator=self._accelerator,
+        )
+
+    def close(self) -> None:
+        del self._model
+        release_memory()
 
 
-def _why_not_vllm(is_adapter: bool, num_processes: int, on_gpu: bool) -> str | None:
-    if importlib.util.find_spec("vllm") is None:
-        return "it is not installed (pip install aesl-trl[vllm])"
-    if not on_gpu:
-        return "there is no GPU, or use_cpu is set"
-    if num_processes > 1:
-        return f"it runs in one process, not {num_processes}: start without accelerate, and set tensor_parallel_size"
-    return "an adapter has to be merged first (aesl handoff RUN --mode merge)" if is_adapter else None
-
-
-def open_engine(backend: str, path: str, args, accelerator) -> "VLLMEngine | TransformersEngine":
+def open_engine(backend: str, path: str, args, accelerator) -> "OfflineVLLM | TransformersEngine":
     """The engine that `choose_engine` named, its model loaded."""
-    return VLLMEngine(path, args) if backend == "vllm" else TransformersEngine(path, args, accelerator)
+    return OfflineVLLM(path, args) if backend == "vllm" else TransformersEngine(path, args, accelerator)
 
 
-class VLLMEngine:
+class OfflineVLLM:
     """A loaded model; `close` frees its memory.
 
     Args:
@@ -150,3 +153,18 @@ def _neg_log_prob(output) -> float:
     """Nats per token; of each position vLLM gives {token: Logprob}, the sampled token among them."""
     pairs = zip(output.token_ids, output.logprobs, strict=True)
     return -math.fsum(at[token].logprob for token, at in pairs) / max(len(output.token_ids), 1)
+
+
+def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
+    """Model and tokenizer at `path`; an adapter comes on the base that it names, with the files that lie beside it."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
+        model = load_model(path, device=device, trust_remote_code=trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    base = base_of(path, "model")
+    model = put_adapter(load_model(base, device=device, trust_remote_code=trust_remote_code), path, base).eval()
+    if (Path(path) / "generation_config.json").is_file():
+        model.base_model.model.generation_config = GenerationConfig.from_pretrained(path)
+    beside = path if (Path(path) / TOKENIZER_CONFIG).is_file() else base
+    return model, AutoTokenizer.from_pretrained(beside, trust_remote_code=trust_remote_code)

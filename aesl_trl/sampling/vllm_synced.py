@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..models.tokens import stop_ids
 from .backends import VLLMSettings
-from .generating import free_memory, unmark
-from .models.tokens import stop_ids
-from .outcomes import Draw, Request, SamplingFailed, agree, is_out_of_memory
+from .draws import Draw, Request, SamplingFailed, agree, is_out_of_memory
+from .generate import free_memory, unmark
 from .rescoring import rescore
 
 
@@ -39,7 +39,7 @@ CONCURRENT_REQUESTS = 64  # to a server, which batches what it is given
 MAX_NUM_SEQS = 256  # of a colocated engine at once: its memory does not depend on how many prompts it is handed
 
 
-class VLLMEngine:
+class SyncedVLLM:
     """Draws with vLLM, started at the first draw.
 
     Out of memory is not answered by a smaller batch: a colocated engine takes its memory in advance
@@ -48,7 +48,8 @@ class VLLMEngine:
     Args:
         name: `"vllm_colocate"` or `"vllm_server"`.
         settings: of the engine.
-        rescore_batch_size: samples scored at once where the entropy needs it, see [`~aesl_trl.rescoring.rescore`].
+        rescore_batch_size: samples scored at once where the entropy needs it, see
+            [`~aesl_trl.sampling.rescoring.rescore`].
     """
 
     batch_size = None

@@ -1,17 +1,21 @@
 """Where the samples of a measurement come from: which backends there are, and which one `auto` takes here.
 
-The backends themselves are generating.py (transformers) and engines.py (vLLM); nothing is loaded or started here.
+The backends themselves are generate.py (transformers) and vllm_synced.py (vLLM); nothing is loaded or started here.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from trl.import_utils import is_vllm_available
 
-from .errors import InputError
+from ..errors import InputError
 
 
-BACKENDS = ("auto", "vllm_colocate", "vllm_server", "generate")
+OFFLINE_BACKENDS = ("auto", "vllm", "transformers")
+
+
+TRAINING_BACKENDS = ("auto", "vllm_colocate", "vllm_server", "generate")
 INSTALL = "pip install 'aesl_trl[vllm]'"
 
 
@@ -71,7 +75,7 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
     `model.generate`.
 
     Args:
-        backend: one of `BACKENDS`.
+        backend: one of `TRAINING_BACKENDS`.
         obstacle: why this model cannot be sampled from by vLLM, None where it can.
 
     Raises:
@@ -92,3 +96,34 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
     if obstacle:
         return "generate", f"auto: vLLM cannot be used, {obstacle}"
     return "vllm_colocate", "auto: vLLM is installed and there is a GPU"
+
+
+def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
+    """`vllm` or `transformers`, and why.
+
+    Args:
+        asked: one of `OFFLINE_BACKENDS`.
+        accelerator: its number of processes and its device decide.
+        is_adapter: whether the model is an adapter on a base.
+
+    Raises:
+        InputError: vllm is asked for where it cannot run.
+    """
+    if asked == "transformers":
+        return asked, "as asked"
+    reason = _why_not_vllm(is_adapter, accelerator.num_processes, accelerator.device.type == "cuda")
+    if reason is None:
+        return "vllm", "as asked" if asked == "vllm" else "it is installed, and there is a GPU"
+    if asked == "vllm":
+        raise InputError(f"backend: vllm cannot be used: {reason}")
+    return "transformers", f"not vllm: {reason}"
+
+
+def _why_not_vllm(is_adapter: bool, num_processes: int, on_gpu: bool) -> str | None:
+    if importlib.util.find_spec("vllm") is None:
+        return "it is not installed (pip install aesl-trl[vllm])"
+    if not on_gpu:
+        return "there is no GPU, or use_cpu is set"
+    if num_processes > 1:
+        return f"it runs in one process, not {num_processes}: start without accelerate, and set tensor_parallel_size"
+    return "an adapter has to be merged first (aesl handoff RUN --mode merge)" if is_adapter else None

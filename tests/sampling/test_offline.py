@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from tiny_models import build_tokenizer
 
-from aesl_trl import vllm_engine
 from aesl_trl.errors import InputError
-from aesl_trl.eval_samples import Piece, draw_seed
 from aesl_trl.evaluate import EvalArguments
-from aesl_trl.vllm_engine import VLLMEngine, choose_engine
+from aesl_trl.sampling import offline as vllm_engine
+from aesl_trl.sampling.backends import choose_engine
+from aesl_trl.sampling.draws import Piece, draw_seed
+from aesl_trl.sampling.offline import OfflineVLLM
 
 
 # Of https://docs.vllm.ai/en/v0.8.3/api/inference_params.html; TRL leaves both to the user's generation_kwargs
@@ -140,7 +141,7 @@ def vllm(monkeypatch):
 
 def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
     args = EvalArguments(temperature=0.6, max_new_tokens=32, seed=5, max_model_len=128)
-    engine = VLLMEngine(tiny_model_dir, args)
+    engine = OfflineVLLM(tiny_model_dir, args)
     groups = engine.draw([{"prompt": CHAT}, {"prompt": "2+2="}], Piece(3, 2, 1, 3))
     assert [group.prompt for group in groups] == [CHAT, "2+2="]
     for problem, group in zip((3, 4), groups, strict=True):
@@ -160,7 +161,7 @@ def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.5, 1.0]), (0.6, None)])
 def test_entropy_is_estimated_where_samples_are_the_models_own(vllm, tiny_model_dir, temperature, expected):
-    engine = VLLMEngine(tiny_model_dir, EvalArguments(temperature=temperature))
+    engine = OfflineVLLM(tiny_model_dir, EvalArguments(temperature=temperature))
     (group,) = engine.draw([{"prompt": CHAT}], Piece(0, 1, 0, 2))
     assert group.neg_log_prob == expected and group.entropy == [None, None]
 

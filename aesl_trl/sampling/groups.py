@@ -2,7 +2,7 @@
 
 Random states, train mode, gradient checkpointing and the tokenizer's padding side are restored, also when the draw
 fails. All samples of a prompt are drawn on one process; the draw depends on the seed and the prompt's index, not on
-what the training has drawn. The engines that draw are generating.py and engines.py.
+what the training has drawn. The engines that draw are generate.py and vllm_synced.py.
 """
 
 import random
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .diversity.figures import Group
-from .generating import GenerateEngine, free_memory
-from .outcomes import Draw, share
+from ..diversity.figures import Group
+from .draws import Draw, share
+from .generate import GenerateEngine, free_memory
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def sample_groups(
         seed: of the draw, which is the same for each call with the same weights, batch size and number of processes.
         accelerator: splits the prompts over its processes; the result, in the order of `rows`, is on each of them.
         gradient_checkpointing_kwargs: with which gradient checkpointing is turned on again, where it was on.
-        engine: what draws, by default a [`~aesl_trl.generating.GenerateEngine`] of `batch_size`.
+        engine: what draws, by default a [`~aesl_trl.sampling.generate.GenerateEngine`] of `batch_size`.
 
     Returns:
         One [`~aesl_trl.diversity.figures.Group`] a row, without rewards.

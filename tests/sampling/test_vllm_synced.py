@@ -14,13 +14,15 @@ from small_runs import prompt_completion_rows, small_config, trained_weights
 from tiny_models import build_model
 from vllm_stand_in import StandIn
 
-from aesl_trl import AESLSFTTrainer, backends, engines, files
-from aesl_trl.backends import VLLMSettings, check_backend, choose_backend
-from aesl_trl.engines import VLLMEngine, preserved_base
+from aesl_trl import AESLSFTTrainer, files
 from aesl_trl.errors import InputError
 from aesl_trl.losses.scoring import add_fused_head
-from aesl_trl.outcomes import SamplingFailed
-from aesl_trl.sampling import sample_groups
+from aesl_trl.sampling import backends
+from aesl_trl.sampling import vllm_synced as engines
+from aesl_trl.sampling.backends import VLLMSettings, check_backend, choose_backend
+from aesl_trl.sampling.draws import SamplingFailed
+from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.sampling.vllm_synced import SyncedVLLM, preserved_base
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
@@ -55,7 +57,7 @@ def installed(monkeypatch):
 
 
 def engine_of(kind):
-    return VLLMEngine(kind, SERVER if kind == "vllm_server" else VLLMSettings(), rescore_batch_size=5)
+    return SyncedVLLM(kind, SERVER if kind == "vllm_server" else VLLMSettings(), rescore_batch_size=5)
 
 
 def stopping_model(tokenizer):
@@ -84,7 +86,7 @@ def with_logits(model, tokenizer, groups, sampled):
 
 def test_constructor_of_a_colocated_engine(stand_in, tokenizer):
     model = stopping_model(tokenizer)
-    draw(model, tokenizer, VLLMEngine("vllm_colocate", VLLMSettings(gpu_memory_utilization=0.4)), max_new_tokens=7)
+    draw(model, tokenizer, SyncedVLLM("vllm_colocate", VLLMSettings(gpu_memory_utilization=0.4)), max_new_tokens=7)
     arguments = stand_in.made.call_args.kwargs
     longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in PROMPTS)
     assert arguments.pop("model") is model and arguments.pop("processing_class") is tokenizer
@@ -108,7 +110,7 @@ def test_constructor_of_a_colocated_engine(stand_in, tokenizer):
 
 def test_constructor_of_a_server(stand_in, tokenizer):
     settings = VLLMSettings(server_host="gpu-2", server_port=8001, group_port=51217, server_timeout=9.0)
-    draw(stopping_model(tokenizer), tokenizer, VLLMEngine("vllm_server", settings))
+    draw(stopping_model(tokenizer), tokenizer, SyncedVLLM("vllm_server", settings))
     arguments = stand_in.made.call_args.kwargs
     found = {name: arguments[name] for name in ("mode", "server_base_url", "group_port", "server_timeout")}
     assert found == {
@@ -325,7 +327,7 @@ def test_a_server_that_comes_back_is_used_again(fail, stand_in, tokenizer):
 
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_after_an_error_a_colocated_engine_gives_its_memory_back(sleeps, stand_in, tokenizer):
-    engine = VLLMEngine("vllm_colocate", VLLMSettings(enable_sleep_mode=sleeps))
+    engine = SyncedVLLM("vllm_colocate", VLLMSettings(enable_sleep_mode=sleeps))
     stand_in.fail["generate"] = RuntimeError("no")
     with pytest.raises(SamplingFailed):
         draw(stopping_model(tokenizer), tokenizer, engine)

@@ -6,8 +6,8 @@ The fused head computes them without logits; scoring takes one forward pass a ba
 
 import torch
 
-from .losses.rules import nll_rule
-from .outcomes import Draw
+from ..losses.rules import nll_rule
+from .draws import Draw
 
 
 @torch.no_grad()

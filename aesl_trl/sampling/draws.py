@@ -8,10 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .errors import InputError
+from ..errors import InputError
+
+
+class Piece(NamedTuple):
+    """Problems `first` .. `first + num - 1`, part `chunk` of their samples, `samples` of each."""
+
+    first: int
+    num: int
+    chunk: int
+    samples: int
 
 
 class SamplingFailed(RuntimeError):
@@ -37,7 +47,7 @@ class Request:
         indices: their places among the prompts of all ranks.
         num_prompts: of all ranks.
         longest: tokens of the longest prompt of all ranks.
-        samples, temperature, max_new_tokens, seed: of [`~aesl_trl.sampling.sample_groups`].
+        samples, temperature, max_new_tokens, seed: of [`~aesl_trl.sampling.groups.sample_groups`].
         accelerator: None in one process without one.
         say: prints one line, on the first rank.
     """
@@ -110,3 +120,14 @@ def agree(error: Exception | None, accelerator) -> Failure | None:
     rank, (_, _, text) = min(failed, key=lambda item: item[1][1])
     where = f" (rank {rank})" if len(found) > 1 else ""
     return Failure(text + where, all(is_memory for _, (_, is_memory, _) in failed))
+
+
+def draw_seed(seed: int, problem: int, chunk: int) -> int:
+    """The seed from which part `chunk` of the samples of `problem` is drawn, in 0 .. 2**32 - 1.
+
+    Seeds beside each other would not do: vLLM gives the i-th sample of a request the request's seed plus i. The first
+    piece has the run's own seed.
+    """
+    if (problem, chunk) == (0, 0):
+        return seed
+    return int(np.random.SeedSequence([seed, problem, chunk]).generate_state(1)[0])

@@ -1,6 +1,6 @@
 """Samples by `generate`: what is recorded of each token, and what happens when memory or the engine fails.
 
-What the callback makes of them: test_diversity_callback.py. Several processes: test_sampling_processes.py.
+What the callback makes of them: test_diversity_callback.py. Several processes: test_groups_processes.py.
 """
 
 import random
@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from aesl_trl import generating
 from aesl_trl.errors import InputError
-from aesl_trl.generating import GenerateEngine
 from aesl_trl.losses.scoring import add_fused_head
-from aesl_trl.outcomes import Draw, SamplingFailed, is_out_of_memory
-from aesl_trl.rescoring import rescore
-from aesl_trl.sampling import sample_groups
+from aesl_trl.sampling import generate as generating
+from aesl_trl.sampling.draws import Draw, SamplingFailed, is_out_of_memory
+from aesl_trl.sampling.generate import GenerateEngine
+from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.sampling.rescoring import rescore
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]

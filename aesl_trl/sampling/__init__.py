@@ -1,0 +1,1 @@
+"""Completions of a model, by generate or by vLLM."""

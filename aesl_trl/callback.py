@@ -11,13 +11,13 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
 from . import files
+from .data.prompts import prompt_rows
 from .diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
 from .diversity.series import NOT_FIGURES
 from .diversity.turning_point import find_turning_point
 from .errors import InputError, nearest
 from .losses.rules import TOKEN_RULES
 from .measurement import Measurement
-from .prompts import prompt_rows
 from .provenance import package_versions
 from .sampling.backends import TRAINING_BACKENDS
 

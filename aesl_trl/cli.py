@@ -12,7 +12,7 @@ from .errors import InputError, exit_on_input_error, nearest
 
 # name: (module with main(argv), what it does)
 COMMANDS = {
-    "data": ("prepare", "demonstrations, RL prompts and held-out prompts from a dataset"),
+    "data": ("data.prepare", "demonstrations, RL prompts and held-out prompts from a dataset"),
     "sft": ("sft", "train the cold start, in this process"),
     "grpo": ("grpo", "train with RL from it, in this process"),
     "chain": ("chain", "the whole story: sft, select, handoff, probe, grpo, eval, report"),

@@ -16,8 +16,8 @@ from trl import GRPOConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from .arguments import parse
-from .data import load_rows
-from .data_checks import check_prompts
+from .data.checks import check_prompts
+from .data.rows import load_rows
 from .errors import InputError, exit_on_input_error
 from .files import RUN, write_json
 from .mains import (

@@ -18,14 +18,14 @@ from trl import GRPOConfig, ModelConfig
 
 from . import files, grpo
 from .arguments import check_folder, leading_names, parse
-from .data import load_rows
+from .data.prompts import check_held_out, prompt_rows
+from .data.rows import load_rows
 from .diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, table
 from .errors import InputError, exit_on_input_error
 from .evaluate import check_start
 from .files import candidate_steps
 from .probe_checkpoints import Checkpoint, find_checkpoints, told_apart
 from .probe_measurement import probe
-from .prompts import check_held_out, prompt_rows
 from .provenance import package_versions
 
 

@@ -279,7 +279,7 @@ def check_compare(case: Case) -> None:
 
 
 def check_data(case: Case) -> None:
-    from . import prepare
+    from .data import prepare
 
     (args,) = case.arguments(prepare.ARGUMENT_TYPES)
     facts = case.recipe_facts()

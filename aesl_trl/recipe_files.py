@@ -278,9 +278,9 @@ class Promise:
 def promised_files(folder: Path) -> dict[str, Promise]:
     """Absolute path of each file that the data*.yaml of a recipe will write -> what is known of its rows."""
     from .arguments import parse
-    from .prepare import ARGUMENT_TYPES
-    from .prepare_config import DIFFICULTIES
-    from .prepare_output import HELD_OUT, RL
+    from .data.config import DIFFICULTIES
+    from .data.output import HELD_OUT, RL
+    from .data.prepare import ARGUMENT_TYPES
 
     files = {}
     for path in sorted(folder.glob("data*.yaml")):

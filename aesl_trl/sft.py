@@ -12,8 +12,9 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from .arguments import parse
 from .config import AESLSFTConfig
-from .data import load_rows
-from .data_checks import check_demonstrations, check_trainable
+from .data.checks import check_demonstrations, check_trainable
+from .data.prompts import check_held_out, prompt_rows
+from .data.rows import load_rows
 from .errors import InputError, exit_on_input_error
 from .mains import (
     at_work,
@@ -27,7 +28,6 @@ from .mains import (
     train,
 )
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
-from .prompts import check_held_out, prompt_rows
 from .rewards.functions import check_columns, load_reward_funcs
 from .signals import StopSignals
 

@@ -16,7 +16,7 @@ from benchmark_rows import ROWS, write_copy
 from tiny_models import build_model, build_tokenizer
 
 from aesl_trl import eval_figures, evaluate, report
-from aesl_trl.benchmarks import BENCHMARKS
+from aesl_trl.data.benchmarks import BENCHMARKS
 from aesl_trl.diversity.figures import Group
 from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError

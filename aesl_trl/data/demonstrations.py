@@ -10,11 +10,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .diversity.figures import Group
-from .errors import InputError
-from .prepare_config import DataArguments, prompt_of
+from ..diversity.figures import Group
+from ..errors import InputError
+from ..rewards.functions import score_groups
+from .config import DataArguments, prompt_of
 from .problems import Drops, Problem, right_answer
-from .rewards.functions import score_groups
 
 
 BATCH = 1000  # texts tokenized, or demonstrations graded, at once

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError, nearest
 from .decontaminate import normalise
-from .errors import InputError, nearest
 
 
 OPENR1, GSM8K = "openr1", "gsm8k"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aesl_trl.decontaminate import BenchmarkIndex, Overlap, load_benchmarks, normalise, words
+from aesl_trl.data.decontaminate import BenchmarkIndex, Overlap, load_benchmarks, normalise, words
 from aesl_trl.errors import InputError
 
 

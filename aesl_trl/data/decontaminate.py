@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import load_rows
-from .errors import InputError, nearest
+from ..errors import InputError, nearest
+from .rows import load_rows
 
 
 SHORTEST = 8  # words; GPT-3's lower bound on n, below which chance collisions prevail

@@ -1,6 +1,6 @@
 """Prompts from rows: for RL, for measuring diversity, and held out from what is trained on.
 
-Left out: loading the rows (data.py), and which prompts are refused (data_checks.py).
+Left out: loading the rows (rows.py), and which prompts are refused (checks.py).
 """
 
 import json
@@ -8,9 +8,9 @@ import textwrap
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from .data_checks import check_prompts, only_columns, peek, prompt_column
-from .errors import InputError
-from .models.tokens import without_none
+from ..errors import InputError
+from ..models.tokens import without_none
+from .checks import check_prompts, only_columns, peek, prompt_column
 
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ import pytest
 from benchmark_rows import ROWS, write_copy
 from datasets import Dataset
 
-from aesl_trl import benchmarks
 from aesl_trl.arguments import parse
-from aesl_trl.benchmarks import BENCHMARKS, PROMPT, load_benchmark
+from aesl_trl.data import benchmarks
+from aesl_trl.data.benchmarks import BENCHMARKS, PROMPT, load_benchmark
 from aesl_trl.errors import InputError
 from aesl_trl.evaluate import ARGUMENT_TYPES
 from aesl_trl.recipes import recipes_dir

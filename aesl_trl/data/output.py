@@ -12,13 +12,13 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from .data_checks import check_demonstrations, check_prompts
-from .errors import InputError
-from .files import read_json, write_json, write_jsonl
+from ..errors import InputError
+from ..files import read_json, write_json, write_jsonl
+from ..processes import lock
+from ..provenance import package_versions
+from .checks import check_demonstrations, check_prompts
 from .problems import Drops
-from .processes import lock
 from .prompts import check_held_out
-from .provenance import package_versions
 
 
 DATA, DROPPED, PASS_RATES = "data.json", "dropped.jsonl", "pass_rates.jsonl"

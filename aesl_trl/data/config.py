@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from .errors import InputError
+from ..errors import InputError
+from ..sampling.backends import OFFLINE_BACKENDS
 from .problems import Problem
-from .sampling.backends import OFFLINE_BACKENDS
 
 
 PLACEHOLDER = "{problem}"

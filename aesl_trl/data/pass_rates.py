@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import load_rows
-from .errors import InputError
-from .files import append_jsonl, read_jsonl
+from ..errors import InputError
+from ..files import append_jsonl, read_jsonl
+from ..sampling.draws import Piece
 from .problems import Problem, checked_rate, problem_id
-from .sampling.draws import Piece
+from .rows import load_rows
 
 
 CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each
@@ -114,9 +114,9 @@ def _known(path: Path, keys: dict[str, str]) -> dict[str, float | None]:
 
 def _sampled(todo, sampling, rewards, accelerator, limits, say):
     """A line of the file for each problem, chunk after chunk."""
-    from .evaluate import EvalArguments
-    from .rewards.functions import score_groups
-    from .sampling.offline import open_engine
+    from ..evaluate import EvalArguments
+    from ..rewards.functions import score_groups
+    from ..sampling.offline import open_engine
 
     drawn = {name: getattr(sampling, name) for name in ("samples", "temperature", "max_new_tokens", "seed")}
     engine = open_engine(sampling.backend, sampling.model, EvalArguments(**drawn, **limits), accelerator)

@@ -3,14 +3,14 @@
 Preparing rows is TRL's work. Here are the checks that turn its late StopIteration, KeyError or AttributeError, and
 what it would train on in silence, into one line beforehand. Of a streaming dataset the first rows are looked at.
 
-Left out: loading (data.py), and whether prompts are trained on too (prompts.py).
+Left out: loading (rows.py), and whether prompts are trained on too (prompts.py).
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, nearest
+from ..errors import InputError, nearest
 
 
 if TYPE_CHECKING:

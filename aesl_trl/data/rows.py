@@ -4,7 +4,7 @@ A dataset is named as `name` in a config: a name on the hub, a local .jsonl, .js
 `file.py:function`, whose function takes the seed and returns a dataset or a list of rows. Loading is the work of
 `datasets`; here is what turns its errors into a line that names the file and the line in it.
 
-Left out: whether the rows can be trained on (data_checks.py), and prompts from rows (prompts.py).
+Left out: whether the rows can be trained on (checks.py), and prompts from rows (prompts.py).
 """
 
 import inspect
@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import load_function
-from .errors import InputError, nearest, nearest_sibling
-from .models.folder import GIT_LFS
+from ..arguments import load_function
+from ..errors import InputError, nearest, nearest_sibling
+from ..models.folder import GIT_LFS
 
 
 if TYPE_CHECKING:

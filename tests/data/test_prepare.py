@@ -24,19 +24,21 @@ from small_problems import (
 )
 from tiny_models import build_model, build_tokenizer
 
-from aesl_trl import data, pass_rates, prepare, prepare_output, problems
-from aesl_trl.decontaminate import BenchmarkIndex, normalise
+from aesl_trl.data import output as prepare_output
+from aesl_trl.data import pass_rates, prepare, problems
+from aesl_trl.data import rows as data
+from aesl_trl.data.config import DataArguments, difficulty_of
+from aesl_trl.data.decontaminate import BenchmarkIndex, normalise
+from aesl_trl.data.problems import Drops, Problem, problem_id
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json, read_jsonl
-from aesl_trl.prepare_config import DataArguments, difficulty_of
-from aesl_trl.problems import Drops, Problem, problem_id
 from aesl_trl.sampling import offline as transformers_engine
 from aesl_trl.sampling import offline as vllm_engine
 
 
-ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "tests" / "data"
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "tests" / "fixtures"
 SIZES = {"num_demonstrations": 12, "num_held_out": 8}
 GRADED = {"verify": True}  # grading is the slow part, and left out where it is not the subject
 
@@ -470,7 +472,7 @@ def test_vllm_samples_in_large_chunks_of_problems(run, tmp_path, monkeypatch):
         def close(self):
             drawn.append("closed")
 
-    monkeypatch.setattr(vllm_engine, "VLLMEngine", Engine)
+    monkeypatch.setattr(vllm_engine, "OfflineVLLM", Engine)
     monkeypatch.setattr(prepare, "choose_engine", lambda asked, _: ("vllm", asked))
     monkeypatch.setitem(pass_rates.CHUNK, "vllm", 6)
     out = run(None, **SAMPLED)
@@ -620,7 +622,7 @@ BAD = [
 ]
 
 
-if importlib.util.find_spec("aesl_trl.benchmarks"):  # the table of `aesl eval`
+if importlib.util.find_spec("aesl_trl.data.benchmarks"):  # the table of `aesl eval`
     BAD += [
         (
             {"decontaminate": ["AIME42"]},
@@ -718,7 +720,7 @@ def test_problems_of_a_benchmark_are_nowhere(run, tmp_path):
 def test_recipes_are_read(path):
     from aesl_trl.arguments import parse
 
-    benchmarks = pytest.importorskip("aesl_trl.benchmarks")
+    benchmarks = pytest.importorskip("aesl_trl.data.benchmarks")
     (args,) = parse(prepare.ARGUMENT_TYPES, ["--config", str(path)], prog="aesl data")
     assert args.num_demonstrations in (1000, 3000) and set(args.decontaminate) <= benchmarks.BENCHMARKS.keys()
     assert args.prompt_template == benchmarks.PROMPT  # evaluation asks as training does

@@ -8,9 +8,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl import data, data_checks
+from aesl_trl.data import checks as data_checks
+from aesl_trl.data import rows as data
+from aesl_trl.data.prompts import check_held_out, prompt_rows
 from aesl_trl.errors import InputError
-from aesl_trl.prompts import check_held_out, prompt_rows
 
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]

@@ -3,7 +3,7 @@
 Problems are read (problems.py), rid of duplicates and of benchmark problems (decontaminate.py), put into the order of
 the seed and cut to the tokenizer's lengths; then the first make the demonstrations, the last are held out for
 measuring diversity, and RL has the rest. The order is by a hash of seed and problem: a subset holds every smaller one,
-and a problem that is dropped moves no other. Writing is prepare_output.py, the base's pass rates are pass_rates.py.
+and a problem that is dropped moves no other. Writing is output.py, the base's pass rates are pass_rates.py.
 
 Left out: problems that are the same in other words, and demonstrations that another model would have to write.
 """
@@ -15,18 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .arguments import parse
-from .data import load_rows
+from ..arguments import parse
+from ..errors import InputError, exit_on_input_error, nearest
+from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
+from ..rewards.functions import check_columns, load_reward_funcs, reward_name
+from ..sampling.backends import choose_engine
+from .config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
 from .decontaminate import BenchmarkIndex, load_benchmarks
 from .demonstrations import BATCH, Judge, gradable, num_tokens, take
-from .errors import InputError, exit_on_input_error, nearest
-from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
+from .output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .pass_rates import Sampling, rates_in_file, sample_rates
-from .prepare_config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
-from .prepare_output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
 from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
-from .rewards.functions import check_columns, load_reward_funcs, reward_name
-from .sampling.backends import choose_engine
+from .rows import load_rows
 
 
 ARGUMENT_TYPES = (DataArguments,)

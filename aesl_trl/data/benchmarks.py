@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import BUILDERS, load_rows
-from .errors import InputError, nearest
+from ..errors import InputError, nearest
+from .rows import BUILDERS, load_rows
 
 
 PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -1,0 +1,1 @@
+"""Rows, prompts and benchmarks; `aesl data`."""

@@ -7,11 +7,15 @@ __version__ = "0.1.0"
 __all__ = ["AESLSFTConfig", "AESLSFTTrainer", "DiversityCallback"]
 
 if TYPE_CHECKING:
-    from .callback import DiversityCallback
-    from .config import AESLSFTConfig
-    from .trainer import AESLSFTTrainer
+    from .training.callback import DiversityCallback
+    from .training.config import AESLSFTConfig
+    from .training.trainer import AESLSFTTrainer
 
-_HOMES = {"AESLSFTConfig": "config", "AESLSFTTrainer": "trainer", "DiversityCallback": "callback"}
+_HOMES = {
+    "AESLSFTConfig": "training.config",
+    "AESLSFTTrainer": "training.trainer",
+    "DiversityCallback": "training.callback",
+}
 
 
 def __getattr__(name: str):

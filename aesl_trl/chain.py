@@ -6,7 +6,7 @@ Run again, a stage that is done with the same fingerprint is passed over, one th
 whole checkpoint, and one that changed starts afresh, as does everything after it.
 
 Left out: chain.yaml (chain_config.py), each stage's command and fingerprint (chain_stages.py), whether a checkpoint is
-whole (checkpoints.py), a stage's process and its signals (processes.py).
+whole (training/checkpoints.py), a stage's process and its signals (processes.py).
 """
 
 import argparse
@@ -24,11 +24,11 @@ from typing import Any
 from . import files
 from .chain_config import read_config
 from .chain_stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, fingerprint, plan, portable, rl_start
-from .checkpoints import find_checkpoint, sweep
 from .diversity.readiness import CAUTION, READY
 from .errors import UNFINISHED, InputError, exit_on_input_error
 from .files import GRPO_DIR, REPORT, TRAINING_LOCK
 from .processes import Interrupts, end_processes, locked, run_process
+from .training.checkpoints import find_checkpoint, sweep
 from .vllm_server import wait_for_server
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from trl import GRPOConfig, ModelConfig
 
-from . import files, grpo
+from . import files
 from .arguments import check_folder, leading_names, parse
 from .data.prompts import check_held_out, prompt_rows
 from .data.rows import load_rows
@@ -27,13 +27,14 @@ from .files import candidate_steps
 from .probe_checkpoints import Checkpoint, find_checkpoints, told_apart
 from .probe_measurement import probe
 from .provenance import package_versions
+from .training.grpo import GRPOScriptArguments, check_rows, find_model, load_rewards
 
 
 NAME = "aesl probe"
 
 
 @dataclass
-class ProbeArguments(grpo.GRPOScriptArguments):
+class ProbeArguments(GRPOScriptArguments):
     """GRPO's script arguments, and what a probe adds. The checkpoints come as first arguments."""
 
     num_prompts: int = field(default=MIN_PROMPTS, metadata={"help": "The first prompts that are sampled."})
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     target = find_target(script_args.output, checkpoints)
     check_folder("output", target.parent)
-    reward_funcs = grpo.load_rewards(script_args)
+    reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(one, script_args, training_args, model_args) for one in checkpoints]
     for one in checkpoints:
@@ -138,11 +139,11 @@ def load_prompts(
             config=script_args.dataset_config,
             **common,
         )
-        grpo.check_rows(train, reward_funcs, name="dataset_name")
+        check_rows(train, reward_funcs, name="dataset_name")
     if not script_args.eval_dataset_name:
         return prompt_rows(train, script_args.num_prompts), None
     held_out = load_rows(script_args.eval_dataset_name, field="eval_dataset_name", **common)
-    grpo.check_rows(held_out, reward_funcs, name="eval_dataset_name")
+    check_rows(held_out, reward_funcs, name="eval_dataset_name")
     rows = prompt_rows(held_out, script_args.num_prompts, field="eval_dataset_name")
     if script_args.rl_steps:
         check_held_out(train, rows, field="eval_dataset_name")
@@ -167,7 +168,7 @@ def settings_for(
     else:
         # Neither moves or restrains the weights here; a new adapter and a reference model only cost memory.
         training_args.learning_rate, training_args.beta, model_args.use_peft = 0.0, 0.0, False
-    grpo.find_model(script_args, model_args, training_args)
+    find_model(script_args, model_args, training_args)
     return script_args, training_args, model_args
 
 

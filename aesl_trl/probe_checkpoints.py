@@ -1,6 +1,6 @@
 """What `aesl probe` is asked about: names -> checkpoints, and the SFT run that each comes from.
 
-Left out: whether the weights are whole (checkpoints.py), and what is measured (probe_measurement.py).
+Left out: whether the weights are whole (training/checkpoints.py), and what is measured (probe_measurement.py).
 """
 
 import re

@@ -18,12 +18,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from . import grpo
 from .diversity.figures import Group, by_prompt
 from .diversity.intervals import paired_interval
 from .diversity.readiness import entry, figures_of
 from .models.loading import release_memory
 from .probe_checkpoints import Checkpoint, history
+from .training.grpo import build_trainer, trainer_class
 
 
 ROW = "aesl_row"  # column that tells which prompt a sample belongs to; the reward functions do not see it
@@ -71,7 +71,7 @@ def never_read(rows: list[dict]) -> Any:
 def build(script_args, training_args, model_args, reward_funcs: list, train: Any) -> Any:
     from transformers import PrinterCallback
 
-    trainer = grpo.build_trainer(script_args, training_args, model_args, reward_funcs, train, kind=probe_class())
+    trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train, kind=probe_class())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -104,7 +104,7 @@ def short_rl(
 def probe_class() -> type:
     """GRPOTrainer that keeps the samples of its evaluation. Three methods are overridden, each to look on."""
 
-    class ProbeTrainer(grpo.trainer_class()):
+    class ProbeTrainer(trainer_class()):
         samples: list[dict] | None = None  # of this process; None: nothing is kept
         _drawn: list[dict] | None = None  # the batch at hand
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import load_yaml, parse
-from .budget import DEFAULT_BUDGETS, Size, budget_of
 from .errors import InputError
 from .memory import Budget, budget, vllm_sequences
 from .recipe_files import (
@@ -35,6 +34,7 @@ from .recipe_files import (
     shape_of,
 )
 from .recipe_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
+from .training.measurement import DEFAULT_BUDGETS, Size, budget_of
 
 
 PROG = "aesl recipes check"

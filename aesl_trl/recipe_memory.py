@@ -67,7 +67,9 @@ def _monitoring(run: Training, args: Any, prompt: int, gpu_gb: float) -> list[It
         )
         items += gathered_for_sampling(run)
     if backend != "generate":
-        tokens = run.rows * (prompt + args.diversity_max_new_tokens)  # as many at once as in training: measurement.py
+        tokens = run.rows * (
+            prompt + args.diversity_max_new_tokens
+        )  # as many at once as in training: training/measurement.py
         items.append(forward_item(run.shape, tokens, name="monitoring: scores", phase=VLLM))
     if backend in ("auto", "vllm_colocate"):
         sleeps = args.diversity_vllm_enable_sleep_mode

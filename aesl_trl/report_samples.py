@@ -1,6 +1,6 @@
 """The report's chapter of samples side by side: completions of the same prompts before, during and after SFT.
 
-Left out: which samples are saved (callback.py), and how their diversity is measured (diversity/figures.py).
+Left out: which samples are saved (training/callback.py), and how their diversity is measured (diversity/figures.py).
 """
 
 from collections import Counter

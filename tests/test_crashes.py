@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from aesl_trl import files
-from aesl_trl.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
+from aesl_trl.training.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
 
 
 TESTS = Path(__file__).parent / "support"

@@ -11,7 +11,7 @@ from adapters import make_adapter
 from bad_input import Project, evaluate, only_line, sft
 
 from aesl_trl import cli, files
-from aesl_trl.checkpoints import MANIFEST
+from aesl_trl.training.checkpoints import MANIFEST
 
 
 class Bomb:

@@ -35,6 +35,7 @@ from aesl_trl.errors import InputError
 from aesl_trl.files import read_json, read_jsonl
 from aesl_trl.sampling import offline as transformers_engine
 from aesl_trl.sampling import offline as vllm_engine
+from aesl_trl.training.grpo import check_rows
 
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +182,6 @@ def test_trainers_take_them(run, tmp_path):
     """SFT trains a step on sft.jsonl, and GRPO's own checks and reward pass rl.jsonl."""
     from small_runs import trainer_for
 
-    from aesl_trl import grpo
     from aesl_trl.rewards.functions import load_reward_funcs
 
     out = run()
@@ -191,7 +191,7 @@ def test_trainers_take_them(run, tmp_path):
     trainer = trainer_for(tokenizer, tmp_path / "sft", model, rows, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
-    grpo.check_rows(data.load_rows(str(out / "rl.jsonl")), load_reward_funcs(["accuracy_reward"]), name="rl")
+    check_rows(data.load_rows(str(out / "rl.jsonl")), load_reward_funcs(["accuracy_reward"]), name="rl")
 
 
 # ---- The order

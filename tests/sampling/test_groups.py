@@ -1,6 +1,6 @@
 """Samples by `generate`: what is recorded of each token, and what happens when memory or the engine fails.
 
-What the callback makes of them: test_diversity_callback.py. Several processes: test_groups_processes.py.
+What the callback makes of them: test_callback.py. Several processes: test_groups_processes.py.
 """
 
 import random

@@ -86,7 +86,7 @@ def serve() -> None:
 
     import aesl_trl.grpo
     import aesl_trl.sft
-    import aesl_trl.trainer
+    import aesl_trl.training.trainer
 
     mains = {"sft": aesl_trl.sft.main, "grpo": aesl_trl.grpo.main}
     answers = os.fdopen(os.dup(1), "w")

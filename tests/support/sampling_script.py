@@ -13,9 +13,10 @@ from small_runs import PAIRS, prompt_completion_rows, small_config, steps_of
 from tiny_models import build_model, build_tokenizer
 from vllm_stand_in import StandIn
 
-from aesl_trl import AESLSFTTrainer, measurement
+from aesl_trl import AESLSFTTrainer
 from aesl_trl.sampling import backends
 from aesl_trl.sampling import generate as generating
+from aesl_trl.training import measurement
 
 
 PROMPTS = ["2+3=", "abc", "Name a colour: "]  # two for the first process, one for the second

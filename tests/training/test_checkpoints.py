@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_chains import checkpoint, cut
 
-from aesl_trl import checkpoints, files
-from aesl_trl.checkpoints import (
+from aesl_trl import files
+from aesl_trl.errors import InputError
+from aesl_trl.training import checkpoints
+from aesl_trl.training.checkpoints import (
     INCOMPLETE,
     MANIFEST,
     damage,
@@ -22,7 +24,6 @@ from aesl_trl.checkpoints import (
     sweep,
     write_manifest,
 )
-from aesl_trl.errors import InputError
 
 
 def test_the_newest_whole_checkpoint(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import Diverged
 from .checkpoints import last_whole_checkpoint
-from .errors import Diverged
 
 
 # An fp16 scaler that starts at 65536 and halves is at 64 by then: what still overflows is not its doing

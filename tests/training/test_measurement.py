@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl.budget import DEFAULT_BUDGETS, FLOORS, Size, budget_of, fit
 from aesl_trl.errors import InputError
+from aesl_trl.training.measurement import DEFAULT_BUDGETS, FLOORS, Size, budget_of, fit
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
-from .budget import Size, fit
-from .diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
-from .errors import InputError, nearest
-from .losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
-from .losses.rules import TOKEN_RULES
-from .sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
+from ..diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
+from ..errors import InputError, nearest
+from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
+from ..losses.rules import TOKEN_RULES
+from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
+from .measurement import Size, fit
 
 
 @dataclass

@@ -18,7 +18,7 @@ FAILS = """
 import os, signal, time
 from pathlib import Path
 
-from aesl_trl.trainer import AESLSFTTrainer
+from aesl_trl.training.trainer import AESLSFTTrainer
 
 real_step = AESLSFTTrainer.training_step
 

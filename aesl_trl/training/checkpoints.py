@@ -15,9 +15,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from . import files
-from .errors import InputError
-from .provenance import package_versions
+from .. import files
+from ..errors import InputError
+from ..provenance import package_versions
 
 
 MANIFEST = "manifest.json"

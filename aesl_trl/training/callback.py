@@ -10,16 +10,16 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from . import files
-from .data.prompts import prompt_rows
-from .diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
-from .diversity.series import NOT_FIGURES
-from .diversity.turning_point import find_turning_point
-from .errors import InputError, nearest
-from .losses.rules import TOKEN_RULES
+from .. import files
+from ..data.prompts import prompt_rows
+from ..diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
+from ..diversity.series import NOT_FIGURES
+from ..diversity.turning_point import find_turning_point
+from ..errors import InputError, nearest
+from ..losses.rules import TOKEN_RULES
+from ..provenance import package_versions
+from ..sampling.backends import TRAINING_BACKENDS
 from .measurement import Measurement
-from .provenance import package_versions
-from .sampling.backends import TRAINING_BACKENDS
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less
@@ -52,7 +52,7 @@ class DiversityCallback(TrainerCallback):
         stop (`bool`): end the training at the turning point.
         batch_size (`int`): completions generated at once on each process.
         token_budget (`int`, *optional*): completion tokens that a measurement may cost; what is asked for beyond it is
-            made smaller (see budget.py). 0 is no limit, `None` the backend's default.
+            made smaller (see measurement.py). 0 is no limit, `None` the backend's default.
         vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): where vLLM's server is, and what a colocated
             one may take.
         selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from aesl_trl.signals import StopSignals, spare_workers
+from aesl_trl.training.signals import StopSignals, spare_workers
 
 
 def test_outside_of_a_step_the_process_leaves(capfd):
@@ -43,7 +43,7 @@ def test_only_the_first_rank_of_a_machine_speaks(capfd, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(number, monkeypatch):
-    monkeypatch.setattr("aesl_trl.signals.REPEAT_S", 0.0)
+    monkeypatch.setattr("aesl_trl.training.signals.REPEAT_S", 0.0)
     process = os.fork()
     if process == 0:
         with StopSignals("aesl sft") as signals:

@@ -6,8 +6,8 @@ import pytest
 from small_runs import trainer_for
 from transformers import TrainerState
 
-from aesl_trl import progress
-from aesl_trl.progress import HoursLeft
+from aesl_trl.training import session as progress
+from aesl_trl.training.session import HoursLeft
 
 
 @pytest.fixture

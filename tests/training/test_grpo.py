@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from aesl_trl import grpo
 from aesl_trl.errors import Diverged, InputError
+from aesl_trl.training.grpo import ARGUMENT_TYPES, build_trainer, load_datasets, load_rewards
 
 
 REWARD = """
@@ -137,12 +138,10 @@ def test_the_adapter_is_trainable_and_brings_its_files(config, tmp_path, tiny_mo
 
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter")
     (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
-    script_args, training_args, model_args = parse(
-        grpo.ARGUMENT_TYPES, config(adapter_name_or_path=adapter), prog="test"
-    )
-    train, _ = grpo.load_datasets(script_args, training_args, [])
-    rewards = grpo.load_rewards(script_args)
-    trainer = grpo.build_trainer(script_args, training_args, model_args, rewards, train)
+    script_args, training_args, model_args = parse(ARGUMENT_TYPES, config(adapter_name_or_path=adapter), prog="test")
+    train, _ = load_datasets(script_args, training_args, [])
+    rewards = load_rewards(script_args)
+    trainer = build_trainer(script_args, training_args, model_args, rewards, train)
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trainable and all("lora" in name for name in trainable)
     assert set(trainer.eos_token_ids) == {256, 258}
@@ -223,7 +222,7 @@ def test_an_adapter_in_the_wrong_place_is_refused(config, tmp_path, tiny_model_d
 
 
 def test_a_gradient_that_is_not_finite_ends_the_training(config, monkeypatch):
-    build = grpo.build_trainer
+    build = build_trainer
 
     def build_poisoned(*arguments):
         trainer = build(*arguments)

@@ -28,9 +28,9 @@ from tiny_models import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-import aesl_trl.callback
-import aesl_trl.measurement
 import aesl_trl.sampling.generate
+import aesl_trl.training.callback
+import aesl_trl.training.measurement
 from aesl_trl import AESLSFTTrainer, DiversityCallback, files
 from aesl_trl.errors import InputError
 from aesl_trl.sampling.groups import sample_groups
@@ -67,7 +67,7 @@ def plan(monkeypatch, entropies):
         entropy = next(planned)
         return {"entropy": entropy, "self_bleu": 1 - entropy / 10, "distinct_1": math.nan}
 
-    monkeypatch.setattr(aesl_trl.measurement, "measure", measure)
+    monkeypatch.setattr(aesl_trl.training.measurement, "measure", measure)
 
 
 PEAKED = (1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4)  # measured at 0, 1, 2 ...: the peak is at step 4
@@ -561,7 +561,7 @@ def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 190), (0.1, 22), (0.2, 48)])
 def test_the_interval_that_would_cost_less(share, expected):
     """With it a measurement of the same length takes 5%: share / (1 - share) of an interval, now spread wider."""
-    line = aesl_trl.callback._cost(share, 10)
+    line = aesl_trl.training.callback._cost(share, 10)
     assert line == (
         f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {expected} would make "
         "it 5%"

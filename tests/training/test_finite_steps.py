@@ -9,9 +9,9 @@ from tiny_models import build_model
 from transformers import TrainerCallback
 
 from aesl_trl import files
-from aesl_trl.divergence import SKIPPED_STEPS
 from aesl_trl.errors import Diverged, exit_on_input_error
 from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.training.finite_steps import SKIPPED_STEPS
 
 
 class Poison(TrainerCallback):

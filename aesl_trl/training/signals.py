@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from .processes import GRACE_S
+from ..processes import GRACE_S
 from .resuming import CheckpointCallback
 
 

@@ -1,0 +1,1 @@
+"""AESLSFTTrainer, its config and callbacks; GRPO; nothing is lost to a kill."""

@@ -113,7 +113,7 @@ def _probe_command(chain: Chain, start: str, output: Path) -> tuple[list[str], P
     if options.accelerate_config:
         launcher += ["accelerate.commands.launch", "--quiet", "--config_file", options.accelerate_config, "-m"]
     configs = tuple(filter(None, (config, options.accelerate_config)))
-    return [*launcher, "aesl_trl.probe", *flags], output, configs
+    return [*launcher, "aesl_trl.evaluation.probe", *flags], output, configs
 
 
 def build_grpo(chain: Chain) -> Stage:
@@ -139,7 +139,7 @@ def build_eval(chain: Chain) -> Stage:
     # The config's own seed: every seed of a chain is measured on the same prompts.
     output = chain.run / files.EVALUATION
     flags = ["--start", rl_start(chain), "--final", str(chain.run / GRPO_DIR), "--output", str(output)]
-    command = [sys.executable, "-m", "aesl_trl.evaluate", "--config", chain.config.eval.config, *flags]
+    command = [sys.executable, "-m", "aesl_trl.evaluation.evaluate", "--config", chain.config.eval.config, *flags]
     return Stage("eval", command, output, (chain.config.eval.config,))
 
 
@@ -202,8 +202,9 @@ def check_stages(chain: Chain) -> None:
     Raises:
         InputError: a config that its stage would refuse.
     """
-    from . import evaluate, grpo, probe, sft
+    from . import grpo, sft
     from .arguments import load_config
+    from .evaluation import evaluate, probe
 
     config, seed = chain.config, ["--seed", str(chain.config.seed)]
     for options in filter(None, (config.sft, config.grpo)):

@@ -212,7 +212,7 @@ def rollout_end(facts: Facts, generation_kwargs: Any) -> str | None:
 
 
 def check_probe(case: Case) -> None:
-    from . import probe
+    from .evaluation import probe
 
     script, args, model_args = case.arguments(probe.ARGUMENT_TYPES, *ON_CPU)
     facts, prompt = case.recipe_facts(), case.prompt_of(script.eval_dataset_name or script.dataset_name)
@@ -228,7 +228,7 @@ def check_probe(case: Case) -> None:
 
 
 def check_eval(case: Case) -> None:
-    from . import evaluate
+    from .evaluation import evaluate
 
     (args,) = case.arguments(evaluate.ARGUMENT_TYPES)
     facts, prompt = case.recipe_facts(), BENCHMARK_PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)

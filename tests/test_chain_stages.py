@@ -54,7 +54,7 @@ def test_stage_commands(project, tmp_path):
 def test_probe_by_default_takes_grpos_config(project, tmp_path):
     chain = make(project(), seed=4)
     stage = build_probe(chain)
-    assert stage.command[1:4] == ["-m", "aesl_trl.probe", str(chain.run / "handoff")]
+    assert stage.command[1:4] == ["-m", "aesl_trl.evaluation.probe", str(chain.run / "handoff")]
     flags = flags_of(stage)
     assert (flags["--config"], flags["--seed"]) == (str(tmp_path / "grpo.yaml"), "4")
     assert flags["--output"] == str(chain.run / "readiness.json") == str(stage.output)
@@ -66,8 +66,8 @@ def test_probe_with_settings_of_its_own(project, tmp_path):
     chain = make(project(probe={"config": "probe.yaml", "accelerate_config": "cpu.yaml"}))
     for stage, start in ((build_probe(chain), chain.run / "handoff"), (build_candidates(chain), chain.sft_dir)):
         assert stage.command[1:3] == ["-m", "accelerate.commands.launch"]
-        at = stage.command.index("aesl_trl.probe")
-        assert stage.command[at - 1 : at + 2] == ["-m", "aesl_trl.probe", str(start)]
+        at = stage.command.index("aesl_trl.evaluation.probe")
+        assert stage.command[at - 1 : at + 2] == ["-m", "aesl_trl.evaluation.probe", str(start)]
         assert flags_of(stage)["--config"] == str(tmp_path / "probe.yaml")
         assert stage.configs == (str(tmp_path / "probe.yaml"), str(tmp_path / "cpu.yaml"))
     assert build_candidates(chain).output == chain.sft_dir / "readiness.json"

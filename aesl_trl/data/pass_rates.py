@@ -114,7 +114,7 @@ def _known(path: Path, keys: dict[str, str]) -> dict[str, float | None]:
 
 def _sampled(todo, sampling, rewards, accelerator, limits, say):
     """A line of the file for each problem, chunk after chunk."""
-    from ..evaluate import EvalArguments
+    from ..evaluation.evaluate import EvalArguments
     from ..rewards.functions import score_groups
     from ..sampling.offline import open_engine
 

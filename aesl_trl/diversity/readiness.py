@@ -2,7 +2,7 @@
 
 The figures of a probe, each with an interval over prompts; the thresholds, with their source; the verdict with its
 reasons; and which of several candidates is best. Numbers in, numbers and words out: no torch, and nothing is sampled
-here (probe_measurement.py).
+here (evaluation/probe_trainer.py).
 
 Left out: what a short RL run finds is taken as given (`rl` of an entry), and how the figures transfer between tasks,
 which docs/readiness.md discusses.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .figures import Group, intervals, measure, prompt_sums
 from .intervals import is_number
-from .passk import expected_group_variance, powers_of_two
+from .passk import expected_group_variance
 from .turning_point import find_turning_point
 
 
@@ -32,7 +32,6 @@ MAX_TRUNCATED = 0.5
 MIN_PROMPTS, MIN_SAMPLES = 64, 8
 
 CAUTION = "caution: "  # opens a reason that did not decide
-BLOCK = 5  # checkpoints side by side in the printed table
 
 
 # ---- What equal difficulty would give
@@ -320,50 +319,3 @@ def _signal(one: dict) -> tuple[float, float, float]:
 
 
 # ---- In words
-
-
-def columns(num_samples: int) -> list[tuple[str, str]]:
-    """(key, heading) of the figures that the table shows."""
-    largest = powers_of_two(num_samples)[-1]
-    return [
-        ("entropy", "entropy"),
-        ("pass@1", "pass@1"),
-        (f"pass@{largest}", f"pass@{largest}"),
-        ("signal", "signal"),
-        ("groups_mixed", "mixed"),
-        ("mixed_if_alike", "mixed if alike"),
-        ("variance", "variance"),
-        ("variance_if_alike", "variance if alike"),
-        ("reward_std", "reward std"),
-        ("truncated", "truncated"),
-        ("eos_prob", "P(eos)"),
-    ]
-
-
-def table(result: dict) -> str:
-    """readiness.json as `aesl probe` prints it: a column a checkpoint, each figure with its interval, the verdicts."""
-    entries = result["checkpoints"]
-    blocks = [entries[start : start + BLOCK] for start in range(0, len(entries), BLOCK)]
-    figures = [_block(block, result["num_samples"]) for block in blocks]
-    return "\n\n".join([*figures, "\n".join(_sentence(one) for one in entries)])
-
-
-def _block(entries: list[dict], num_samples: int) -> str:
-    lines = [["", *(one["name"] for one in entries)]]
-    for key, heading in columns(num_samples):
-        lines.append([heading, *(_shown(one["figures"], one["intervals"], key) for one in entries)])
-    after = [one["rl"] for one in entries if one.get("rl")]
-    if after:
-        cells = [_after(one["rl"]) if one.get("rl") else "-" for one in entries]
-        lines.append([f"reward, RL step {after[0]['steps']}", *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(row.rstrip() for row in rows)
-
-
-def _after(rl: dict) -> str:
-    return _shown(rl, {"reward": rl.get("reward_interval")}, "reward")
-
-
-def _sentence(one: dict) -> str:
-    return f"{one['name']}: {one['text']}\n" + "\n".join(f"  - {reason}" for reason in one["reasons"])

@@ -29,8 +29,8 @@ from aesl_trl.diversity.readiness import (
     go_back,
     judge,
     rank,
-    table,
 )
+from aesl_trl.evaluation.probe import table
 
 
 def group(rewards, truncated=None, eos_prob=None):

@@ -16,7 +16,7 @@ import pytest
 from tiny_models import build_tokenizer
 
 from aesl_trl.errors import InputError
-from aesl_trl.evaluate import EvalArguments
+from aesl_trl.evaluation.evaluate import EvalArguments
 from aesl_trl.sampling import offline as vllm_engine
 from aesl_trl.sampling.backends import choose_engine
 from aesl_trl.sampling.draws import Piece, draw_seed

@@ -3,31 +3,53 @@
 The config is GRPO's, with a few keys more, so that an RL run's own config serves. `rl_steps` adds a short RL run from
 each checkpoint, of equal budget. All that can be refused is refused before the first model loads.
 
-Left out: which checkpoints a name stands for (probe_checkpoints.py), how one is measured (probe_measurement.py), what
+Left out: which checkpoints a name stands for (probe.py), how one is measured (probe_trainer.py), what
 the figures mean (diversity/readiness.py) and which candidate is selected by them (diversity/selection.py).
 """
 
 import copy
 import os
+import re
 import sys
-from dataclasses import dataclass, field
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig, ModelConfig
 
-from . import files
-from .arguments import check_folder, leading_names, parse
-from .data.prompts import check_held_out, prompt_rows
-from .data.rows import load_rows
-from .diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, table
-from .errors import InputError, exit_on_input_error
+from .. import files
+from ..arguments import check_folder, leading_names, parse
+from ..data.prompts import check_held_out, prompt_rows
+from ..data.rows import load_rows
+from ..diversity.passk import powers_of_two
+from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, History, _shown, entry
+from ..errors import InputError, exit_on_input_error
+from ..files import candidate_steps, read_rows
+from ..models.folder import ADAPTER_CONFIG
+from ..models.loading import release_memory
+from ..provenance import package_versions
+from ..training.grpo import GRPOScriptArguments, check_rows, find_model, load_rewards
 from .evaluate import check_start
-from .files import candidate_steps
-from .probe_checkpoints import Checkpoint, find_checkpoints, told_apart
-from .probe_measurement import probe
-from .provenance import package_versions
-from .training.grpo import GRPOScriptArguments, check_rows, find_model, load_rewards
+from .probe_trainer import build, sample, short_rl
+
+
+BLOCK = 5  # checkpoints side by side in the printed table
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is probed: `path` as given or found, and the SFT folder and step that it comes from, where known."""
+
+    path: str
+    name: str
+    run: Path | None = None
+    step: int | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return (Path(self.path) / ADAPTER_CONFIG).is_file()
 
 
 NAME = "aesl probe"
@@ -202,6 +224,139 @@ def describe(
         "num_processes": training_args.world_size,
         "versions": package_versions(),
     }
+
+
+def find_checkpoints(name: str) -> list[Checkpoint]:
+    """The candidates of the run folder `name`, or `name` itself: a model, an adapter, or a name on the hub."""
+    path = Path(name)
+    try:
+        sft = files.sft_dir(path) if path.is_dir() else None
+    except InputError:
+        if (path / files.CHAIN).exists():  # a run it is, and one that cannot be read, or without SFT
+            raise
+        sft = None
+    if sft is not None and (sft / files.CANDIDATES).is_dir():
+        steps = candidate_steps(sft)
+        return [Checkpoint(str(sft / files.CANDIDATES / f"step-{step}"), f"step-{step}", sft, step) for step in steps]
+    return [Checkpoint(name, path.name if path.is_dir() else name, *origin(path))]
+
+
+def told_apart(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """With the folder above in the name, where two would have the same: `aesl/step-400`."""
+    names = [one.name for one in checkpoints]
+
+    def above(one: Checkpoint) -> str:
+        return (one.run or Path(one.path).absolute().parent).name
+
+    return [replace(one, name=f"{above(one)}/{one.name}") if names.count(one.name) > 1 else one for one in checkpoints]
+
+
+def origin(path: Path) -> tuple[Path | None, int | None]:
+    """SFT folder and step of a candidate, a checkpoint, `selected` or `handoff`; (None, None) of anything else."""
+    path = path.absolute()
+    numbered = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    folder = path.parent.parent if path.parent.name == files.CANDIDATES else path.parent
+    if numbered:
+        return (folder, int(numbered[1])) if (folder / files.DIVERSITY).is_file() else (None, None)
+    if path.name in (files.SELECTED, files.HANDOFF_DIR) and (folder / files.SELECTION).is_file():
+        return files.sft_dir(folder), files.read_json(folder / files.SELECTION).get("step")
+    return None, None
+
+
+def history(checkpoint: Checkpoint) -> History | None:
+    """The series of the run that it belongs to; None where there is none."""
+    if checkpoint.run is None or checkpoint.step is None or not (checkpoint.run / files.DIVERSITY).is_file():
+        return None
+    rows = {row["step"]: row for row in read_rows(checkpoint.run / files.DIVERSITY, needs=("step",))}
+    has_candidates = (checkpoint.run / files.CANDIDATES).is_dir()
+    steps = candidate_steps(checkpoint.run) if has_candidates else []
+    return History(checkpoint.step, [rows[step] for step in sorted(rows)], steps)
+
+
+def columns(num_samples: int) -> list[tuple[str, str]]:
+    """(key, heading) of the figures that the table shows."""
+    largest = powers_of_two(num_samples)[-1]
+    return [
+        ("entropy", "entropy"),
+        ("pass@1", "pass@1"),
+        (f"pass@{largest}", f"pass@{largest}"),
+        ("signal", "signal"),
+        ("groups_mixed", "mixed"),
+        ("mixed_if_alike", "mixed if alike"),
+        ("variance", "variance"),
+        ("variance_if_alike", "variance if alike"),
+        ("reward_std", "reward std"),
+        ("truncated", "truncated"),
+        ("eos_prob", "P(eos)"),
+    ]
+
+
+def table(result: dict) -> str:
+    """readiness.json as `aesl probe` prints it: a column a checkpoint, each figure with its interval, the verdicts."""
+    entries = result["checkpoints"]
+    blocks = [entries[start : start + BLOCK] for start in range(0, len(entries), BLOCK)]
+    figures = [_block(block, result["num_samples"]) for block in blocks]
+    return "\n\n".join([*figures, "\n".join(_sentence(one) for one in entries)])
+
+
+def _block(entries: list[dict], num_samples: int) -> str:
+    lines = [["", *(one["name"] for one in entries)]]
+    for key, heading in columns(num_samples):
+        lines.append([heading, *(_shown(one["figures"], one["intervals"], key) for one in entries)])
+    after = [one["rl"] for one in entries if one.get("rl")]
+    if after:
+        cells = [_after(one["rl"]) if one.get("rl") else "-" for one in entries]
+        lines.append([f"reward, RL step {after[0]['steps']}", *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def _after(rl: dict) -> str:
+    return _shown(rl, {"reward": rl.get("reward_interval")}, "reward")
+
+
+def _sentence(one: dict) -> str:
+    return f"{one['name']}: {one['text']}\n" + "\n".join(f"  - {reason}" for reason in one["reasons"])
+
+
+def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None) -> dict:
+    """The checkpoint's entry in readiness.json. One model is in memory at a time."""
+    script_args, training_args, model_args = settings
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
+        training_args.output_dir = scratch
+        trainer = build(script_args, training_args, model_args, reward_funcs, train or never_read(rows))
+        groups = sample(trainer, rows, script_args.num_samples)
+        found = entry(
+            checkpoint.name,
+            groups,
+            success_threshold=script_args.success_threshold,
+            reward_weights=training_args.reward_weights,
+            temperature=training_args.temperature,
+            step=checkpoint.step,
+            history=history(checkpoint),
+        )
+        found["path"] = checkpoint.path
+        if train is not None:
+            found["rl"] = short_rl(
+                trainer,
+                groups,
+                rows,
+                num_samples=script_args.num_samples,
+                success_threshold=script_args.success_threshold,
+            )
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    del trainer
+    release_memory()
+    return found
+
+
+def never_read(rows: list[dict]) -> Any:
+    """A training set, which GRPOTrainer insists on."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .diversity.figures import Group
-from .errors import InputError
-from .files import append_jsonl, read_jsonl, write_json
-from .sampling.draws import Piece
+from ..diversity.figures import Group
+from ..errors import InputError
+from ..files import append_jsonl, read_jsonl, write_json
+from ..sampling.draws import Piece
 
 
 SAMPLES_DIR = "evaluation_samples"

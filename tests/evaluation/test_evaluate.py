@@ -15,11 +15,13 @@ import yaml
 from benchmark_rows import ROWS, write_copy
 from tiny_models import build_model, build_tokenizer
 
-from aesl_trl import eval_figures, evaluate, report
+from aesl_trl import report
 from aesl_trl.data.benchmarks import BENCHMARKS
 from aesl_trl.diversity.figures import Group
 from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
+from aesl_trl.evaluation import evaluate
+from aesl_trl.evaluation import figures as eval_figures
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.offline import load
 
@@ -152,7 +154,7 @@ def test_two_processes_measure_every_prompt_once(config, tmp_path):
     model = save_constant_model(tmp_path / "model")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "aesl_trl.evaluate", *config(num_prompts=3), "--final", model]
+    command = [*launch, "-m", "aesl_trl.evaluation.evaluate", *config(num_prompts=3), "--final", model]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (read(tmp_path)["num_processes"], read(tmp_path)["num_prompts"]) == (2, 3)
@@ -342,7 +344,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(benchmark_config, tmp_path, tw
     pytest.importorskip("math_verify")
     settings = {"problems": 12, "max_new_tokens": 24, "batch_size": 4, "seed": 3}
     config = benchmark_config(**settings)
-    process = subprocess.Popen([sys.executable, "-m", "aesl_trl.evaluate", two_answers, *config])
+    process = subprocess.Popen([sys.executable, "-m", "aesl_trl.evaluation.evaluate", two_answers, *config])
     try:
         deadline = time.monotonic() + 200
         while sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("out/*/*/AIME24-*.jsonl")) < 3:

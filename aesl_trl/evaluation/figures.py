@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .diversity.figures import Group, entropy_estimator, measure
-from .diversity.intervals import bootstrap_interval
-from .diversity.passk import avg_at_k, pass_at_k, powers_of_two
-from .files import write_jsonl
-from .provenance import package_versions
-from .rewards.functions import score_groups
-from .rewards.majority import Votes, count_votes, extract, maj_at_k
+from ..diversity.figures import Group, entropy_estimator, measure
+from ..diversity.intervals import bootstrap_interval
+from ..diversity.passk import avg_at_k, pass_at_k, powers_of_two
+from ..files import write_jsonl
+from ..provenance import package_versions
+from ..rewards.functions import score_groups
+from ..rewards.majority import Votes, count_votes, extract, maj_at_k
 
 
 PROMPTS = "prompts"  # what the problems of `dataset_name` are called beside the benchmarks

@@ -7,8 +7,6 @@ Left out: the settings and prompts, which are checked before (probe.py), and wha
 (diversity/readiness.py).
 """
 
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,54 +16,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .diversity.figures import Group, by_prompt
-from .diversity.intervals import paired_interval
-from .diversity.readiness import entry, figures_of
-from .models.loading import release_memory
-from .probe_checkpoints import Checkpoint, history
-from .training.grpo import build_trainer, trainer_class
+from ..diversity.figures import Group, by_prompt
+from ..diversity.intervals import paired_interval
+from ..diversity.readiness import figures_of
+from ..training.grpo import build_trainer, trainer_class
 
 
 ROW = "aesl_row"  # column that tells which prompt a sample belongs to; the reward functions do not see it
-
-
-def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None) -> dict:
-    """The checkpoint's entry in readiness.json. One model is in memory at a time."""
-    script_args, training_args, model_args = settings
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
-        training_args.output_dir = scratch
-        trainer = build(script_args, training_args, model_args, reward_funcs, train or never_read(rows))
-        groups = sample(trainer, rows, script_args.num_samples)
-        found = entry(
-            checkpoint.name,
-            groups,
-            success_threshold=script_args.success_threshold,
-            reward_weights=training_args.reward_weights,
-            temperature=training_args.temperature,
-            step=checkpoint.step,
-            history=history(checkpoint),
-        )
-        found["path"] = checkpoint.path
-        if train is not None:
-            found["rl"] = short_rl(
-                trainer,
-                groups,
-                rows,
-                num_samples=script_args.num_samples,
-                success_threshold=script_args.success_threshold,
-            )
-    found["seconds"] = round(time.perf_counter() - began, 1)
-    del trainer
-    release_memory()
-    return found
-
-
-def never_read(rows: list[dict]) -> Any:
-    """A training set, which GRPOTrainer insists on."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
 
 
 def build(script_args, training_args, model_args, reward_funcs: list, train: Any) -> Any:

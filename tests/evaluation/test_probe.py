@@ -13,10 +13,13 @@ import torch
 import yaml
 from tiny_models import build_model
 
-from aesl_trl import files, probe, probe_checkpoints, probe_measurement
+from aesl_trl import files
 from aesl_trl.diversity.readiness import READY
 from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
+from aesl_trl.evaluation import probe
+from aesl_trl.evaluation import probe as probe_checkpoints
+from aesl_trl.evaluation import probe_trainer as probe_measurement
 
 
 REWARDS = """
@@ -89,7 +92,7 @@ def spied(monkeypatch):
         seen["groups"] = groups
         return groups
 
-    monkeypatch.setattr(probe_measurement, "sample", spy)
+    monkeypatch.setattr(probe, "sample", spy)
     return seen
 
 
@@ -189,7 +192,7 @@ def test_two_processes_share_the_prompts(project):
     """560 samples in batches of 2 x 64: the last is filled up with prompts from the beginning, which count once."""
     flags = project(reward_funcs=["rewards.py:label"], num_prompts=70, batch_size=64)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "aesl_trl.probe", project.model, *flags]
+    command = [*launcher, "-m", "aesl_trl.evaluation.probe", project.model, *flags]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

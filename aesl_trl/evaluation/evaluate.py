@@ -2,10 +2,10 @@
 
 Each model answers every problem `samples` times, by vLLM or transformers, and the answers are graded by the RL
 rewards: pass@k, avg@k, diversity, and on the benchmarks maj@k come from the same samples. Intervals resample problems,
-not samples. The problems are those of `dataset_name`, or benchmarks (data/benchmarks.py). Samples are saved as they are
-drawn (eval_samples.py): the same command goes on where a killed one was.
+not samples. The problems are those of `dataset_name`, or benchmarks (data/benchmarks.py). Samples are saved as they
+are drawn (samples.py): the same command goes on where a killed one was.
 
-`accelerate launch -m aesl_trl.evaluate` splits the problems over processes. Left out: greedy decoding and top-p; the
+`accelerate launch -m aesl_trl.cli eval` splits the problems over processes. Left out: greedy decoding and top-p; the
 samples are of the distribution that GRPO samples from.
 """
 
@@ -15,24 +15,24 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import check_folder, leading_names, parse
-from .data.benchmarks import BENCHMARKS, check_names, load_benchmark
-from .data.checks import check_prompts
-from .data.prompts import prompt_rows
-from .data.rows import load_rows
-from .diversity.figures import Group
-from .errors import InputError, exit_on_input_error
-from .eval_figures import PROMPTS, Task, collected, grade_task, summaries
-from .eval_samples import SAMPLES_DIR, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
-from .files import EVALUATION, write_json
-from .models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
-from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
-from .processes import lock
-from .provenance import package_versions
-from .rewards.functions import check_columns, load_reward_funcs
-from .sampling.backends import OFFLINE_BACKENDS, choose_engine
-from .sampling.draws import Piece
-from .sampling.offline import open_engine
+from ..arguments import check_folder, leading_names, parse
+from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
+from ..data.checks import check_prompts
+from ..data.prompts import prompt_rows
+from ..data.rows import load_rows
+from ..diversity.figures import Group
+from ..errors import InputError, exit_on_input_error
+from ..files import EVALUATION, write_json
+from ..models.folder import ADAPTER_CONFIG, TOKENIZER_CONFIG, base_of
+from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
+from ..processes import lock
+from ..provenance import package_versions
+from ..rewards.functions import check_columns, load_reward_funcs
+from ..sampling.backends import OFFLINE_BACKENDS, choose_engine
+from ..sampling.draws import Piece
+from ..sampling.offline import open_engine
+from .figures import PROMPTS, Task, collected, grade_task, summaries
+from .samples import SAMPLES_DIR, SamplesFile, assemble, draw_missing, folder_for, model_identity, pieces
 
 
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl import eval_samples
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
-from aesl_trl.eval_samples import SamplesFile, assemble, draw_missing, folder_for, pieces
+from aesl_trl.evaluation import samples as eval_samples
+from aesl_trl.evaluation.samples import SamplesFile, assemble, draw_missing, folder_for, pieces
 from aesl_trl.sampling.draws import Piece, draw_seed
 
 

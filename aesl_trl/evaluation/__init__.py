@@ -1,0 +1,1 @@
+"""`aesl eval` and `aesl probe`."""

@@ -15,7 +15,7 @@ COMMANDS = {
     "data": ("data.prepare", "demonstrations, RL prompts and held-out prompts from a dataset"),
     "sft": ("sft", "train the cold start, in this process"),
     "grpo": ("grpo", "train with RL from it, in this process"),
-    "chain": ("chain", "the whole story: sft, select, handoff, probe, grpo, eval, report"),
+    "chain": ("chain.chain", "the whole story: sft, select, handoff, probe, grpo, eval, report"),
     "select": ("diversity.selection", "which checkpoint of a cold start goes to RL"),
     "handoff": ("models.handoff", "make the folder that RL starts from, and check it"),
     "probe": ("evaluation.probe", "is a checkpoint ready for RL: a verdict with reasons"),

@@ -2,7 +2,7 @@
 
 One cold start for each method and seed serves all its selections, RL has the same budget in each cell, and the
 learning rates are tuned first, on seeds that the table does not use. Run again, finished cells are passed over and an
-interrupted one goes on: both are the chain's own (chain.py), which runs here as a process for each cell.
+interrupted one goes on: both are the chain's own (chain/chain.py), which runs here as a process for each cell.
 
 Left out: compare.yaml (compare_config.py), cells and their files (compare_cells.py), tuning (compare_tuning.py),
 statistics (compare_table.py), tables as text (compare_page.py), plots (compare_plots.py).
@@ -22,8 +22,8 @@ from typing import Any
 
 from . import compare_cells as cells_of
 from . import files
-from .chain_config import read_config as read_chain
-from .chain_stages import Chain
+from .chain.config import read_config as read_chain
+from .chain.stages import Chain
 from .compare_cells import CELL, Cell
 from .compare_config import CompareConfig, Point, read_config
 from .compare_plan import check, plan
@@ -38,7 +38,7 @@ from .provenance import commit, hardware, package_versions
 NAME = "aesl compare"
 JSON, MARKDOWN = "compare.json", "compare.md"
 LOG = "cell.log"
-CHAIN = [sys.executable, "-m", "aesl_trl.chain"]
+CHAIN = [sys.executable, "-m", "aesl_trl.chain.chain"]
 TUNING_FACTS = ("by", "seeds", "keep")
 FAILED = 1  # exit code: a cell failed, and the table lacks it
 

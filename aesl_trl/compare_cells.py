@@ -20,15 +20,15 @@ import yaml
 
 from . import files
 from .arguments import load_yaml, resolve
-from .chain_config import read_config as read_chain
-from .chain_stages import BUILDERS, Chain, fingerprint
+from .chain.config import read_config as read_chain
+from .chain.stages import BUILDERS, Chain, fingerprint
 from .compare_config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_label, row_name
 from .errors import InputError
 
 
 CELL = "cell.json"
 CHAIN_CONFIG = "chain.yaml"
-SFT_STAGE = "stage.json"  # chain.py's record of an SFT that several chains share
+SFT_STAGE = "stage.json"  # chain/chain.py's record of an SFT that several chains share
 
 
 @dataclass(frozen=True)

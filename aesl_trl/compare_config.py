@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import check_fields, check_folder, load_yaml, resolve
-from .chain_config import ChainConfig
+from .chain.config import ChainConfig
 from .diversity.selection import RULES, default_rule
 from .errors import InputError, nearest
 

@@ -10,8 +10,8 @@ from typing import Any
 from . import compare_cells as cells_of
 from . import files
 from .arguments import load_yaml
-from .chain_config import read_config as read_chain
-from .chain_stages import Chain, check_stages
+from .chain.config import read_config as read_chain
+from .chain.stages import Chain, check_stages
 from .compare_cells import Cell
 from .compare_config import CompareConfig
 from .compare_tuning import planned

@@ -253,7 +253,7 @@ def check_eval(case: Case) -> None:
 
 def check_chain(case: Case) -> None:
     """The stages' configs are there, and are launched as their own first lines say."""
-    from .chain_config import read_config
+    from .chain.config import read_config
 
     config = read_config(case.path)
     for name in ("sft", "probe", "grpo"):

@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The folder that a chain writes to; its output_dir is relative to the config.
 run_dir() {
     python -c 'import os, sys
-from aesl_trl.chain_config import read_config
+from aesl_trl.chain.config import read_config
 print(os.path.relpath(read_config(sys.argv[1]).output_dir))' "$1"
 }
 

@@ -30,7 +30,8 @@ from bad_input import (
 )
 from transformers import PreTrainedModel
 
-from aesl_trl import chain, cli
+from aesl_trl import cli
+from aesl_trl.chain import chain
 from aesl_trl.files import TRAINING_LOCK
 from aesl_trl.training.checkpoints import INCOMPLETE
 

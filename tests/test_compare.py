@@ -51,7 +51,7 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # else torch is asked, which takes seconds to import
     monkeypatch.setattr(compare, "CHAIN", [sys.executable, small_compare.__file__])
     monkeypatch.setattr(compare, "check_in_child", lambda argv: None)
-    monkeypatch.setattr("aesl_trl.chain.check_in_child", lambda argv: None)
+    monkeypatch.setattr("aesl_trl.chain.chain.check_in_child", lambda argv: None)
     small_compare.install()
     yield tmp_path / "runs"
     small_compare.uninstall()

@@ -280,8 +280,8 @@ def test_whole_build_reaches_both_mixtures_entropy():
 
 @pytest.mark.parametrize("chain", sorted(RECIPE.glob("chain*.yaml")), ids=lambda path: path.stem)
 def test_every_chain_is_accepted(chain, tmp_path):
-    from aesl_trl.chain_config import read_config
-    from aesl_trl.chain_stages import Chain, check_stages
+    from aesl_trl.chain.config import read_config
+    from aesl_trl.chain.stages import Chain, check_stages
 
     config = read_config(chain, output_dir=str(tmp_path / "run"))
     check_stages(Chain(config, chain))

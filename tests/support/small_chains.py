@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from aesl_trl.chain_config import read_config
-from aesl_trl.chain_stages import Chain
+from aesl_trl.chain.config import read_config
+from aesl_trl.chain.stages import Chain
 
 
 ALL = ["sft", "select", "handoff", "probe", "grpo", "eval", "report"]

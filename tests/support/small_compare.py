@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from aesl_trl import chain as chains
-from aesl_trl.chain_stages import BUILDERS, Chain, Stage
+from aesl_trl.chain import chain as chains
+from aesl_trl.chain.stages import BUILDERS, Chain, Stage
 
 
 REAL = dict(BUILDERS)

@@ -8,7 +8,7 @@ import pytest
 from small_chains import chain_project, make
 
 from aesl_trl import files
-from aesl_trl.chain_stages import (
+from aesl_trl.chain.stages import (
     Stage,
     build_candidates,
     build_eval,

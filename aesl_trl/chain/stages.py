@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .arguments import ENV_PREFIXES, INPUT_FIELDS, load_yaml, parse, resolve
-from .chain_config import ChainConfig, GRPOOptions, SFTOptions
-from .errors import InputError
-from .files import GRPO_DIR, REPORT
-from .processes import GRACE_S, MARK
+from .. import files
+from ..arguments import ENV_PREFIXES, INPUT_FIELDS, load_yaml, parse, resolve
+from ..errors import InputError
+from ..files import GRPO_DIR, REPORT
+from ..processes import GRACE_S, MARK
+from .config import ChainConfig, GRPOOptions, SFTOptions
 
 
 NAME = "aesl chain"
@@ -202,9 +202,9 @@ def check_stages(chain: Chain) -> None:
     Raises:
         InputError: a config that its stage would refuse.
     """
-    from . import grpo, sft
-    from .arguments import load_config
-    from .evaluation import evaluate, probe
+    from .. import grpo, sft
+    from ..arguments import load_config
+    from ..evaluation import evaluate, probe
 
     config, seed = chain.config, ["--seed", str(chain.config.seed)]
     for options in filter(None, (config.sft, config.grpo)):

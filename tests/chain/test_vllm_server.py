@@ -4,11 +4,10 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import fake_chain
 import pytest
-import test_chain
-from fake_chain import fakes, project  # noqa: F401 (fixtures)
 
-from aesl_trl import vllm_server
+from aesl_trl.chain import vllm_server
 from aesl_trl.errors import InputError
 
 
@@ -92,7 +91,7 @@ def test_the_chain_stops_before_grpo_and_goes_on_once_the_server_is_there(projec
     config(tmp_path, vllm_server_port=closed_port(), vllm_server_timeout=0.01)
     path = project()
     with pytest.raises(InputError, match="no vLLM server"):
-        test_chain.run(path)
-    assert test_chain.run.started[-1] == "probe"
+        fake_chain.run(path)
+    assert fake_chain.run.started[-1] == "probe"
     config(tmp_path, vllm_server_port=server.server_port)
-    assert "grpo" in test_chain.run(path)
+    assert "grpo" in fake_chain.run(path)

@@ -3,7 +3,7 @@
 import pytest
 from small_chains import chain_project
 
-from aesl_trl.chain_config import read_config
+from aesl_trl.chain.config import read_config
 from aesl_trl.errors import InputError
 
 

@@ -21,7 +21,7 @@ from aesl_trl import files
 from aesl_trl.training.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
 
 
-TESTS = Path(__file__).parent / "support"
+TESTS = Path(__file__).parents[1] / "support"
 REWARD = f"""
 import sys
 sys.path.append({str(TESTS)!r})
@@ -395,7 +395,7 @@ def chain_config(project):
 
 
 def chained(config: Path, out: Path, sleep_s: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "aesl_trl.chain", "--config", str(config), "--output_dir", str(out)]
+    command = [sys.executable, "-m", "aesl_trl.chain.chain", "--config", str(config), "--output_dir", str(out)]
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= {"CRASH_FOLDER": str(out), "CRASH_SLEEP": str(sleep_s)}
     return subprocess.Popen(

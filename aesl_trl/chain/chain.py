@@ -5,7 +5,7 @@ stage what it was started from (a fingerprint of its command, its configs and th
 Run again, a stage that is done with the same fingerprint is passed over, one that was cut off goes on from its last
 whole checkpoint, and one that changed starts afresh, as does everything after it.
 
-Left out: chain.yaml (chain_config.py), each stage's command and fingerprint (chain_stages.py), whether a checkpoint is
+Left out: chain.yaml (config.py), each stage's command and fingerprint (stages.py), whether a checkpoint is
 whole (training/checkpoints.py), a stage's process and its signals (processes.py).
 """
 
@@ -21,14 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .chain_config import read_config
-from .chain_stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, fingerprint, plan, portable, rl_start
-from .diversity.readiness import CAUTION, READY
-from .errors import UNFINISHED, InputError, exit_on_input_error
-from .files import GRPO_DIR, REPORT, TRAINING_LOCK
-from .processes import Interrupts, end_processes, locked, run_process
-from .training.checkpoints import find_checkpoint, sweep
+from .. import files
+from ..diversity.readiness import CAUTION, READY
+from ..errors import UNFINISHED, InputError, exit_on_input_error
+from ..files import GRPO_DIR, REPORT, TRAINING_LOCK
+from ..processes import Interrupts, end_processes, locked, run_process
+from ..training.checkpoints import find_checkpoint, sweep
+from .config import read_config
+from .stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, fingerprint, plan, portable, rl_start
 from .vllm_server import wait_for_server
 
 
@@ -163,7 +163,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def _select(chain: Chain, log: Path) -> int:
-    from .diversity.selection import select_run
+    from ..diversity.selection import select_run
 
     given = {key: value for key, value in vars(chain.config.selection).items() if value is not None}
     chosen = select_run(chain.sft_dir, out=chain.run, **given)
@@ -271,7 +271,7 @@ def end_orphans(chain: Chain) -> None:
 
 def check_in_child(argv: list[str]) -> None:
     """`--dry_run` as a process of its own: building TrainingArguments takes hold of the GPU until its process ends."""
-    code = subprocess.run([sys.executable, "-m", "aesl_trl.chain", *argv, "--dry_run"]).returncode
+    code = subprocess.run([sys.executable, "-m", "aesl_trl.chain.chain", *argv, "--dry_run"]).returncode
     if code != 0:
         sys.exit(code if 1 <= code <= 125 else 1)
 

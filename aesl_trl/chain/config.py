@@ -1,6 +1,6 @@
 """chain.yaml: its sections as dataclasses, read strictly, paths made absolute.
 
-What the stages' own configs say is left out: chain_stages.py has each checked by its stage's parser.
+What the stages' own configs say is left out: stages.py has each checked by its stage's parser.
 """
 
 import os
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from .arguments import check_fields, check_folder, load_yaml
-from .errors import InputError, nearest
+from ..arguments import check_fields, check_folder, load_yaml
+from ..errors import InputError, nearest
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The stages as processes that meet through files."""

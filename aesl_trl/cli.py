@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": ("evaluation.evaluate", "pass@k and diversity before and after RL"),
     "interpolate": ("models.interpolate", "average two checkpoints of one run (WiSE-FT)"),
     "compare": ("compare", "methods x seeds, cold start to RL: table with intervals, tuning, plots"),
-    "report": ("report", "a run's figures as HTML, PNG and markdown"),
+    "report": ("report.report", "a run's figures as HTML, PNG and markdown"),
     "recipes": ("recipes", "list the recipes, copy them to a folder of your own, or check them"),
 }
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from .compare_config import STEP
 from .compare_page import TITLES
 from .compare_table import distinct_runs
-from .report_plots import LIGHT, Panel, png
+from .report.parts import LIGHT, Panel, png
 
 
 COLOURS = ("aesl", "nll", "eval", "stop", "other1", "other2", "wrong")

@@ -22,7 +22,7 @@ from aesl_trl.compare_plots import colours, result_panels, step_lines
 from aesl_trl.compare_tuning import planned
 from aesl_trl.compare_workers import split_devices
 from aesl_trl.errors import InputError
-from aesl_trl.report_plots import LIGHT
+from aesl_trl.report.parts import LIGHT
 
 
 ROOT = Path(__file__).parents[1]

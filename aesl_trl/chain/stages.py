@@ -152,7 +152,7 @@ def build_report(chain: Chain) -> Stage:
     options = chain.config.report
     compare = ["--compare", *options.compare] if options.compare else []
     title = [f"--title={options.title}"] if options.title else []
-    command = [sys.executable, "-m", "aesl_trl.report", str(chain.run), *compare, *title]
+    command = [sys.executable, "-m", "aesl_trl.report.report", str(chain.run), *compare, *title]
     return Stage("report", command, chain.run / REPORT)
 
 

@@ -381,7 +381,7 @@ def test_student_quantile(degrees, normal):
 
 def test_selection_stop_and_report_hand_the_prompts_on():
     from aesl_trl.diversity.selection import select_checkpoint
-    from aesl_trl.report_changes import turning_point
+    from aesl_trl.report.runs import turning_point
     from aesl_trl.training.callback import DiversityCallback
 
     prompts = spread([0.21, 0.32, 0.27, 0.18, 0.12])

@@ -15,13 +15,13 @@ import yaml
 from benchmark_rows import ROWS, write_copy
 from tiny_models import build_model, build_tokenizer
 
-from aesl_trl import report
 from aesl_trl.data.benchmarks import BENCHMARKS
 from aesl_trl.diversity.figures import Group
 from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import evaluate
 from aesl_trl.evaluation import figures as eval_figures
+from aesl_trl.report import report
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.offline import load
 

@@ -1,14 +1,14 @@
 """The report's first words and its first chapter: the evaluation before and after RL, and what may not be compared.
 
-Left out: the diagrams of the figures (report_plots.py).
+Left out: the diagrams of the figures (plots.py).
 """
 
 import math
 from collections.abc import Callable
 
-from .report_parts import Cell, Section, Table
-from .report_plots import headline_panels
-from .report_runs import Arm, Run, mean
+from .parts import Cell, Section, Table
+from .plots import headline_panels
+from .runs import Arm, Run, mean
 
 
 def story(arms: list[Arm]) -> str:

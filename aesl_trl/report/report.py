@@ -1,7 +1,7 @@
 """`aesl report RUN...`: run folders -> report.html, report.md and report_*.png. Reads files only: no torch, no trl.
 
-The page shows what is there and names what is not; its first words are in report_headline.py, its chapters in
-report_sections.py.
+The page shows what is there and names what is not; its first words are in headline.py, its chapters in
+sections.py.
 """
 
 import argparse
@@ -12,12 +12,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .errors import InputError, exit_on_input_error
-from .report_headline import story, warnings
-from .report_parts import Section, Table
-from .report_plots import PALETTE, png, svg
-from .report_runs import Arm, read_arms
-from .report_sections import sections_of
+from ..errors import InputError, exit_on_input_error
+from .headline import story, warnings
+from .parts import PALETTE, Section, Table, png, svg
+from .runs import Arm, read_arms
+from .sections import sections_of
 
 
 def main(argv: list[str] | None = None) -> None:

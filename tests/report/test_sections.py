@@ -3,7 +3,7 @@
 import numpy as np
 
 from aesl_trl.diversity.intervals import paired_interval
-from aesl_trl.report_changes import changes
+from aesl_trl.report.sections import changes
 
 
 def row(step, entropy, by_prompt=None, **more):

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError, nearest
-from .files import (
+from ..diversity.turning_point import Selection, find_turning_point
+from ..errors import InputError, nearest
+from ..files import (
     CHAIN,
     DIVERSITY,
     EVALUATION,
@@ -383,3 +384,13 @@ def _check_interval(where: str, value: object) -> None:
 def _sample_files(folder: Path) -> dict[int, Path]:
     found = [(re.fullmatch(r"step-(\d+)", path.stem), path) for path in (folder / SAMPLES).glob("step-*.jsonl")]
     return {int(match[1]): path for match, path in sorted(found, key=lambda pair: pair[1].name) if match}
+
+
+def turning_point(run: Run) -> Selection:
+    """The diversity turning point of the run's own measurements, whatever rule then selected a checkpoint."""
+    metric = "self_bleu" if run.selection.get("metric") == "self_bleu" else "entropy"
+    steps, values = series(run.diversity, metric)
+    patience = max(1, int(run.sft.get("diversity_patience") or 3))
+    by_prompt = [row.get("by_prompt", {}).get(metric) for row in run.diversity if metric in row]
+    mode = "min" if metric == "self_bleu" else "max"
+    return find_turning_point(steps, values, mode=mode, patience=patience, by_prompt=by_prompt)

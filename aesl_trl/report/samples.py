@@ -6,9 +6,8 @@ Left out: which samples are saved (training/callback.py), and how their diversit
 from collections import Counter
 from typing import Any
 
-from .report_changes import turning_point
-from .report_parts import Section, clip
-from .report_runs import Arm, Run, mean, read_samples
+from .parts import Section, clip
+from .runs import Arm, Run, mean, read_samples, turning_point
 
 
 PROMPTS_SHOWN = 4

@@ -6,8 +6,8 @@ Every object is shown as its stage wrote it, the runs side by side; nothing is j
 from collections.abc import Callable
 from typing import Any
 
-from .report_parts import Cell, Section, Table, clip
-from .report_runs import Arm, Run
+from .parts import Cell, Section, Table, clip
+from .runs import Arm, Run
 
 
 def evidence(arms: list[Arm], k: int) -> Section:

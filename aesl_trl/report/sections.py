@@ -4,20 +4,26 @@ The figures before and after RL, the diversity of the model's own samples during
 RL, samples side by side, the evidence. A chapter is a [`~report_parts.Section`]; report.py writes it as HTML and as
 markdown.
 
-Left out: the first chapter and the last two, each a file of its own (report_headline.py, report_samples.py,
-report_evidence.py), and how panels are drawn (report_plots.py).
+Left out: the first chapter and the last two, each a file of its own (headline.py, samples.py,
+evidence.py), and how panels are drawn (plots.py).
 """
 
 import math
 import re
+from collections.abc import Sequence
 
-from .report_changes import changes, turning_point
-from .report_evidence import evidence
-from .report_headline import headline
-from .report_parts import Cell, Section, Table
-from .report_plots import curves, diversity_panels, loss_panels, position_panels, rl_panels
-from .report_runs import Arm, Run, mean, series
-from .report_samples import samples
+from ..diversity.intervals import paired_interval
+from .evidence import evidence
+from .headline import headline
+from .parts import Cell, Section, Table
+from .plots import curves, diversity_panels, loss_panels, position_panels, rl_panels
+from .runs import Arm, Run, mean, series, turning_point
+from .samples import samples
+
+
+METRICS = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "pass@1": "pass@1"}
+
+Shown = tuple[str, str]  # a figure, and its interval in brackets
 
 
 def sections_of(arms: list[Arm]) -> list[Section]:
@@ -212,3 +218,48 @@ def _gap(arm: Arm, rows: str, what: str) -> str:
         return ""
     why = " (it starts RL from the base model)" if rows != "grpo_log" and not arm.runs[0].has_sft else ""
     return f"{arm.label} has no {what.removeprefix('the ')}{why}."
+
+
+def changes(rows: Sequence[dict], selected: int | None, k: int) -> tuple[list[str], list[tuple[str, list[Shown]]]]:
+    """Headings, and a line for each metric that was measured.
+
+    Args:
+        rows: of diversity.jsonl, in order.
+        selected: the step that went to RL, None where none was selected or it was not measured.
+        k: the largest of pass@k.
+    """
+    by_step = {row["step"]: row for row in rows}
+    steps = list(dict.fromkeys(step for step in (min(by_step), selected, max(by_step)) if step in by_step))
+    head = [f"step {steps[0]}"]
+    for before, after in zip(steps, steps[1:], strict=False):
+        head += [f"step {after}", f"change from {before}"]
+    metrics = METRICS | {f"pass@{k}": f"pass@{k}"}
+    known = {key: name for key, name in metrics.items() if all(by_step[step].get(key) is not None for step in steps)}
+    return head, [(name, _line([by_step[step] for step in steps], key)) for key, name in known.items()]
+
+
+def _line(rows: Sequence[dict], key: str) -> list[Shown]:
+    line = [_figure(rows[0], key)]
+    for before, after in zip(rows, rows[1:], strict=False):
+        line += [_figure(after, key), _change(before, after, key)]
+    return line
+
+
+def _figure(row: dict, key: str) -> Shown:
+    ends = (row.get("intervals") or {}).get(key)
+    return f"{row[key]:.3f}", _brackets(ends) if ends and None not in ends else ""
+
+
+def _change(before: dict, after: dict, key: str) -> Shown:
+    """Of the figure itself; the interval is that of the mean over prompts, from which entropy, a mean over tokens, may
+    differ a little."""
+    sides = [(row.get("by_prompt") or {}).get(key) for row in (before, after)]
+    text = f"{after[key] - before[key]:+.3f}"
+    if None in sides or len(sides[0]) != len(sides[1]):
+        return text, ""
+    _, low, high = paired_interval(*sides)
+    return text, _brackets((low, high), "+.3f")
+
+
+def _brackets(ends: Sequence[float], form: str = ".3f") -> str:
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"

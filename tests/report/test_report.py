@@ -14,10 +14,11 @@ import pytest
 
 from aesl_trl.errors import InputError
 from aesl_trl.files import append_jsonl, write_json, write_jsonl
-from aesl_trl.report import main, write_report
-from aesl_trl.report_plots import running_mean, spread
-from aesl_trl.report_runs import read_arms, read_run
-from aesl_trl.report_sections import sections_of
+from aesl_trl.report.parts import spread
+from aesl_trl.report.plots import running_mean
+from aesl_trl.report.report import main, write_report
+from aesl_trl.report.runs import read_arms, read_run
+from aesl_trl.report.sections import sections_of
 
 
 # --- fake runs: the shape of the embedded task's curves ---
@@ -248,8 +249,8 @@ def chain(tmp_path_factory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the plots out where only the texts matter: other tests draw them."""
-    monkeypatch.setattr("aesl_trl.report.svg", lambda panel, name: "")
-    monkeypatch.setattr("aesl_trl.report.png", lambda panels: b"")
+    monkeypatch.setattr("aesl_trl.report.report.svg", lambda panel, name: "")
+    monkeypatch.setattr("aesl_trl.report.report.png", lambda panels: b"")
 
 
 def test_every_plot_of_the_story_is_drawn_in_the_page_and_beside_it(chain):
@@ -577,6 +578,8 @@ def test_running_mean_skips_gaps_and_leaves_short_series_alone():
 
 
 def test_report_loads_neither_torch_nor_trl():
-    code = "import aesl_trl.report, sys; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
+    code = (
+        "import aesl_trl.report.report, sys; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

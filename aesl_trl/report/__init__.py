@@ -1,0 +1,1 @@
+"""A run's folder as HTML, PNG and markdown."""

@@ -21,7 +21,7 @@ COMMANDS = {
     "probe": ("evaluation.probe", "is a checkpoint ready for RL: a verdict with reasons"),
     "eval": ("evaluation.evaluate", "pass@k and diversity before and after RL"),
     "interpolate": ("models.interpolate", "average two checkpoints of one run (WiSE-FT)"),
-    "compare": ("compare", "methods x seeds, cold start to RL: table with intervals, tuning, plots"),
+    "compare": ("compare.compare", "methods x seeds, cold start to RL: table with intervals, tuning, plots"),
     "report": ("report.report", "a run's figures as HTML, PNG and markdown"),
     "recipes": ("recipes", "list the recipes, copy them to a folder of your own, or check them"),
 }

@@ -273,7 +273,7 @@ def check_chain(case: Case) -> None:
 
 def check_compare(case: Case) -> None:
     """Rows, files and budgets agree; each cell's chain is checked by `aesl compare --dry_run`, which takes longer."""
-    from .compare_config import read_config
+    from .compare.config import read_config
 
     read_config(case.path, to_come=case.promised.keys())
 

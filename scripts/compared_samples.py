@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aesl_trl.compare_cells import source
+from aesl_trl.compare.cells import source
 from aesl_trl.files import read_json, read_jsonl
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aesl_trl.compare_table import correlations
+from aesl_trl.compare.table import correlations
 from aesl_trl.files import read_json
 
 

@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import load_file
 from stand_ins import ALSO, DROPPED, MODELS, OVERRIDDEN, RECIPES, copy_recipe, overridden
 
-from aesl_trl import compare, files, memory, recipes
+from aesl_trl import files, memory, recipes
 from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
 from aesl_trl.chain.stages import BUILDERS, Chain
+from aesl_trl.compare import compare
 from aesl_trl.data import prepare
 from aesl_trl.errors import InputError
 from aesl_trl.recipe_check import check_config, find_configs

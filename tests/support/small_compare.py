@@ -146,7 +146,7 @@ def started(root: Path) -> list[tuple[str, str]]:
 if __name__ == "__main__":
     install()
     if "--compare" in sys.argv:  # a whole comparison, which its stages may kill
-        from aesl_trl import compare
+        from aesl_trl.compare import compare
 
         sys.argv.remove("--compare")
         Path(os.environ["FAKE_ROOT"], "pid").write_text(str(os.getpid()))

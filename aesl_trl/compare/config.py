@@ -1,7 +1,7 @@
 """compare.yaml: methods, settings, seeds and tuning, read strictly, paths absolute.
 
 A method is a name and what it changes in the config of the cold start; losses are known to AESLSFTConfig, not here.
-What the chain's own configs say is left out: compare_cells.py writes each cell's chain.yaml, and the chain checks it.
+What the chain's own configs say is left out: cells.py writes each cell's chain.yaml, and the chain checks it.
 """
 
 import itertools
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_fields, check_folder, load_yaml, resolve
-from .chain.config import ChainConfig
-from .diversity.selection import RULES, default_rule
-from .errors import InputError, nearest
+from ..arguments import check_fields, check_folder, load_yaml, resolve
+from ..chain.config import ChainConfig
+from ..diversity.selection import RULES, default_rule
+from ..errors import InputError, nearest
 
 
 STEP = "step-"  # a selection by number, from rl_from_steps

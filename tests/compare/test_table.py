@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aesl_trl.compare_table import (
+from aesl_trl.compare.table import (
     MAX_SEEDS,
     correlations,
     distinct_runs,

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import compare_cells as cells_of
-from . import files
-from .arguments import load_yaml
-from .chain.config import read_config as read_chain
-from .chain.stages import Chain, check_stages
-from .compare_cells import Cell
-from .compare_config import CompareConfig
-from .compare_tuning import planned
-from .errors import InputError, nearest
+from .. import files
+from ..arguments import load_yaml
+from ..chain.config import read_config as read_chain
+from ..chain.stages import Chain, check_stages
+from ..errors import InputError, nearest
+from . import cells as cells_of
+from .cells import Cell
+from .config import CompareConfig
+from .tuning import planned
 
 
 def check(config: CompareConfig, path: Path) -> None:
@@ -43,7 +43,7 @@ def check(config: CompareConfig, path: Path) -> None:
 
 def _check_figures(config: CompareConfig, path: Path) -> None:
     """Whether the evaluation will have the figures that rows are compared, and points are chosen, by."""
-    from .diversity.figures import Group, measure
+    from ..diversity.figures import Group, measure
 
     values = load_yaml(config.chain["eval"]["config"])
     samples = values.get("samples", 8)

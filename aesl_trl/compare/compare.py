@@ -4,8 +4,8 @@ One cold start for each method and seed serves all its selections, RL has the sa
 learning rates are tuned first, on seeds that the table does not use. Run again, finished cells are passed over and an
 interrupted one goes on: both are the chain's own (chain/chain.py), which runs here as a process for each cell.
 
-Left out: compare.yaml (compare_config.py), cells and their files (compare_cells.py), tuning (compare_tuning.py),
-statistics (compare_table.py), tables as text (compare_page.py), plots (compare_plots.py).
+Left out: compare.yaml (config.py), cells and their files (cells.py), tuning (tuning.py),
+statistics (table.py), tables as text (page.py), plots (plots.py).
 """
 
 import argparse
@@ -20,19 +20,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import compare_cells as cells_of
-from . import files
-from .chain.config import read_config as read_chain
-from .chain.stages import Chain
-from .compare_cells import CELL, Cell
-from .compare_config import CompareConfig, Point, read_config
-from .compare_plan import check, plan
-from .compare_table import table
-from .compare_tuning import choose, planned, rounds, untuned
-from .compare_workers import DEVICES, Workers, split_devices, visible_devices
-from .errors import InputError, exit_on_input_error, nearest
-from .processes import MARK, end_processes, lock
-from .provenance import commit, hardware, package_versions
+from .. import files
+from ..chain.config import read_config as read_chain
+from ..chain.stages import Chain
+from ..errors import InputError, exit_on_input_error, nearest
+from ..processes import MARK, end_processes, lock
+from ..provenance import commit, hardware, package_versions
+from . import cells as cells_of
+from .cells import CELL, Cell
+from .config import CompareConfig, Point, read_config
+from .plan import check, plan
+from .table import table
+from .tuning import choose, planned, rounds, untuned
+from .workers import DEVICES, Workers, split_devices, visible_devices
 
 
 NAME = "aesl compare"
@@ -136,7 +136,7 @@ def same_start(config: CompareConfig, cell: Cell) -> Path | None:
 
     None while the cold start is not trained, or where the chain itself has to find the step (by probing candidates).
     """
-    from .diversity.selection import select_run
+    from ..diversity.selection import select_run
 
     if cell.selection is None or not cells_of.sft_is_done(config, cell):
         return None
@@ -200,8 +200,8 @@ def write_results(comparison: Comparison) -> str:
     Raises:
         InputError: no cell is finished, or a file of one cannot be used.
     """
-    from .compare_page import page
-    from .compare_plots import write_plots
+    from .page import page
+    from .plots import write_plots
 
     config = comparison.config
     chosen, tuning = choose(config)
@@ -300,7 +300,7 @@ def _main(comparison: Comparison, argv: list[str]) -> None:
 
 def check_in_child(argv: list[str]) -> None:
     """`--dry_run` as a process of its own: building TrainingArguments takes hold of the GPU until its process ends."""
-    code = subprocess.run([sys.executable, "-m", "aesl_trl.compare", *argv, "--dry_run"]).returncode
+    code = subprocess.run([sys.executable, "-m", "aesl_trl.compare.compare", *argv, "--dry_run"]).returncode
     if code != 0:
         sys.exit(code if 1 <= code <= 125 else 1)
 

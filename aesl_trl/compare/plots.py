@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .compare_config import STEP
-from .compare_page import TITLES
-from .compare_table import distinct_runs
-from .report.parts import LIGHT, Panel, png
+from ..report.parts import LIGHT, Panel, png
+from .config import STEP
+from .page import TITLES
+from .table import distinct_runs
 
 
 COLOURS = ("aesl", "nll", "eval", "stop", "other1", "other2", "wrong")

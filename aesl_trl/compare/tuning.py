@@ -4,16 +4,16 @@ Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` onl
 next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
 method has the same number of points and keeps as many, so that none gets more looks.
 
-What is finished is read from the cells' folders (compare_cells.py); compare.py runs them.
+What is finished is read from the cells' folders (cells.py); compare.py runs them.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from . import compare_cells as cells_of
-from .compare_cells import Cell
-from .compare_config import CompareConfig, Point
-from .compare_table import tuned
+from . import cells as cells_of
+from .cells import Cell
+from .config import CompareConfig, Point
+from .table import tuned
 
 
 def rounds(config: CompareConfig) -> Iterator[list[Cell]]:

@@ -6,7 +6,7 @@ sampling, and problems inside a seed are averaged. Intervals over seeds are Stud
     mean ± t(0.975, n - 1) * s / sqrt(n)        s: standard deviation with n - 1 in its denominator
 
 as narrow as few seeds allow, not clipped to [0, 1], and not adjusted for the number of rows that are compared.
-Left out: reading runs (compare_cells.py), tables as text (compare_page.py), plots (compare_plots.py).
+Left out: reading runs (cells.py), tables as text (page.py), plots (plots.py).
 """
 
 import math
@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .diversity.intervals import LEVEL, spearman, spearman_interval, t_quantile
-from .errors import InputError, nearest
+from ..diversity.intervals import LEVEL, spearman, spearman_interval, t_quantile
+from ..errors import InputError, nearest
 
 
 MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds would decide

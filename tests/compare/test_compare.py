@@ -14,18 +14,20 @@ import small_compare
 import yaml
 from small_compare import compare_project, started
 
-from aesl_trl import compare, compare_cells, files
-from aesl_trl.compare_cells import Cell
-from aesl_trl.compare_config import Point, read_config
-from aesl_trl.compare_plan import check, hours, plan
-from aesl_trl.compare_plots import colours, result_panels, step_lines
-from aesl_trl.compare_tuning import planned
-from aesl_trl.compare_workers import split_devices
+from aesl_trl import files
+from aesl_trl.compare import cells as compare_cells
+from aesl_trl.compare import compare
+from aesl_trl.compare.cells import Cell
+from aesl_trl.compare.config import Point, read_config
+from aesl_trl.compare.plan import check, hours, plan
+from aesl_trl.compare.plots import colours, result_panels, step_lines
+from aesl_trl.compare.tuning import planned
+from aesl_trl.compare.workers import split_devices
 from aesl_trl.errors import InputError
 from aesl_trl.report.parts import LIGHT
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/skills-tiny"
 OUTPUTS = ("compare.json", "compare.md", "compare_results.png", "compare_diversity.png")
 
@@ -496,7 +498,7 @@ def test_a_second_comparison_in_the_folder_is_refused(project, fakes):
 def test_a_real_comparison_killed_in_the_middle(tmp_path):
     """Two methods, two seeds, the tiny base: SIGKILL in the midst of RL, and the figures of an undisturbed cell."""
     path = real_comparison(tmp_path)
-    command = [sys.executable, "-m", "aesl_trl.compare", "--config", str(path)]
+    command = [sys.executable, "-m", "aesl_trl.compare.compare", "--config", str(path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 900

@@ -7,7 +7,7 @@ seed share a cold start, and so its SFT folder:
     <output_dir>/[tune/][<setting>/]sft/<method>[@<point>]/seed-<n>/   its folder
     <output_dir>/[tune/][<setting>/]<method>[_<selection>][@<point>]/seed-<n>/     the cell: chain.yaml, cell.json
 
-Left out: compare.yaml (compare_config.py), running the chains (compare.py).
+Left out: compare.yaml (config.py), running the chains (compare.py).
 """
 
 import os
@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from . import files
-from .arguments import load_yaml, resolve
-from .chain.config import read_config as read_chain
-from .chain.stages import BUILDERS, Chain, fingerprint
-from .compare_config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_label, row_name
-from .errors import InputError
+from .. import files
+from ..arguments import load_yaml, resolve
+from ..chain.config import read_config as read_chain
+from ..chain.stages import BUILDERS, Chain, fingerprint
+from ..errors import InputError
+from .config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_label, row_name
 
 
 CELL = "cell.json"

@@ -1,0 +1,1 @@
+"""Methods x seeds x settings; each cell is a chain."""

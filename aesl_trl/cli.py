@@ -23,7 +23,7 @@ COMMANDS = {
     "interpolate": ("models.interpolate", "average two checkpoints of one run (WiSE-FT)"),
     "compare": ("compare.compare", "methods x seeds, cold start to RL: table with intervals, tuning, plots"),
     "report": ("report.report", "a run's figures as HTML, PNG and markdown"),
-    "recipes": ("recipes", "list the recipes, copy them to a folder of your own, or check them"),
+    "recipes": ("recipes.recipes", "list the recipes, copy them to a folder of your own, or check them"),
 }
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl.import_utils import is_vllm_available
 
 from aesl_trl.losses.scoring import add_fused_head
-from aesl_trl.recipes import recipes_dir
+from aesl_trl.recipes.recipes import recipes_dir
 from aesl_trl.sampling.backends import VLLMSettings
 from aesl_trl.sampling.draws import Draw, Request, share
 from aesl_trl.sampling.groups import preserved_random_state

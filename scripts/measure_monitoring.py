@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from aesl_trl import AESLSFTConfig, AESLSFTTrainer, files
-from aesl_trl.recipes import recipes_dir
+from aesl_trl.recipes.recipes import recipes_dir
 from aesl_trl.sampling.backends import TRAINING_BACKENDS
 
 

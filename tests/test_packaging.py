@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import aesl_trl
-from aesl_trl import recipes
 from aesl_trl.errors import InputError
+from aesl_trl.recipes import recipes
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,7 @@ def test_wheel_works_from_any_folder(wheel, tmp_path):
     target = tmp_path / "site"
     installed = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
     assert installed.returncode == 0, installed.stderr
-    code = "from aesl_trl.recipes import recipes_dir; print(recipes_dir())"
+    code = "from aesl_trl.recipes.recipes import recipes_dir; print(recipes_dir())"
     environment = {**os.environ, "PYTHONPATH": str(target)}
     found = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert found.returncode == 0, found.stderr

@@ -9,7 +9,7 @@ from aesl_trl.data import benchmarks
 from aesl_trl.data.benchmarks import BENCHMARKS, PROMPT, load_benchmark
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation.evaluate import ARGUMENT_TYPES
-from aesl_trl.recipes import recipes_dir
+from aesl_trl.recipes.recipes import recipes_dir
 from aesl_trl.rewards.grading import EXTRACT, GRADERS, SHARED_GRADERS, Answer
 
 

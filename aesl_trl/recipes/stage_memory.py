@@ -1,10 +1,11 @@
 """A stage's settings -> the items of its memory: which of them exist, and how many rows and tokens they hold.
 
-The arithmetic is memory.py's; whether the sum fits is said by recipe_check.py.
+The arithmetic is memory.py's; whether the sum fits is said by check.py.
 """
 
 from typing import Any
 
+from .facts import Hardware, Launch
 from .memory import (
     ALWAYS,
     GB,
@@ -21,7 +22,6 @@ from .memory import (
     vllm_item,
     vllm_sequences,
 )
-from .recipe_files import Hardware, Launch
 
 
 def training_of(shape: Shape, launch: Launch, args: Any, model_args: Any, *, length: int, **given: bool) -> Training:

@@ -12,15 +12,16 @@ import yaml
 from safetensors.torch import load_file
 from stand_ins import ALSO, DROPPED, MODELS, OVERRIDDEN, RECIPES, copy_recipe, overridden
 
-from aesl_trl import files, memory, recipes
+from aesl_trl import files
 from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
 from aesl_trl.chain.stages import BUILDERS, Chain
 from aesl_trl.compare import compare
 from aesl_trl.data import prepare
 from aesl_trl.errors import InputError
-from aesl_trl.recipe_check import check_config, find_configs
-from aesl_trl.recipe_files import first_comment, hardware_of, kind_of, read_facts, shape_of
+from aesl_trl.recipes import memory, recipes
+from aesl_trl.recipes.check import check_config, find_configs
+from aesl_trl.recipes.facts import first_comment, hardware_of, kind_of, read_facts, shape_of
 
 
 CONFIGS = find_configs([RECIPES])

@@ -3,7 +3,7 @@
 A recipe is a folder with `sft/`, `grpo/`, `chain*.yaml`, `eval*.yaml`, `probe*.yaml`, `data*.yaml` and
 `model_config.json`: the architecture and tokenizer facts of the model that its configs name, written down from its
 public files, so that a recipe can be checked where the hub cannot be reached. The first line of a config is a comment
-that names its hardware in a form that is checked (see [`Hardware`]). Nothing is judged here; recipe_check.py does.
+that names its hardware in a form that is checked (see [`Hardware`]). Nothing is judged here; check.py does.
 """
 
 import re
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import load_yaml
-from .errors import InputError
-from .files import read_json
+from ..arguments import load_yaml
+from ..errors import InputError
+from ..files import read_json
 from .memory import Shape
 
 
@@ -199,7 +199,7 @@ def local_facts(model: str) -> Facts | None:
     """The facts of a model that is here, in a folder or in the hub's cache: read from its own files."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from .models.tokens import turn_end_token
+    from ..models.tokens import turn_end_token
 
     local = {"local_files_only": True}
     try:
@@ -277,10 +277,10 @@ class Promise:
 
 def promised_files(folder: Path) -> dict[str, Promise]:
     """Absolute path of each file that the data*.yaml of a recipe will write -> what is known of its rows."""
-    from .arguments import parse
-    from .data.config import DIFFICULTIES
-    from .data.output import HELD_OUT, RL
-    from .data.prepare import ARGUMENT_TYPES
+    from ..arguments import parse
+    from ..data.config import DIFFICULTIES
+    from ..data.output import HELD_OUT, RL
+    from ..data.prepare import ARGUMENT_TYPES
 
     files = {}
     for path in sorted(folder.glob("data*.yaml")):

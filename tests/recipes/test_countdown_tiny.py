@@ -20,7 +20,7 @@ from aesl_trl.compare.table import correlations
 from aesl_trl.files import read_json
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "countdown-tiny"
 RESULTS = RECIPE / "results"
 

@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .arguments import load_yaml, parse
-from .errors import InputError
-from .memory import Budget, budget, vllm_sequences
-from .recipe_files import (
+from ..arguments import load_yaml, parse
+from ..errors import InputError
+from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
+from .facts import (
     Facts,
     Hardware,
     Launch,
@@ -33,8 +33,8 @@ from .recipe_files import (
     read_launch,
     shape_of,
 )
-from .recipe_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
-from .training.measurement import DEFAULT_BUDGETS, Size, budget_of
+from .memory import Budget, budget, vllm_sequences
+from .stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
 
 
 PROG = "aesl recipes check"
@@ -127,7 +127,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_sft(case: Case) -> None:
-    from . import sft
+    from .. import sft
 
     script, args, model_args = case.arguments(sft.ARGUMENT_TYPES, *ON_CPU)
     facts = case.facts(model_args.model_name_or_path)
@@ -166,7 +166,7 @@ def check_monitoring(case: Case, args: Any) -> None:
 
 
 def check_grpo(case: Case) -> None:
-    from . import grpo
+    from .. import grpo
 
     script, args, model_args = case.arguments(grpo.ARGUMENT_TYPES, *ON_CPU, *_as_one_process(case))
     for name in ("gradient_accumulation_steps", "steps_per_generation"):
@@ -212,7 +212,7 @@ def rollout_end(facts: Facts, generation_kwargs: Any) -> str | None:
 
 
 def check_probe(case: Case) -> None:
-    from .evaluation import probe
+    from ..evaluation import probe
 
     script, args, model_args = case.arguments(probe.ARGUMENT_TYPES, *ON_CPU)
     facts, prompt = case.recipe_facts(), case.prompt_of(script.eval_dataset_name or script.dataset_name)
@@ -228,7 +228,7 @@ def check_probe(case: Case) -> None:
 
 
 def check_eval(case: Case) -> None:
-    from .evaluation import evaluate
+    from ..evaluation import evaluate
 
     (args,) = case.arguments(evaluate.ARGUMENT_TYPES)
     facts, prompt = case.recipe_facts(), BENCHMARK_PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)
@@ -253,7 +253,7 @@ def check_eval(case: Case) -> None:
 
 def check_chain(case: Case) -> None:
     """The stages' configs are there, and are launched as their own first lines say."""
-    from .chain.config import read_config
+    from ..chain.config import read_config
 
     config = read_config(case.path)
     for name in ("sft", "probe", "grpo"):
@@ -273,13 +273,13 @@ def check_chain(case: Case) -> None:
 
 def check_compare(case: Case) -> None:
     """Rows, files and budgets agree; each cell's chain is checked by `aesl compare --dry_run`, which takes longer."""
-    from .compare.config import read_config
+    from ..compare.config import read_config
 
     read_config(case.path, to_come=case.promised.keys())
 
 
 def check_data(case: Case) -> None:
-    from .data import prepare
+    from ..data import prepare
 
     (args,) = case.arguments(prepare.ARGUMENT_TYPES)
     facts = case.recipe_facts()

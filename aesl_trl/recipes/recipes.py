@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from .errors import InputError
-from .recipe_files import first_comment
+from ..errors import InputError
+from .facts import first_comment
 
 
 NAME = "aesl recipes"
@@ -22,7 +22,7 @@ def recipes_dir() -> Path:
     Raises:
         InputError: the package was taken out of its checkout without them.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipe_files", package.parent / "recipes"):
         if folder.is_dir():
             return folder
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     """List, copy or check; exit code 2 where a check found a problem."""
     given = _parser().parse_args(argv)
     if given.command == "check":
-        from .recipe_check import check_config, find_configs, report
+        from .check import check_config, find_configs, report
 
         cases = [check_config(path) for path in find_configs(given.paths or [recipes_dir()])]
         print(report(cases, verbose=not given.brief))

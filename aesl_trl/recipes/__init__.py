@@ -1,0 +1,1 @@
+"""Does a recipe hold together, and does it fit its GPUs?"""

@@ -1,8 +1,7 @@
-"""The files through which stages meet: their names in a run folder, and atomic JSON.
+"""The files through which stages meet: their names in a run folder, atomic writes, and the one reader of a run.
 
-A reader never sees half a file: a write goes to a temporary sibling that replaces the target in one step, a line is
-added whole or not at all. NaN and
-infinity become null, so that every line is valid JSON.
+A reader never sees half a file: a write goes to a temporary sibling that replaces the target in one step, and a line
+is added whole or not at all. NaN and infinity become null, so that every line is valid JSON.
 """
 
 import errno
@@ -11,38 +10,43 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import __version__, files
-from .errors import InputError
+from .errors import InputError, nearest_sibling
+from .provenance import __version__
 
 
-GRPO_DIR = "grpo"
-
-REPORT = "report.html"
-
-TRAINING_LOCK = ".training.lock"
-
-
-TRAINER_STATE = "trainer_state.json"  # Trainer's own: log_history
+# Files and folders of an SFT run
+TRAINER_STATE = "trainer_state.json"  # written by Trainer; holds log_history
 RUN = "run.json"
 POSITIONS = "positions.jsonl"
 DIVERSITY = "diversity.jsonl"
 SAMPLES = "samples"
 CANDIDATES = "candidates"
+STAGE = "stage.json"  # the chain's record of an SFT that several chains may share
+TRAINING_LOCK = ".training.lock"
+# Files and folders of a chain's run; a selection may also lie in the SFT folder
+CHAIN = "chain.json"
 SELECTION = "selection.json"
 SELECTED = "selected"
-CHAIN = "chain.json"
 HANDOFF = "handoff.json"
 HANDOFF_DIR = "handoff"
-EVALUATION = "evaluation.json"
 READINESS = "readiness.json"
+GRPO_DIR = "grpo"
+EVALUATION = "evaluation.json"
+REPORT = "report.html"
+LOGS = "logs"
+
+
+# ---- Writing
 
 
 def to_json(value: Any) -> Any:
-    """`value` with every float that JSON cannot hold replaced by None."""
+    """Replace every float that JSON cannot hold by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -76,7 +80,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, row: dict) -> None:
-    """Add one line in one write: a kill leaves it out or whole, and a full disk the file as it was."""
+    """Add one line in one write. A kill leaves the line out or whole; a full disk leaves the file as it was."""
     path, line = Path(path), (_dumps(row) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
@@ -90,6 +94,46 @@ def append_jsonl(path: str | Path, row: dict) -> None:
             raise
 
 
+@contextmanager
+def swapped(target: str | Path) -> Iterator[Path]:
+    """Give an empty folder to write to, and put it in the place of `target` when the block ends without an error.
+
+    The folder is a sibling of `target`, so the last step is a rename, and an error leaves the old `target` whole.
+    Whether `target` may be replaced is for the caller to check ([`~aesl_trl.arguments.check_replaceable`]).
+    """
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not target.exists():  # the last rename failed
+            os.replace(old, target)
+
+
+def replace_dir(source: str | Path, target: str | Path) -> None:
+    """Make `target` a copy of the folder `source`, with hard links where the disk allows them."""
+    with swapped(target) as folder:
+        shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+# ---- Reading
+
+
 def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -97,6 +141,14 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: str | Path) -> dict:
+    """Return the JSON object in `path`, or an empty one where there is no such file."""
+    value = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -116,78 +168,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
-def replace_dir(source: str | Path, target: str | Path) -> None:
-    """Make `target` a copy of the folder `source`, hard-linked where possible; the old `target` goes last."""
-    source, target = Path(source), Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy)
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
+def read_rows(path: str | Path, needs: Sequence[str] = ()) -> list[dict]:
+    """Read the lines of a run's JSONL file; each must be an object that has the keys `needs`."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def stays_inside(name: str) -> bool:
-    """Whether the name of a file or folder, as a file of a run lists it, is one inside that file's own folder."""
-    return not os.path.isabs(name) and ".." not in PurePosixPath(name).parts
-
-
-def sft_dir(run: str | Path) -> Path:
-    """The SFT folder of a run: `run` itself, or the one that the chain in `run` trained.
-
-    Raises:
-        InputError: neither is an SFT folder (it has no diversity.jsonl, run.json or trainer_state.json).
-    """
-    run = Path(run)
-    if not run.is_dir():
-        raise InputError(f"{run} is not a folder")
-    if (run / CHAIN).exists():
-        folder = read_json(run / CHAIN).get("sft_dir")
-        if folder is None:
-            raise InputError(f"{run} is a chain without an SFT stage")
-        return (run / folder).resolve()
-    for folder in (run, run / "sft"):
-        if any((folder / name).exists() for name in (DIVERSITY, RUN, TRAINER_STATE)):
-            return folder
-    raise InputError(f"{run} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
-
-
-def check_version(sft: Path) -> dict:
-    """run.json of a training's folder, empty where there is none (a callback on another trainer writes none).
-
-    An older version's files are read; what they lack is said where it is needed.
-
-    Raises:
-        InputError: a newer aesl_trl wrote it, whose files may mean something else.
-    """
-    path = sft / files.RUN
-    run = files.read_json(path) if path.exists() else {}
-    if not isinstance(run, dict):
-        raise InputError(f"{path} holds a {type(run).__name__}, not an object: {sft} is no run of aesl_trl")
-    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
-    if _release(wrote) > _release(__version__):
-        raise InputError(f"{path} was written by aesl_trl {wrote}, and this is {__version__}: update aesl_trl")
-    return run
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(0, 1) of 0.1.0: a patch changes no file's meaning."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
-def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict]:
-    """The lines of a run's JSONL file, each an object that has the keys `needs`."""
-    try:
-        rows = files.read_jsonl(path)
+        rows = read_jsonl(path)
     except InputError as error:
         raise InputError(f"{error}; take that line out to go on without it") from None
     for number, row in enumerate(rows, 1):
@@ -200,16 +184,138 @@ def read_rows(path: Path, needs: Sequence[str] = ()) -> list[dict]:
     return rows
 
 
-def candidate_steps(sft: str | Path) -> list[int]:
-    """Steps of the candidates saved in an SFT folder, in order. Raises [`InputError`] without any."""
-    folder = Path(sft) / files.CANDIDATES
-    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    if not steps:
-        raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
-    return steps
+def stays_inside(name: str) -> bool:
+    """Say whether `name`, as a file of a run lists it, is the name of something inside that file's own folder."""
+    return not os.path.isabs(name) and ".." not in PurePosixPath(name).parts
 
 
-def _log_history(sft: Path) -> list[dict]:
-    state = sft / files.TRAINER_STATE
-    return files.read_json(state).get("log_history", []) if state.exists() else []
+class RunFolder:
+    """A run as it lies on disk: an SFT folder, or a chain's run folder with its SFT inside or elsewhere.
+
+    Every command that looks into a run looks through this class, so it knows each file's place and checks each file
+    once. Files that are not there read as empty; files that are broken raise.
+
+    Args:
+        path: the folder that a user names.
+
+    Raises:
+        InputError: `path` is not a folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is not a folder{nearest_sibling(self.path)}")
+
+    @cached_property
+    def chain(self) -> dict:
+        """chain.json."""
+        return read_object(self.path / CHAIN)
+
+    @cached_property
+    def sft(self) -> Path:
+        """The SFT folder: the run itself, or the one that its chain trained.
+
+        Raises:
+            InputError: there is none, or the chain has no SFT stage.
+        """
+        if (self.path / CHAIN).exists():
+            folder = self.chain.get("sft_dir")
+            if folder is None:
+                raise InputError(f"{self.path} is a chain without an SFT stage")
+            return (self.path / folder).resolve()
+        for folder in (self.path, self.path / "sft"):
+            if is_sft_folder(folder):
+                return folder
+        raise InputError(f"{self.path} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
+
+    @property
+    def has_sft(self) -> bool:
+        """Whether an SFT folder with our files is there. It is not for RL from a base, nor before a chain's first step."""
+        if (self.path / CHAIN).exists():
+            return bool(self.chain.get("sft_dir")) and is_sft_folder(self.sft)
+        return is_sft_folder(self.path) or is_sft_folder(self.path / "sft")
+
+    @cached_property
+    def settings(self) -> dict:
+        """run.json of the SFT. It is empty where DiversityCallback ran beside another trainer.
+
+        An older version's file is read; a reader that lacks a key says so.
+
+        Raises:
+            InputError: a newer aesl_trl wrote it, whose files may mean something else.
+        """
+        return read_settings(self.sft)
+
+    @cached_property
+    def log(self) -> list[dict]:
+        """Trainer's log_history of the SFT, of its newest checkpoint while the run has not ended."""
+        return read_log(self.sft)
+
+    def rows(self, name: str, needs: Sequence[str] = ()) -> list[dict]:
+        """Return the rows of the SFT folder's JSONL file `name`, each with the keys `needs`."""
+        path = self.sft / name
+        return read_rows(path, needs) if path.is_file() else []
+
+    @property
+    def candidates(self) -> list[int]:
+        """Steps of the saved candidates, in order.
+
+        Raises:
+            InputError: none was saved.
+        """
+        folder = self.sft / CANDIDATES
+        names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        if not steps:
+            raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
+        return steps
+
+    def candidate(self, step: int) -> Path:
+        """Return the folder of the candidate saved at `step`."""
+        return self.sft / CANDIDATES / f"step-{step}"
+
+    @property
+    def sample_files(self) -> dict[int, Path]:
+        """The files samples/step-N.jsonl by step, in order."""
+        found = [(path.stem.removeprefix("step-"), path) for path in (self.sft / SAMPLES).glob("step-*.jsonl")]
+        return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))
+
+    def object(self, name: str) -> dict:
+        """Return the JSON object `name` of the run, else of its SFT folder, else an empty one."""
+        places = [self.path, *([self.sft] if self.has_sft else [])]
+        return next((found for place in places if (found := read_object(place / name))), {})
+
+
+def is_sft_folder(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (DIVERSITY, RUN, TRAINER_STATE))
+
+
+def sft_dir(run: str | Path) -> Path:
+    """Return the SFT folder of a run, see [`RunFolder.sft`]."""
+    return RunFolder(run).sft
+
+
+def read_settings(folder: Path) -> dict:
+    """Read run.json of a training's folder; see [`RunFolder.settings`]."""
+    path = folder / RUN
+    run = read_json(path) if path.exists() else {}
+    if not isinstance(run, dict):
+        raise InputError(f"{path} holds a {type(run).__name__}, not an object: {folder} is no run of aesl_trl")
+    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
+    # 0.1.1 after 0.1.0 changes no file's meaning, so the patch number does not count.
+    written, ours = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (wrote, __version__))
+    if written > ours:
+        raise InputError(f"{path} was written by aesl_trl {wrote}, and this is {__version__}: update aesl_trl")
+    return run
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Read Trainer's log_history of a training's folder; see [`RunFolder.log`]."""
+    checkpoints = folder.glob(f"checkpoint-*/{TRAINER_STATE}")
+    newest = sorted(checkpoints, key=lambda path: int(re.sub(r"\D", "", path.parent.name) or 0))[-1:]
+    path = next((path for path in [folder / TRAINER_STATE, *newest] if path.is_file()), None)
+    history = read_object(path).get("log_history") if path else []
+    if not isinstance(history, list):
+        raise InputError(f"{path} has no list 'log_history'")
+    return history

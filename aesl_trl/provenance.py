@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from . import __version__  # noqa: F401 (the floor's way to the version)
+
 
 def commit() -> str | None:
     """The commit of this package's checkout, with `+` where files differ from it; None where it is installed."""

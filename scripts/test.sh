@@ -22,4 +22,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 ruff check .
 ruff format --check .
+lint-imports --no-cache
 python -m pytest ${selection[@]+"${selection[@]}"} "$@"

@@ -24,7 +24,7 @@ from typing import Any
 from .. import files
 from ..diversity.readiness import CAUTION, READY
 from ..errors import UNFINISHED, InputError, exit_on_input_error
-from ..files import GRPO_DIR, REPORT, TRAINING_LOCK
+from ..files import GRPO_DIR, LOGS, REPORT, STAGE, TRAINING_LOCK
 from ..processes import Interrupts, end_processes, locked, run_process
 from ..training.checkpoints import find_checkpoint, sweep
 from .config import read_config
@@ -32,8 +32,6 @@ from .stages import BUILDERS, NAME, Chain, Stage, check_stages, child_env, finge
 from .vllm_server import wait_for_server
 
 
-STAGE = "stage.json"  # in the SFT folder, which several chains may share
-LOGS = "logs"
 ORPHANS_S = 30  # seconds that a killed process is waited for; it may be in the midst of a write
 
 

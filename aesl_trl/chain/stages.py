@@ -202,9 +202,9 @@ def check_stages(chain: Chain) -> None:
     Raises:
         InputError: a config that its stage would refuse.
     """
-    from .. import grpo, sft
     from ..arguments import load_config
     from ..evaluation import evaluate, probe
+    from ..training import grpo, sft
 
     config, seed = chain.config, ["--seed", str(chain.config.seed)]
     for options in filter(None, (config.sft, config.grpo)):

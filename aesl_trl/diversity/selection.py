@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .. import __version__, files
+from .. import files
 from ..errors import InputError, exit_on_input_error, nearest
-from ..files import _log_history, candidate_steps, check_version, read_rows
+from ..files import RunFolder, read_log, read_rows, read_settings
+from ..provenance import __version__
 from .readiness import rank
 from .series import check_settings
 from .turning_point import find_turning_point
@@ -214,16 +215,16 @@ def select_run(
         raise InputError(f"{run} is not a folder{nearest(Path(run).name, siblings)}")
     sft = files.sft_dir(run)
     out = Path(run if out is None else out)
-    recorded = check_version(sft)
+    recorded = read_settings(sft)
     if recorded.get("stage", "sft") != "sft":
         raise InputError(f"{sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's")
     rule = rule or recorded.get("selection") or default_rule(recorded.get("cold_start_loss"))
-    candidates = candidate_steps(sft)
+    candidates = RunFolder(sft).candidates
     if step is not None:
         candidates, rule = [_one_of(candidates, step, sft)], "last"
     selection = select_checkpoint(
         read_rows(sft / files.DIVERSITY) if (sft / files.DIVERSITY).exists() else [],
-        _log_history(sft),
+        read_log(sft),
         candidates,
         rule=rule,
         metric=metric or recorded.get("diversity_metric") or "entropy",

@@ -26,7 +26,7 @@ from ..data.rows import load_rows
 from ..diversity.passk import powers_of_two
 from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, History, _shown, entry
 from ..errors import InputError, exit_on_input_error
-from ..files import candidate_steps, read_rows
+from ..files import RunFolder, read_rows
 from ..models.folder import ADAPTER_CONFIG
 from ..models.loading import release_memory
 from ..provenance import package_versions
@@ -202,7 +202,7 @@ def find_target(output: str | None, checkpoints: list[Checkpoint]) -> Path:
     if output:
         return Path(output) if Path(output).suffix == ".json" else Path(output) / files.READINESS
     runs = {one.run for one in checkpoints if Path(one.path).parent.name == files.CANDIDATES}
-    is_whole_run = len(runs) == 1 and None not in runs and len(checkpoints) == len(candidate_steps(*runs))
+    is_whole_run = len(runs) == 1 and None not in runs and len(checkpoints) == len(RunFolder(*runs).candidates)
     return (runs.pop() if is_whole_run else Path.cwd()) / files.READINESS
 
 
@@ -236,7 +236,7 @@ def find_checkpoints(name: str) -> list[Checkpoint]:
             raise
         sft = None
     if sft is not None and (sft / files.CANDIDATES).is_dir():
-        steps = candidate_steps(sft)
+        steps = RunFolder(sft).candidates
         return [Checkpoint(str(sft / files.CANDIDATES / f"step-{step}"), f"step-{step}", sft, step) for step in steps]
     return [Checkpoint(name, path.name if path.is_dir() else name, *origin(path))]
 
@@ -269,7 +269,7 @@ def history(checkpoint: Checkpoint) -> History | None:
         return None
     rows = {row["step"]: row for row in read_rows(checkpoint.run / files.DIVERSITY, needs=("step",))}
     has_candidates = (checkpoint.run / files.CANDIDATES).is_dir()
-    steps = candidate_steps(checkpoint.run) if has_candidates else []
+    steps = RunFolder(checkpoint.run).candidates if has_candidates else []
     return History(checkpoint.step, [rows[step] for step in sorted(rows)], steps)
 
 

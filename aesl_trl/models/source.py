@@ -15,9 +15,9 @@ from ..files import (
     DIVERSITY,
     SAMPLES,
     SELECTION,
-    check_version,
     read_json,
     read_rows,
+    read_settings,
     sft_dir,
     stays_inside,
 )
@@ -82,7 +82,7 @@ def _selected(run: Path) -> tuple[Path, int | None, Path | None]:
             raise
         sft = None
     if sft:
-        check_version(sft)
+        read_settings(sft)
     for place in filter(None, (run, sft)):
         if (place / SELECTION).is_file():
             selection = _selection(place, run)

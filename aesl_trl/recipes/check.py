@@ -127,7 +127,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_sft(case: Case) -> None:
-    from .. import sft
+    from ..training import sft
 
     script, args, model_args = case.arguments(sft.ARGUMENT_TYPES, *ON_CPU)
     facts = case.facts(model_args.model_name_or_path)
@@ -166,7 +166,7 @@ def check_monitoring(case: Case, args: Any) -> None:
 
 
 def check_grpo(case: Case) -> None:
-    from .. import grpo
+    from ..training import grpo
 
     script, args, model_args = case.arguments(grpo.ARGUMENT_TYPES, *ON_CPU, *_as_one_process(case))
     for name in ("gradient_accumulation_steps", "steps_per_generation"):

@@ -231,7 +231,7 @@ class RunFolder:
 
     @property
     def has_sft(self) -> bool:
-        """Whether an SFT folder with our files is there. It is not for RL from a base, nor before a chain's first step."""
+        """Whether an SFT folder with our files is there. RL from a base has none, nor has a chain that just began."""
         if (self.path / CHAIN).exists():
             return bool(self.chain.get("sft_dir")) and is_sft_folder(self.sft)
         return is_sft_folder(self.path) or is_sft_folder(self.path / "sft")

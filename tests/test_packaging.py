@@ -90,7 +90,7 @@ def test_each_setting_has_one_owner():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)
     assert set(project) == {"build-system", "tool"}
-    assert set(project["tool"]) == {"pytest", "ruff"}
+    assert set(project["tool"]) == {"importlinter", "pytest", "ruff"}
 
 
 def test_no_package_registry_is_named():

@@ -1,10 +1,10 @@
 """Which checkpoint-N of a training folder is whole, so that training can go on from it, and which ones are deleted.
 
-A checkpoint of ours ends with `manifest.json`, written once everything else is on the disk: sizes, and a checksum of
-each file's first and last bytes. Hashing all of 15 GB would hold up the training for seconds at every save; what a
-kill or a full disk leaves (a missing file, a short one, an older one) shows in these too. Not seen: damage in the
-middle of a large file that keeps its length. Checkpoints of plain TRL have no manifest and are judged by file names,
-lengths and headers. No tensor is read either way.
+We end each checkpoint with `manifest.json`, once everything else is on the disk. It lists each file's size, and a
+checksum of the file's first and last bytes. Hashing all of 15 GB would hold up the training for seconds at every save.
+A kill or a full disk leaves a missing, a short or an older file, and the manifest shows all three. It does not show
+damage in the middle of a large file that keeps its length. A checkpoint of plain TRL has no manifest, so we judge it by
+its files' names, lengths and headers. No tensor is read.
 """
 
 import json
@@ -15,23 +15,25 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import psutil
+
 from .. import files
 from ..errors import InputError
 from ..provenance import package_versions
 
 
 MANIFEST = "manifest.json"
-INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' name for it; lies in a checkpoint while it is being saved
+INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' own name; the file marks a checkpoint that is being saved
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")  # Trainer, FSDP, FSDP sharded, DeepSpeed
-EDGE_BYTES = 2**22  # hashed at each end of a file: all of the small ones, safetensors' header, a zip's directory
-LEFTOVER = re.compile(r"\..+\.(?:(\d+)\.(?:tmp|old)|deleted)")  # of `rotate`, and with its writer's id of files.py
+EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetensors' header, a zip's directory
+LEFTOVER = re.compile(r"\..+\.(?:(\d+)\.(?:tmp|old)|deleted)")  # left by files.py (with its process id) or `rotate`
 
 
 # ---- Finding
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Every checkpoint-N in `folder`, whole or not, the newest first."""
+    """Return every checkpoint-N in `folder`, whole or not, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -41,25 +43,25 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint-N that training can go on from, and the newer ones that a kill left torn."""
+    """Return the newest checkpoint-N that training can go on from, and the newer ones, which are torn."""
     torn = []
     for path in numbered(folder):
-        if is_whole(path):
+        if damage(path) is None:
             return path, torn
         torn.append(path)
     return None, torn
 
 
 def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: None) -> Path | None:
-    """What `resume_from_checkpoint` stands for: True is the last whole checkpoint of `folder`, if there is one.
+    """Return the checkpoint that `resume_from_checkpoint` stands for; None means that training starts from step 0.
 
     Args:
-        asked: the setting: True, a checkpoint's folder, or None or False for a fresh start.
+        asked: the setting. True stands for the last whole checkpoint of `folder`; None and False for a fresh start.
         folder: the training's output folder.
-        say: is given a line for each torn checkpoint that is passed over, and one for where training goes on.
+        say: prints a line for each torn checkpoint that we pass over, and a line for where training goes on.
 
     Raises:
-        InputError: the checkpoint that is asked for by name is torn.
+        InputError: the setting names a checkpoint, and that checkpoint is torn.
     """
     if not asked:
         return None
@@ -84,8 +86,10 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is missing or cut off, in words; None where weights, optimizer, state and all that the manifest lists is
-    there."""
+    """Say in words what is missing or cut off; return None for a whole checkpoint.
+
+    Whole means that weights, optimizer, Trainer's state and every file in the manifest are there.
+    """
     if (checkpoint / INCOMPLETE).exists():
         return f"it holds {INCOMPLETE}"
     try:
@@ -97,29 +101,25 @@ def damage(checkpoint: Path) -> str | None:
     weights = list(checkpoint.glob("*.safetensors"))
     if not (weights or any(checkpoint.glob("pytorch_model*")) or any(checkpoint.glob("global_step*"))):
         return "its weights are missing"
-    # Without its optimizer (save_only_model) training would go on, silently, with the moments at zero.
+    # Without an optimizer (save_only_model) training would go on, silently, with the moments at zero.
     if not any(any(checkpoint.glob(name)) for name in OPTIMIZERS):
         return "its optimizer is missing"
     pickles = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.glob(pattern)]
-    # torch writes zips, whose directory is at the end
-    short = [path for path in weights if not _whole_safetensors(path)]
-    short += [path for path in pickles if not zipfile.is_zipfile(path)]
+    short = [path for path in weights if not _has_whole_tensors(path)]
+    short += [path for path in pickles if not zipfile.is_zipfile(path)]  # torch writes zips, their directory last
     if short:
         return f"{short[0].name} is cut off"
-    return _missing_shard(checkpoint) or _differs_from_manifest(checkpoint)
+    return _missing_shard(checkpoint) or _difference_from_manifest(checkpoint)
 
 
-def _whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if 0 < length < path.stat().st_size else b""
+def _has_whole_tensors(path: Path) -> bool:
+    from ..models.folder import check_safetensors  # imports torch, which a chain's own process can do without
+
     try:
-        tensors = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        check_safetensors(path)
+    except InputError:
         return False
-    return 8 + length + max(ends, default=0) == path.stat().st_size
+    return True
 
 
 def _missing_shard(checkpoint: Path) -> str | None:
@@ -134,19 +134,18 @@ def _missing_shard(checkpoint: Path) -> str | None:
     return f"{missing[0]} is missing" if missing else None
 
 
-def _differs_from_manifest(checkpoint: Path) -> str | None:
-    path = checkpoint / MANIFEST
-    if not path.exists():
+def _difference_from_manifest(checkpoint: Path) -> str | None:
+    if not (checkpoint / MANIFEST).exists():
         return None
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
-        problems = (_file_differs(checkpoint, name, facts) for name, facts in listed.items())
-        return next(filter(None, problems), None)
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        differences = (_difference(checkpoint, name, facts) for name, facts in listed.items())
+        return next(filter(None, differences), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
 
 
-def _file_differs(checkpoint: Path, name: str, facts: dict) -> str | None:
+def _difference(checkpoint: Path, name: str, facts: dict) -> str | None:
     path = checkpoint / name
     if not files.stays_inside(name):
         return f"{MANIFEST} lists {name}, which is outside of it"
@@ -158,7 +157,7 @@ def _file_differs(checkpoint: Path, name: str, facts: dict) -> str | None:
 
 
 def _checksum(path: Path) -> str:
-    """CRC-32 of the first and the last `EDGE_BYTES`, which is all of a file of up to twice that."""
+    """Return the CRC-32 of the first and the last `EDGE_BYTES`; they cover a file of up to twice that whole."""
     with open(path, "rb") as file:
         value = zlib.crc32(file.read(EDGE_BYTES))
         file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - EDGE_BYTES))
@@ -169,22 +168,22 @@ def _checksum(path: Path) -> str:
 
 
 def mark_incomplete(checkpoint: Path, why: str) -> None:
-    """From here on the checkpoint counts as torn, until `write_manifest`."""
+    """Mark the checkpoint as torn until `write_manifest` declares it whole; the mark's text is `why`."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / INCOMPLETE).write_text(f"{why}\n", encoding="utf-8")
 
 
 def write_manifest(checkpoint: Path, **facts) -> None:
-    """List what is there and declare the checkpoint whole; `facts` are kept along.
+    """List every file of the checkpoint in its manifest, beside `facts`, and declare the checkpoint whole.
 
-    Every file is on the disk by then and not only in memory: a machine that dies would leave a manifest that lies.
+    Each file is forced to the disk first: if the machine died, the manifest would list what was only in memory.
     """
     listed = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST, INCOMPLETE) and not path.name.startswith("."):
             _sync(path)
-            facts_of = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-            listed[path.relative_to(checkpoint).as_posix()] = facts_of
+            name = path.relative_to(checkpoint).as_posix()
+            listed[name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
     files.write_json(checkpoint / MANIFEST, {**facts, "versions": package_versions(), "files": listed})
     (checkpoint / INCOMPLETE).unlink(missing_ok=True)
     _sync(checkpoint)
@@ -199,33 +198,36 @@ def _sync(path: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """The manifest, or an empty one for a checkpoint of plain TRL."""
-    path = checkpoint / MANIFEST
-    return files.read_json(path) if path.exists() else {}
+    """Read the manifest; a checkpoint of plain TRL has none, which reads as empty."""
+    return files.read_object(checkpoint / MANIFEST)
+
+
+# ---- Deleting
 
 
 def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
-    """Delete checkpoints until `limit` are left: the torn ones first, then the oldest, never one of `keep`.
+    """Delete checkpoints until `limit` are left: first the torn ones, then the oldest, and never one of `keep`.
 
-    Trainer's own rotation goes by age alone, and deletes the last whole one while other ranks still save the new one.
+    Trainer's own rotation goes by age alone: it can delete the last whole checkpoint while ranks still save the new one.
     """
     found = sorted(numbered(folder), key=lambda path: (is_whole(path), step_of(path)))
     surplus = len(found) - max(limit, len(keep))
     for path in [path for path in found if path not in keep][: max(0, surplus)]:
-        gone = path.with_name(f".{path.name}.deleted")  # a kill in between must not leave half of it under its name
+        gone = path.with_name(f".{path.name}.deleted")  # a kill in between leaves no half checkpoint under its name
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`: hidden files and folders that were about to be renamed."""
+    """Remove the hidden files and folders that killed writers left in `folder` before they could rename them.
+
+    Those of another process that still runs on this machine stay.
+    """
     for path in list(folder.rglob(".*")):
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _is_at_work(match[1]):
+        if not match:
+            continue
+        writer = match[1]  # its process id
+        if writer is None or int(writer) == os.getpid() or not psutil.pid_exists(int(writer)):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _is_at_work(process: str | None) -> bool:
-    """Whether another process of this machine has that id; it may be one that is writing."""
-    return process is not None and int(process) != os.getpid() and Path("/proc", process).exists()

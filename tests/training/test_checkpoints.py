@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,14 @@ def test_a_small_file_cut_or_changed_anywhere_is_seen(listed, name, share, how):
     assert damage(listed)
     (listed / name).write_bytes(whole)
     assert is_whole(listed)
+
+
+def test_the_end_of_a_zip_of_several_disks_is_torn(tmp_path):
+    """Python's zipfile raises on such bytes instead of saying no."""
+    path = checkpoint(tmp_path, 1)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 2)
+    (path / "optimizer.pt").write_bytes(locator + b"PK\x05\x06" + bytes(18))
+    assert damage(path) == "optimizer.pt is cut off"
 
 
 def test_both_ends_of_a_large_file_are_checked(tmp_path, monkeypatch):

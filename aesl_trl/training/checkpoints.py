@@ -90,6 +90,8 @@ def damage(checkpoint: Path) -> str | None:
 
     Whole means that weights, optimizer, Trainer's state and every file in the manifest are there.
     """
+    from ..models.folder import safetensors_problem  # imports torch, which a chain seldom needs
+
     if (checkpoint / INCOMPLETE).exists():
         return f"it holds {INCOMPLETE}"
     try:
@@ -105,21 +107,18 @@ def damage(checkpoint: Path) -> str | None:
     if not any(any(checkpoint.glob(name)) for name in OPTIMIZERS):
         return "its optimizer is missing"
     pickles = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.glob(pattern)]
-    short = [path for path in weights if not _has_whole_tensors(path)]
-    short += [path for path in pickles if not zipfile.is_zipfile(path)]  # torch writes zips, their directory last
+    short = [path for path in weights if safetensors_problem(path)]
+    short += [path for path in pickles if not _is_zip(path)]  # torch writes zips, whose directory is at the end
     if short:
         return f"{short[0].name} is cut off"
     return _missing_shard(checkpoint) or _difference_from_manifest(checkpoint)
 
 
-def _has_whole_tensors(path: Path) -> bool:
-    from ..models.folder import check_safetensors  # imports torch, which a chain's own process can do without
-
+def _is_zip(path: Path) -> bool:
     try:
-        check_safetensors(path)
-    except InputError:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for damage that looks like a zip of several disks
         return False
-    return True
 
 
 def _missing_shard(checkpoint: Path) -> str | None:

@@ -3,7 +3,7 @@
 We end each checkpoint with `manifest.json`, once everything else is on the disk. It lists each file's size, and a
 checksum of the file's first and last bytes. Hashing all of 15 GB would hold up the training for seconds at every save.
 A kill or a full disk leaves a missing, a short or an older file, and the manifest shows all three. It does not show
-damage in the middle of a large file that keeps its length. A checkpoint of plain TRL has no manifest, so we judge it by
+damage in the middle of a large file that keeps its length. A checkpoint of plain TRL has no manifest: we judge it by
 its files' names, lengths and headers. No tensor is read.
 """
 
@@ -207,7 +207,7 @@ def read_manifest(checkpoint: Path) -> dict:
 def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
     """Delete checkpoints until `limit` are left: first the torn ones, then the oldest, and never one of `keep`.
 
-    Trainer's own rotation goes by age alone: it can delete the last whole checkpoint while ranks still save the new one.
+    Trainer's own rotation goes by age alone. It can delete the last whole one while other ranks still save the next.
     """
     found = sorted(numbered(folder), key=lambda path: (is_whole(path), step_of(path)))
     surplus = len(found) - max(limit, len(keep))

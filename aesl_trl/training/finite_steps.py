@@ -21,7 +21,7 @@ SHOWN_ROWS = 4
 
 
 class FiniteStepsMixin:
-    """Raise [`Diverged`] between the backward pass and the optimizer's step; stands before a [`~transformers.Trainer`].
+    """Raise [`Diverged`] between backward pass and optimizer step; to be put before a [`~transformers.Trainer`].
 
     Under fp16 the gradient scaler skips a step that overflows, so only `SKIPPED_STEPS` such steps in a row count.
     """

@@ -1,7 +1,7 @@
-"""CheckpointCallback: what a checkpoint needs beside Trainer's files so that a killed run ends as an undisturbed one.
+"""CheckpointCallback: what a checkpoint needs beside Trainer's files, so that a killed run ends as an undisturbed one.
 
-For any Trainer, as the GRPO main uses TRL's own. How a checkpoint is judged and deleted is in checkpoints.py; when a
-signal saves one, in signals.py.
+It serves any Trainer: `aesl grpo` trains with TRL's own. checkpoints.py judges and deletes checkpoints, and signals.py
+saves one when a signal comes.
 """
 
 import math
@@ -16,10 +16,11 @@ from . import checkpoints
 
 class CheckpointCallback(TrainerCallback):
     """
-    Ends each checkpoint with a manifest, and takes up again what Trainer and TRL forget on resuming: the sums since
-    the last log (without them its next row covers other steps), the count of tokens, and that the training was over.
+    End each checkpoint with a manifest, and restore what Trainer and TRL forget when they resume: the sums since the
+    last log (without them the next row of the log covers other steps), the count of tokens, and that the training was
+    over.
 
-    Add it last: callbacks that measure or stop at a step then have done so.
+    Add it last, so that callbacks which measure or stop at a step have done so.
 
     Args:
         trainer ([`~transformers.Trainer`]): the trainer that it is added to.
@@ -31,40 +32,47 @@ class CheckpointCallback(TrainerCallback):
         self.resumed_from = resumed_from
         self._limit = None
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self.trainer.args.output_dir)
+    def _checkpoint(self, state) -> Path:
+        return Path(self.trainer.args.output_dir) / f"checkpoint-{state.global_step}"
 
-    # ---- Going on
+    # ---- Resuming
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = state.global_step
-        # Trainer would rotate before the other ranks, and the manifest, are done
+        # We rotate in Trainer's place: it would delete older checkpoints before the other ranks have saved their part
+        # of the new one, and before the manifest declares the new one whole. Its limit is restored at the end.
         self._limit, args.save_total_limit = args.save_total_limit or self._limit, None
         if args.should_save:
-            checkpoints.sweep(self._folder)
-            self._disown_newer(state.global_step)
+            checkpoints.sweep(Path(args.output_dir))
+            self._disown_newer(args, state.global_step)
         if state.global_step == 0:
             return
         self._restore_sums()
-        # Trainer would evaluate again what the checkpoint's log_history holds
+        # Trainer would repeat the evaluation that the checkpoint's log_history holds.
         args.eval_on_start = self._evaluation_was_cut_off(args, state)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         if control.should_training_stop:
-            # Trainer looks at it after a step only, and would train one more
+            # Why: Trainer looks at `should_training_stop` only after a step, and has no switch to look before one.
+            # What breaks without this: a run that was killed after its last step trains one step more when it is
+            # resumed, and its weights are no longer those of a run that nobody killed.
+            # How: an epoch without batches has no steps, so Trainer goes on to the end of the epoch and stops there.
+            # `on_train_end` takes the replacement away.
             self.trainer.get_batch_samples = lambda *args, **kwargs: ([], None)
 
-    def _disown_newer(self, step: int) -> None:
-        """What a former run saved later must not be taken for this run's, nor half of it while it is overwritten."""
-        for path in checkpoints.numbered(self._folder):
+    def _disown_newer(self, args, step: int) -> None:
+        """Mark checkpoints newer than `step` as incomplete, so that no later resume picks them up.
+
+        A former run saved them. This run would leave a mixture of both while it overwrites one.
+        """
+        for path in checkpoints.numbered(Path(args.output_dir)):
             if checkpoints.step_of(path) > step:
                 if checkpoints.is_whole(path):
                     print(f"aesl_trl: {path} is of a former run, this one starts at step {step}: marked, not used")
                 checkpoints.mark_incomplete(path, f"of a former run; another one started here at step {step}")
 
     def _evaluation_was_cut_off(self, args, state) -> bool:
-        """Whether the checkpoint is of an epoch's last step, whose evaluation was still to come."""
+        """Say whether the checkpoint is of an epoch's last step, and that epoch's evaluation is missing in the log."""
         at_end = args.eval_strategy == IntervalStrategy.EPOCH and float(state.epoch).is_integer()
         evaluated = any(
             row["step"] == state.global_step and any(key.startswith("eval_") for key in row)
@@ -91,36 +99,35 @@ class CheckpointCallback(TrainerCallback):
     # ---- Saving
 
     def on_step_end(self, args, state, control, **kwargs):
-        # An evaluation decides about a save of the best, so that what is begun here might never be ended
+        # With `best` an evaluation still has to decide about the save: a mark made here might never be taken away.
         if control.should_save and args.save_strategy != SaveStrategy.BEST:
             self.begin_save(args, state)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_training_stop and state.global_step == self._start:  # nothing was trained: all this is done
+        if control.should_training_stop and state.global_step == self._start:  # resumed after the last step
             control.should_log = control.should_evaluate = control.should_save = False
         if control.should_save:
             self.begin_save(args, state)
 
     def begin_save(self, args, state) -> None:
-        """From here until `on_save` the checkpoint of this step counts as torn."""
-        # A push to the hub takes the folder before the manifest is in it
+        """Mark the checkpoint of this step as torn until `on_save` has finished it."""
+        # With push_to_hub the upload starts before `on_save`, and would publish the mark.
         if args.should_save and not args.push_to_hub:
-            checkpoints.mark_incomplete(self._folder / f"checkpoint-{state.global_step}", "being saved")
+            checkpoints.mark_incomplete(self._checkpoint(state), "being saved")
 
     def on_save(self, args, state, control, **kwargs):
-        sums = self._sums_since_log()
-        self.trainer.accelerator.wait_for_everyone()  # every rank's random state and shards are there
+        trainer, sums = self.trainer, self._sums_since_log()
+        trainer.accelerator.wait_for_everyone()  # every rank has saved its random state and its shards by then
         if not args.should_save:
             return
-        checkpoint = self._folder / f"checkpoint-{state.global_step}"
-        num_processes = self.trainer.accelerator.num_processes
+        checkpoint, num_processes = self._checkpoint(state), trainer.accelerator.num_processes
         checkpoints.write_manifest(checkpoint, step=state.global_step, num_processes=num_processes, sums=sums)
         if self._limit:
-            checkpoints.rotate(self._folder, self._limit, {checkpoint, *_best(state)})
+            checkpoints.rotate(checkpoint.parent, self._limit, {checkpoint, *_best(state)})
 
     def _sums_since_log(self) -> dict:
         trainer = self.trainer
-        statistics = getattr(trainer, "_sums", {"train": None})["train"]
+        statistics = getattr(trainer, "_sums", {"train": None})["train"]  # AESLSFTTrainer's own
         return {
             "losses": trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).tolist(),  # one a rank
             "last_logged": trainer._globalstep_last_logged,
@@ -134,8 +141,8 @@ class CheckpointCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self._limit
         vars(self.trainer).pop("get_batch_samples", None)
-        if args.should_save and self._limit == 1 and _best(state):  # as Trainer does: the best alone is left
-            checkpoints.rotate(self._folder, 1, _best(state))
+        if args.should_save and self._limit == 1 and _best(state):  # as Trainer does: only the best one is left
+            checkpoints.rotate(Path(args.output_dir), 1, _best(state))
 
 
 def _best(state) -> set[Path]:
@@ -143,5 +150,5 @@ def _best(state) -> set[Path]:
 
 
 def _number(value: float | None) -> float:
-    """JSON holds no NaN: null stands for it."""
+    """Return NaN for null: JSON has no NaN."""
     return math.nan if value is None else value

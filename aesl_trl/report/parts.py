@@ -1,19 +1,19 @@
-"""What a chapter of the report is made of: texts, tables of cells, panels.
-
-Left out: what they say (sections.py and the chapters that it names), how they look (report.py).
-"""
+"""The parts that pages are made of: tables of cells, also as markdown, and panels with the kit that draws them."""
 
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+
+from ..diversity.intervals import with_interval
 
 
 # Variable of the page -> (light, dark): Okabe and Ito's hues, darkened or lightened until text in them is legible.
@@ -34,7 +34,6 @@ PALETTE = {
 }
 
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -58,18 +57,11 @@ STYLE = {
 }
 
 PANEL_INCHES = (4.4, 3.0)
-
-WIDE = (0.105, 0.15, 0.865, 0.72)  # left, bottom, width, height of the axes in a panel
-
+WIDE = (0.105, 0.15, 0.865, 0.72)  # left, bottom, width and height of the axes in a panel
 LABELLED = (0.105, 0.15, 0.665, 0.72)  # leaves room on the right for the curves' names
 
 
-@dataclass
-class Panel:
-    title: str
-    draw: Callable[[Axes], None]
-    labelled: bool = True  # curves carry their names on the right
-    see: str = ""  # alternative text
+# ---- What a chapter holds
 
 
 @dataclass(frozen=True)
@@ -84,14 +76,22 @@ class Cell:
 class Table:
     head: list[str]
     rows: list[list[Cell]]
-    texts: int = 1  # so many columns of text, left-aligned, before the figures
-    groups: list[tuple[str, int]] = field(default_factory=list)  # a heading over so many columns
+    texts: int = 1  # the first columns, which hold text and are left-aligned; the others hold figures
+    groups: list[tuple[str, int]] = field(default_factory=list)  # (heading, columns that it stands over)
     caption: str = ""
 
 
 @dataclass
+class Panel:
+    title: str
+    draw: Callable[[Axes], None]
+    labelled: bool = True  # whether curves carry their names on the right
+    see: str = ""  # alternative text
+
+
+@dataclass
 class Section:
-    """One chapter. `see` says what to look at, `gap` what is missing and why."""
+    """One chapter. `see` says what to look at; `gap` says what is missing and why."""
 
     id: str
     title: str
@@ -102,26 +102,44 @@ class Section:
     reading: str = ""  # how to read the panels
     legend: list[dict] = field(default_factory=list)
     prompts: list[dict] = field(default_factory=list)
-    tables: list[tuple[str, Table, bool]] = field(default_factory=list)  # (name, table, open)
+    tables: list[tuple[str, Table, bool]] = field(default_factory=list)  # (name, table, whether it is open)
+
+
+# ---- Texts
+
+
+def figure(value: float | None, ends: Sequence[float | None] | None = None, digits: int = 2) -> Cell:
+    """Return the cell of a figure, its interval as the note."""
+    text, _, interval = with_interval(value, ends, digits).partition(" ")
+    return Cell("–" if text == "-" else text, interval)
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Return a table as markdown; the columns after the first `texts` are aligned to the right."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+# Control characters and lone surrogates, and marks that turn the direction of a text, would change how the page reads
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
+VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 
 def clip(text: str, limit: int) -> tuple[str, int]:
-    """The first `limit` characters with control characters made visible, and how many are left out."""
-    shown = "".join(_visible(character) for character in text[:limit])
-    return shown, max(0, len(text) - limit)
+    """Return the first `limit` characters, control characters made visible, and how many characters are left out."""
+    return text[:limit].translate(VISIBLE), max(0, len(text) - limit)
 
 
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return character
-    if ord(character) < 32:
-        return chr(0x2400 + ord(character))
-    reorders = character in "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    return "\ufffd" if reorders or 0xD800 <= ord(character) <= 0xDFFF or 127 <= ord(character) < 160 else character
+def shorten(name: str, width: int = 24) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+# ---- Panels as SVG and PNG
 
 
 def svg(panel: Panel, name: str) -> str:
-    """The panel as an SVG element: no declaration, no namespace address, colours as the page's variables."""
+    """Draw the panel as an SVG element without declaration and namespace, its colours as the page's variables."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=PANEL_INCHES)
         _draw(panel, figure)
@@ -139,7 +157,7 @@ def svg(panel: Panel, name: str) -> str:
 
 
 def png(panels: list[Panel]) -> bytes:
-    """All panels of a section on one sheet."""
+    """Draw all panels of a section on one sheet."""
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
@@ -158,14 +176,18 @@ def _draw(panel: Panel, figure: Figure | SubFigure) -> None:
     figure.text(0.012, 0.965, panel.title, ha="left", va="top", size=10.5, weight="bold")
 
 
-def _y_axis(ax: Axes) -> None:
+# ---- Drawing kit
+
+
+def y_axis(ax: Axes) -> None:
+    """Give the y axis few ticks, and let it begin at 0 where no value is negative."""
     ax.yaxis.set_major_locator(MaxNLocator(5))
     if ax.dataLim.y0 >= 0:
         ax.set_ylim(0, max(ax.dataLim.y1 * 1.05, 1e-9))
 
 
-def _name_ends(ax: Axes, ends: list[tuple]) -> None:
-    """Each curve's name beside its end, moved apart where two would overlap."""
+def name_ends(ax: Axes, ends: list[tuple]) -> None:
+    """Write each curve's name beside its end; `ends` holds (x, y, name, colour). Names that overlap move apart."""
     low, high = ax.get_ylim()
     line = (high - low) * 0.068
     texts = [(y, _wrap(name), colour) for _, y, name, colour in sorted(ends, key=lambda end: end[1])]
@@ -176,8 +198,24 @@ def _name_ends(ax: Axes, ends: list[tuple]) -> None:
         ax.annotate(text, (1, y), va="center", size=9.5, color=colour, weight="bold", annotation_clip=False, **where)
 
 
+def _wrap(name: str, width: int = 13) -> str:
+    """Break `name` into at most three lines of about `width` characters."""
+    lines: list[str] = []
+    for word in name.split(" "):
+        if lines and len(lines[-1]) + len(word) < width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    lines = [line if len(line) <= width + 1 else line[:width] + "…" for line in lines]
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
+
+
 def spread(wanted: list[float], heights: list[float], low: float, high: float) -> list[float]:
-    """Ascending centres for labels of these heights: near the wanted ones, no overlap, in [low, high] if they fit."""
+    """Place labels of these heights near the wanted centres, which ascend.
+
+    Returns:
+        Centres of labels that do not overlap and, if they fit, lie in [low, high].
+    """
     places: list[float] = []
     for y, height in zip(wanted, heights, strict=True):
         floor = places[-1] + heights[len(places) - 1] / 2 if places else low - height / 2
@@ -189,17 +227,45 @@ def spread(wanted: list[float], heights: list[float], low: float, high: float) -
     return places
 
 
-def _short(name: str, width: int = 24) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
+@dataclass(frozen=True)
+class Row:
+    """One row of [`ring_dot_whisker`]."""
+
+    name: str
+    colour: str  # as matplotlib takes it
+    before: Sequence[float] = ()  # one value a seed; the ring stands at their mean
+    after: Sequence[float] = ()  # likewise of the dot
+    interval: Sequence[float | None] | None = None  # ends of the dot's whisker
+    text: str = ""  # on the right
 
 
-def _wrap(name: str, width: int = 13) -> str:
-    """`name` on at most three lines of about `width` characters."""
-    lines: list[str] = []
-    for word in name.split(" "):
-        if lines and len(lines[-1]) + len(word) < width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    lines = [line if len(line) <= width + 1 else line[:width] + "…" for line in lines]
-    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
+def ring_dot_whisker(ax: Axes, rows: Sequence[Row], dense: bool = False) -> None:
+    """Draw a line for each row: a ring before RL, a dot with a whisker after it, small dots for seeds, the name above.
+
+    `dense` rows leave each other little room: their marks are smaller, and no bar joins ring and dot.
+    """
+    mark, seed, whisker, size, above = (6.5, 2.5, 1.6, 7.5, 8) if dense else (8.5, 3, 1, 9.5, 14)
+    text = {"textcoords": "offset points", "xycoords": ax.get_yaxis_transform(), "annotation_clip": False}
+    text |= {"size": size, "va": "center"}
+    for place, row in enumerate(rows):
+        ring, dot = (fmean(values) if values else math.nan for values in (row.before, row.after))
+        if row.before and row.after and not dense:
+            ax.plot([ring, dot], [place, place], color=row.colour, linewidth=2.2, alpha=0.45, zorder=2)
+        if row.interval and None not in row.interval:
+            ends = {"marker": "|", "markersize": 7, "linewidth": whisker}
+            ax.plot(row.interval, [place, place], color=row.colour, zorder=3, **ends)
+        for values, middle, fill in ((row.before, ring, LIGHT["paper"]), (row.after, dot, row.colour)):
+            if len(values) > 1:
+                ax.plot(
+                    values, [place + 0.22] * len(values), "o", color=row.colour, markersize=seed, alpha=0.6, zorder=3
+                )
+            ax.plot([middle], [place], "o", color=row.colour, markerfacecolor=fill, markersize=mark, zorder=4)
+        weight = "normal" if dense else "bold"
+        ax.annotate(row.name, (0, place), xytext=(0, above), weight=weight, color=row.colour, **text)
+        if row.text:
+            ax.annotate(row.text, (1, place), xytext=(0, above), ha="right", color=row.colour, **text)
+    ax.set_ylim(len(rows) - 0.5, -0.85)
+    ax.set_yticks([])
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis="x")
+    ax.spines["left"].set_visible(False)

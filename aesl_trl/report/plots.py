@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .parts import LIGHT, Panel, _name_ends, _short, _y_axis
+from .parts import LIGHT, Panel, Row, name_ends, ring_dot_whisker, shorten, y_axis
 from .runs import GROUP_KEYS, RL_KEYS, Arm, mean, series
 
 
@@ -64,7 +64,11 @@ def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
     if not any(after for _, _, after in lines):
         return []
     return [
-        Panel(f"{key}: start of RL (ring) and after RL (dot)", lambda ax: _dumbbells(ax, lines, key), labelled=False)
+        Panel(
+            f"{key}: start of RL (ring) and after RL (dot)",
+            lambda ax: _before_and_after(ax, lines, key),
+            labelled=False,
+        )
     ]
 
 
@@ -138,10 +142,10 @@ def _curves(ax: Axes, found: list[Curve], xlabel: str, turning_point: int | None
     ax.set_xlabel(xlabel, loc="left")
     last = max(steps[-1] for curve in found for steps, _ in curve.seeds)
     _step_axis(ax, last, turning_point)
-    _y_axis(ax)
+    y_axis(ax)
     if turning_point is not None:
         _turning_point(ax, turning_point)
-    _name_ends(ax, [end for end in ends if end])
+    name_ends(ax, [end for end in ends if end])
 
 
 def _curve(ax: Axes, curve: Curve, some_live: bool) -> tuple | None:
@@ -197,35 +201,17 @@ def _turning_point(ax: Axes, step: int) -> None:
     ax.annotate("turning point", (step, 1.0), va="top", ha="left", size=8.5, color=LIGHT["muted"], **place)
 
 
-def _dumbbells(ax: Axes, lines: list[tuple], key: str) -> None:
-    """Start and end of RL joined by a bar, an arm a row; small dots are seeds, whiskers a single run's interval."""
-    over = ax.get_yaxis_transform()
-    for row, (arm, before, after) in enumerate(lines):
-        colour = LIGHT[arm.colour]
-        if before and after:
-            ax.plot([mean(before), mean(after)], [row, row], color=colour, linewidth=2.2, alpha=0.45, zorder=2)
-        _whisker(ax, row, arm, f"{key}_interval", colour)
-        for values, fill in ((before, LIGHT["paper"]), (after, colour)):
-            if len(values) > 1:
-                ax.plot(values, [row + 0.22] * len(values), "o", color=colour, markersize=3, alpha=0.6, zorder=3)
-            ax.plot([mean(values)], [row], "o", color=colour, markerfacecolor=fill, markersize=8.5, zorder=4)
-        text = {"textcoords": "offset points", "size": 9.5, "va": "center", "annotation_clip": False}
-        name = _short(arm.label) + (" (recorded)" if arm.recorded else "")
-        ax.annotate(name, (0, row), xycoords=over, xytext=(0, 14), weight="bold", color=colour, **text)
-        ends = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
-        ax.annotate(ends, (1, row), xycoords=over, xytext=(0, 14), ha="right", color=colour, **text)
+def _before_and_after(ax: Axes, lines: list[tuple], key: str) -> None:
+    """Draw a row for each arm; only the interval of a single run is shown, not one over seeds."""
+    rows = []
+    for arm, before, after in lines:
+        interval = arm.runs[0].final.get(f"{key}_interval") if len(arm.runs) == 1 else None
+        name = shorten(arm.label) + (" (recorded)" if arm.recorded else "")
+        text = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
+        rows.append(Row(name, LIGHT[arm.colour], before, after, interval, text))
+    ring_dot_whisker(ax, rows)
     ax.set_xlim(-0.02, 1.02)
-    ax.set_ylim(len(lines) - 0.5, -0.85)
-    ax.set_yticks([])
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-    ax.grid(axis="x")
-    ax.spines["left"].set_visible(False)
-
-
-def _whisker(ax: Axes, row: int, arm: Arm, key: str, colour: str) -> None:
-    interval = arm.runs[0].final.get(key) if len(arm.runs) == 1 else None
-    if interval and None not in interval:
-        ax.plot(interval, [row, row], color=colour, linewidth=1, marker="|", markersize=7, zorder=3)
 
 
 def _group_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
@@ -235,7 +221,7 @@ def _group_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
         shares = [curves(mixed.arms[:1], "diversity", key) for key in GROUP_KEYS]
         if all(shares):
             means = [share[0].mean for share in shares]
-            title = f"Prompts by outcome: {_short(mixed.label)}"
+            title = f"Prompts by outcome: {shorten(mixed.label)}"
             see = f"mixed share ends at {means[1][1][-1]:.2f}"
             panels.append(
                 Panel(title, lambda ax, m=mixed, s=means: _stack(ax, m, s, turning_point), labelled=False, see=see)
@@ -288,5 +274,5 @@ def _position_lines(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.set_xlabel("position in the completion, up to", loc="left")
-    _y_axis(ax)
-    _name_ends(ax, ends)
+    y_axis(ax)
+    name_ends(ax, ends)

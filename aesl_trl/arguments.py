@@ -1,9 +1,9 @@
-"""Command line and YAML config -> dataclasses: TRL's parser, behind a check that lets nothing pass silently.
+"""Command lines and YAML configs become dataclasses, behind a check that lets nothing pass silently.
 
-`TrlParser` builds the dataclasses. Before it does, every key and value of the config is checked against them, because
-by itself it accepts null, duplicate keys, values outside `choices` and abbreviated flags, and reads an `.args` file
-that happens to lie beside the script. So are the ranges of the numbers that TRL and transformers take as they come.
-Whatever is refused is one [`~aesl_trl.errors.InputError`] line.
+`TrlParser` builds the dataclasses of TRL and transformers. Before it does, we check every key and value of the config,
+because TrlParser itself accepts null, duplicate keys, values outside `choices` and abbreviated flags, and reads an
+`.args` file that happens to lie beside the script. We also check the ranges of numbers that TRL and transformers take
+as they come. Every refusal is one [`~aesl_trl.errors.InputError`] line.
 """
 
 import argparse
@@ -11,58 +11,59 @@ import dataclasses
 import importlib.util
 import inspect
 import math
+import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import InputError, nearest, nearest_sibling
+from .errors import InputError, in_one_line, nearest, nearest_sibling
 
 
-# PATH, LD_PRELOAD, PYTHONPATH and the like would change what runs: only variables of the libraries below.
-ENV_PREFIXES = (
-    *("HF_", "TRANSFORMERS_", "DATASETS_", "ACCELERATE_", "TORCH_", "PYTORCH_", "TRL_", "VLLM_", "TRITON_", "DS_"),
-    *("NCCL_", "GLOO_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "TOKENIZERS_"),
-    *("WANDB_", "TRACKIO_", "MLFLOW_", "COMET_", "SWANLAB_", "TENSORBOARD_"),
+# A config may set the variables of these libraries only: PATH, LD_PRELOAD, PYTHONPATH and the like change what runs.
+ENV_PREFIXES = tuple(
+    "HF_ TRANSFORMERS_ DATASETS_ ACCELERATE_ TORCH_ PYTORCH_ TRL_ VLLM_ TRITON_ DS_ NCCL_ GLOO_ CUDA_ CUBLAS_ OMP_ "
+    "MKL_ TOKENIZERS_ WANDB_ TRACKIO_ MLFLOW_ COMET_ SWANLAB_ TENSORBOARD_".split()
 )
-# A relative value of these is looked up beside the config; a name that is not there may be one on the hub.
-INPUT_FIELDS = {
-    *("model_name_or_path", "adapter_name_or_path", "reward_model_name_or_path", "start", "final", "run", "base"),
-    *("dataset_name", "eval_dataset_name", "diversity_dataset_name", "data_dir", "reward_funcs"),
-    *("decontaminate", "pass_rate_file"),
-    *("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config", "chat_template_path"),
-}
+# We look up a relative value of these fields beside the config. A name that is not there may be one on the hub.
+INPUT_FIELDS = set(
+    "model_name_or_path adapter_name_or_path reward_model_name_or_path start final run base dataset_name "
+    "eval_dataset_name diversity_dataset_name data_dir reward_funcs decontaminate pass_rate_file "
+    "resume_from_checkpoint deepspeed fsdp_config accelerator_config chat_template_path".split()
+)
 OUTPUT_FIELDS = {"output_dir", "logging_dir", "output"}
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-# Numbers below these train nothing, or another thing than is asked (`max_length: -1` cuts off the end of each row), or
-# fail once the model has loaded.
-AT_LEAST = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed"), 0),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("max_length", "max_completion_length", "lora_r"), 1),
-    "num_generations": 2,
+# Bounds of TRL's and transformers' own numbers. Outside of them a run trains nothing, or another thing than was asked
+# for (`max_length: -1` cuts off the end of each row), or fails once the model has loaded.
+TRL_BOUNDS = {
+    **dict.fromkeys("learning_rate weight_decay max_grad_norm warmup_steps seed data_seed".split(), {"at_least": 0}),
+    **dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size lora_r".split(), {"at_least": 1}),
+    **dict.fromkeys("gradient_accumulation_steps max_length max_completion_length".split(), {"at_least": 1}),
+    "num_generations": {"at_least": 2},
+    **dict.fromkeys("num_train_epochs temperature logging_steps eval_steps save_steps".split(), {"above": 0}),
 }
-ABOVE = dict.fromkeys(("num_train_epochs", "temperature", "logging_steps", "eval_steps", "save_steps"), 0)
+# A field's metadata may hold these keys, each with the bound of the field's number.
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # TRL takes booleans here although its annotations do not say so.
 ALSO_BOOL = {"scale_rewards", "resume_from_checkpoint"}
-# What a dataclass's __post_init__ raises for a value that it cannot use, or for a package that is not installed.
+# A dataclass's __post_init__ raises one of these for a value that it cannot use, or a package that is not installed.
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError)
 CONFIG_FLAG = "--config"
 
 
 def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to_come: Collection[str] = ()) -> tuple:
-    """Instances of `dataclass_types` from the config that `--config` names and the flags of `argv`, which win over it.
+    """Build `dataclass_types` from the config that `--config` names and from the flags of `argv`, which win over it.
 
     Args:
         dataclass_types: the dataclasses to fill; no two share a field.
         argv: the arguments without the program's name; `--help` prints the fields and leaves with code 0.
         prog: the command, as the help shows it.
-        to_come: absolute paths that the config may name although they are not there yet.
+        to_come: absolute paths that the config may name although they do not exist yet.
 
     Raises:
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
@@ -77,15 +78,13 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
     except InputError:
         raise
     except REFUSALS as error:
-        where = f"{path}: " if path else ""
-        # The libraries' own messages have many lines.
-        raise InputError(f"{where}{' '.join(str(error).split())}") from error
+        raise InputError((f"{path}: " if path else "") + in_one_line(error, 2000)) from error
     os.environ.update(env)
     return outputs
 
 
 def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The file that `--config FILE` or `--config=FILE` names, and the other arguments."""
+    """Return the file that `--config FILE` or `--config=FILE` names, and the other arguments."""
     path, rest, argv = None, [], iter(argv)
     for argument in argv:
         flag, equals, value = argument.partition("=")
@@ -102,7 +101,7 @@ def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def load_config(path: str | Path, dataclass_types: Sequence[type], to_come: Collection[str] = ()) -> dict:
-    """The config in `path`, each value of the type that its field declares, paths absolute; `env` as it stands."""
+    """Return the config in `path`, each value of its field's type, paths absolute; `env` stays as it is."""
     path = Path(path)
     config = load_yaml(path)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
@@ -111,55 +110,9 @@ def load_config(path: str | Path, dataclass_types: Sequence[type], to_come: Coll
     for key, value in config.items():
         if key not in fields:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, [*fields, 'env'])}")
-        value = _check_value(value, hints[key], fields[key], path)
+        value = _check_value(value, hints[key], fields[key], str(path))
         config[key] = resolve(key, value, path.absolute().parent, to_come)
     return {**config, "env": env}
-
-
-# ---- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without the silent last-one-wins of duplicate keys."""
-
-    def construct_mapping(self, node, deep=False):
-        lines = {}
-        for key_node, _ in node.value:
-            # A merge (<<) may be overridden by a key of the mapping: that is what it is for.
-            if key_node.value in lines and key_node.tag != "tag:yaml.org,2002:merge":
-                problem = f"duplicate key {key_node.value!r}, first on line {lines[key_node.value]}"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            lines[str(key_node.value)] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file, read safely.
-
-    Raises:
-        InputError: the file is missing, not UTF-8, not YAML, not a mapping, or has a key twice.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name the config file in it{_nearest_file(path / 'config.yaml')}")
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        hint = "; indent with spaces" if "'\\t'" in error.problem else ""
-        raise InputError(f"{path}, line {line}: {error.problem}{hint}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} must hold a mapping (key: value), got {_shown(config)}")
-    return config
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.absolute().parent
-    return nearest(path.name, [item.name for item in folder.glob("*.y*ml")]) if folder.is_dir() else ""
 
 
 def _check_env(env: Any, path: Path) -> dict[str, str]:
@@ -173,18 +126,84 @@ def _check_env(env: Any, path: Path) -> dict[str, str]:
     return env
 
 
-# ---- Values
+# ---- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses duplicate keys, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key_node, _ in node.value:
+            # A merge (<<) is there so that keys of the mapping may override it.
+            if key_node.value in lines and key_node.tag != "tag:yaml.org,2002:merge":
+                problem = f"duplicate key {key_node.value!r}, first on line {lines[key_node.value]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            lines[str(key_node.value)] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str | Path) -> dict:
+    """Return the mapping in a YAML file, read safely.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, not YAML, not a mapping, or has a key twice.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the config file in it{_nearest_config(path / 'config.yaml')}")
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist{_nearest_config(path)}")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        hint = "; indent with spaces" if "'\\t'" in error.problem else ""
+        raise InputError(f"{path}, line {line}: {error.problem}{hint}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} is not YAML in UTF-8: {in_one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold a mapping (key: value), got {_shown(config)}")
+    return config
+
+
+def _nearest_config(path: Path) -> str:
+    return nearest(path.name, [item.name for item in path.absolute().parent.glob("*.y*ml")])
+
+
+# ---- A mapping becomes a dataclass
 
 
 class _Mismatch(Exception):
-    """The value is not of the asked type."""
+    """The value is not of the type that its field declares."""
+
+
+def read_dataclass(kind: type, mapping: Any, where: str) -> Any:
+    """Return an instance of the dataclass `kind` filled from `mapping`, as a YAML file gives it.
+
+    Fields may be dataclasses themselves, also within `| None`, `list[...]` and `dict[str, ...]`.
+
+    Args:
+        where: the file, and the key in it, that hold the mapping. An error's message begins with it.
+
+    Raises:
+        InputError: an unknown, missing or mistyped key, a number out of its field's bounds (see [`check_bounds`]), or
+            a value that the dataclass refuses.
+    """
+    values = check_fields(mapping, kind, where)
+    try:
+        instance = kind(**values)
+    except REFUSALS as error:
+        raise InputError(f"{where}: {in_one_line(error, 2000)}") from error
+    check_bounds(instance, f"{where}: ")
+    return instance
 
 
 def check_fields(mapping: Any, kind: type, where: str) -> dict:
-    """`mapping` with each value of the type that the dataclass `kind` declares; `where` opens an error's message."""
+    """Return `mapping` with each value of the type that the dataclass `kind` declares; see [`read_dataclass`]."""
     if not isinstance(mapping, dict):
         raise InputError(f"{where} must be a mapping (key: value), got {_shown(mapping)}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     hints = get_type_hints(kind)
     for key in mapping:
         if key not in fields:
@@ -199,11 +218,11 @@ def _has_no_default(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str | Path) -> Any:
+def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
     if field.name in ALSO_BOOL:
         hint = Union[hint, bool]  # noqa: UP007 (`|` would also do, but this reads alike for every form of hint)
     try:
-        value = _convert(value, hint)
+        value = _convert(value, hint, f"{where}: {field.name}")
     except _Mismatch:
         wanted = f"must be {_kind_name(hint)}, got {_shown(value)}{_hint(value, hint)}{_default(value, field)}"
         raise InputError(f"{where}: {field.name} {wanted}") from None
@@ -214,27 +233,30 @@ def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str | P
     return value
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`: ints and numeric strings become floats, a lone value becomes a list of one."""
+def _convert(value: Any, hint: Any, where: str = "") -> Any:
+    """Return `value` as the type `hint`: numeric strings become floats, a lone value becomes a list of one."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        return _convert_union(value, args)
+        return _convert_union(value, args, where)
     if origin is Literal:
         return _only_if(any(value == option and type(value) is type(option) for option in args), value)
     if origin is list or hint is list:
-        return _convert_list(value, args[0] if args else Any)
+        # A lone value, as in `lora_target_modules: all-linear`, means on the command line what a list of one means.
+        item_hint, items = (args or (Any,))[0], value if isinstance(value, list) else [value]
+        _only_if(value is not None and (dataclasses.is_dataclass(item_hint) or not isinstance(value, dict)), value)
+        return [_convert(item, item_hint, f"{where}[{place}]") for place, item in enumerate(items)]
     if origin is dict or hint is dict:
         _only_if(isinstance(value, dict), value)
-        key_hint, value_hint = args or (Any, Any)
-        return {_convert(key, key_hint): _convert(item, value_hint) for key, item in value.items()}
+        key_hint, item_hint = args or (Any, Any)
+        return {_convert(key, key_hint): _convert(item, item_hint, f"{where}.{key}") for key, item in value.items()}
     if hint is float:
         return _convert_float(value)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _only_if(isinstance(value, str) and value in _enum_values(hint), value)
     if dataclasses.is_dataclass(hint):
-        return check_fields(_only_if(isinstance(value, dict), value), hint, hint.__name__)
+        return read_dataclass(hint, _only_if(isinstance(value, dict), value), where)
     # type(), not isinstance: a bool is an int to isinstance.
     return _only_if(type(value) is hint, value)
 
@@ -245,24 +267,17 @@ def _only_if(fits: bool, value: Any) -> Any:
     return value
 
 
-def _convert_union(value: Any, hints: Sequence[Any]) -> Any:
+def _convert_union(value: Any, hints: Sequence[Any], where: str) -> Any:
     if any(isinstance(hint, type) and issubclass(hint, Enum) for hint in hints):
         # `SchedulerType | str` means the enum's values; str is there for the command line.
         hints = [hint for hint in hints if hint is not str]
     # float and list last: they convert, the others only compare.
     for hint in sorted(hints, key=lambda hint: (hint is float) + 2 * (get_origin(hint) is list)):
         try:
-            return _convert(value, hint)
+            return _convert(value, hint, where)
         except _Mismatch:
             continue
     raise _Mismatch
-
-
-def _convert_list(value: Any, hint: Any) -> list:
-    # One value where a list is asked, as `lora_target_modules: all-linear`, is what one value is on the command line.
-    items = value if isinstance(value, list) else [value]
-    _only_if(value is not None and not (isinstance(value, dict) and not dataclasses.is_dataclass(hint)), value)
-    return [_convert(item, hint) for item in items]
 
 
 def _convert_float(value: Any) -> float:
@@ -280,24 +295,28 @@ def _enum_values(kind: type[Enum]) -> list[str]:
 
 
 def _kind_name(hint: Any) -> str:
-    """`hint` in words, as `float or null`."""
+    """Return `hint` in words, such as `float or null`."""
     if get_origin(hint) in (Union, types.UnionType):
         hints = get_args(hint)
         enums = [item for item in hints if isinstance(item, type) and issubclass(item, Enum)]
         return " or ".join(dict.fromkeys(_kind_name(item) for item in hints if not (enums and item is str)))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(_enum_values(hint))
+    if options := _options(hint):
+        return "one of " + ", ".join(options)
     if get_origin(hint) is list:
         return f"a list of {_kind_name(get_args(hint)[0])}"
-    if get_origin(hint) is dict or hint is dict:
+    if dict in (get_origin(hint), hint) or dataclasses.is_dataclass(hint):
         return "a mapping"
     return {type(None): "null", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+def _options(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return [str(option) for option in get_args(hint)]
+    return _enum_values(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
+
+
 def _hint(value: Any, hint: Any) -> str:
-    """The nearest valid value, where one can be named."""
+    """Name the nearest valid value, where there is one."""
     options = [option for item in (hint, *get_args(hint)) for option in _options(item)]
     if isinstance(value, bool):
         # YAML 1.1 reads no, off, yes and on as booleans.
@@ -308,17 +327,11 @@ def _hint(value: Any, hint: Any) -> str:
 
 
 def _default(value: Any, field: dataclasses.Field) -> str:
-    """Null is often meant as "leave it alone"."""
-    if value is not None or _has_no_default(field) or field.default is dataclasses.MISSING:
+    """Say how to get the default, since null is often meant as "leave it alone"."""
+    if value is not None or field.default is dataclasses.MISSING:
         return ""
     default = field.default.value if isinstance(field.default, Enum) else field.default
     return f"; leave the line out for the default, {default!r}"
-
-
-def _options(hint: Any) -> list[str]:
-    if get_origin(hint) is Literal:
-        return [str(option) for option in get_args(hint)]
-    return _enum_values(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
 
 
 def _shown(value: Any) -> str:
@@ -328,27 +341,77 @@ def _shown(value: Any) -> str:
     return f"the {type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-# ---- Ranges
+# ---- Bounds and choices
 
 
-def _check_range(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if name == "max_steps" and value != -1 and value < 1:
-        raise InputError(f"max_steps is {value}, but must be at least 1, or -1 to train for num_train_epochs")
-    if name in AT_LEAST and value < AT_LEAST[name]:
-        raise InputError(f"{name} is {value}, but must be at least {AT_LEAST[name]}")
-    if name in ABOVE and value <= ABOVE[name]:
-        kind = name.removesuffix("_steps")
-        hint = f"; {kind}_strategy: 'no' turns it off" if name.endswith("_steps") else ""
-        raise InputError(f"{name} is {value}, but must be above {ABOVE[name]}{hint}")
+def check_bound(name: str, value: float, **bounds: float) -> None:
+    """Refuse the number `value` of the setting `name` where it lies outside of `bounds`.
+
+    Args:
+        bounds: any of `at_least`, `above`, `at_most` and `below`.
+
+    Raises:
+        InputError: such as `patience is 0, but must be at least 1`. NaN lies outside of every bound.
+    """
+    if not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
+        raise InputError(f"{name} is {value}, but must be {_bounds_in_words(bounds)}")
+
+
+def _bounds_in_words(bounds: Mapping[str, float]) -> str:
+    return " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds.items())
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Refuse the value of the setting `name` where it is none of `choices`, and name the nearest."""
+    if value not in choices:
+        known = [str(choice) for choice in choices]
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}{nearest(value, known)}")
+
+
+def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """Refuse a dataclass's numbers outside of the bounds, and values outside of the choices, that its fields declare.
+
+    A field declares them in its metadata: `field(default=8, metadata={"at_least": 2})`, with the keys of [`BOUNDS`],
+    or `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it, and the items of a list
+    are checked one by one. [`parse`] and [`read_dataclass`] do this by themselves; a `__post_init__` that calls it
+    also guards those who build the dataclass in Python.
+
+    Args:
+        prefix: what a message begins with, before the field's name.
+        bounds: bounds by the field's name, in place of metadata. They are for a dataclass that a plain
+            `HfArgumentParser` must be able to read, such as AESLSFTConfig: to that parser every key of the metadata
+            is a keyword of argparse.
+    """
+    hints = get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        name, value, hint = prefix + field.name, getattr(instance, field.name), hints[field.name]
+        if "choices" in field.metadata and value is not None:
+            check_choice(name, value, field.metadata["choices"])
+        limits = (bounds or {}).get(field.name) or _bounds_of(field)
+        kinds = _leaf_types(hint)
+        if limits and not (value is None and type(None) in kinds):
+            wanted = "a finite number" if float in kinds else "a whole number"
+            for number in value if isinstance(value, list) else [value]:
+                is_number = type(number) is int or (type(number) is float and float in kinds and math.isfinite(number))
+                if not is_number:
+                    raise InputError(f"{name} is {number!r}, but must be {wanted}, {_bounds_in_words(limits)}")
+                check_bound(name, number, **limits)
+
+
+def _bounds_of(field: dataclasses.Field) -> dict[str, float]:
+    return {key: bound for key, bound in field.metadata.items() if key in BOUNDS}
+
+
+def _leaf_types(hint: Any) -> set:
+    args = get_args(hint)
+    return set().union(*map(_leaf_types, args)) if args else {hint}
 
 
 # ---- Paths
 
 
 def check_folder(name: str, path: str | Path) -> None:
-    """Refuse a folder, given as the setting `name`, that cannot be made or written to; nothing is made here."""
+    """Refuse a folder, given as the setting `name`, that cannot be made or written to. Nothing is made here."""
     path = Path(os.path.abspath(path))
     place = next(parent for parent in (path, *path.parents) if parent.exists())
     if not place.is_dir():
@@ -358,19 +421,29 @@ def check_folder(name: str, path: str | Path) -> None:
         raise InputError(f"{name}: no permission to write in {place}; name another folder")
 
 
-def _check_output_dir(values: dict[str, Any]) -> None:
-    folder = values.get("output_dir")
-    if not isinstance(folder, str):
-        return
-    check_folder("output_dir", folder)
-    for name in ("model_name_or_path", "adapter_name_or_path"):
-        source = values.get(name)
-        if isinstance(source, str) and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
-            raise InputError(f"output_dir: {folder} is {name} too, and would be overwritten; name another folder")
+def check_replaceable(name: str, target: str | Path, mark: str, kept: Iterable[str | Path]) -> None:
+    """Refuse a folder, given as the setting `name`, that may not be swapped for a new one as a whole.
+
+    Args:
+        target: the folder that is to be replaced; all that is in it will be gone.
+        mark: a file that shows that an earlier run of the same command wrote the folder.
+        kept: what the command reads; it must not lie in `target`.
+    """
+    check_folder(name, target)
+    target = Path(target)
+    for folder in map(Path, kept):
+        if folder.resolve().is_relative_to(target.resolve()):
+            is_target = folder.resolve() == target.resolve()
+            problem = "is read from" if is_target else f"holds {folder}, which is read from"
+            raise InputError(f"{name}: {target} {problem}, and would be replaced; name a new folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
+        raise InputError(f"{name}: {target} holds other files, and would be replaced; name a new folder")
 
 
 def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) -> Any:
-    """`value` of the field `name` with a path made absolute against `folder`; a name on the hub and other fields stay.
+    """Return the value of the field `name`, made absolute against `folder` where it is a path.
+
+    Names on the hub, and values of fields that hold no path, are returned unchanged.
 
     Raises:
         InputError: the value can only be a path (`./x`, `../x`, `/x`, a data file, `file.py:function`) and is missing.
@@ -381,35 +454,34 @@ def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) 
         return value
     if name in OUTPUT_FIELDS:
         return os.path.abspath(folder / Path(value).expanduser())
-    # A JSON text may stand where a path may, as in `deepspeed`.
-    return _resolve_input(name, value, folder, to_come) if name in INPUT_FIELDS and value[0] != "{" else value
-
-
-def _resolve_input(name: str, value: str, folder: Path, to_come: Collection[str]) -> str:
     file, colon, function = value.rpartition(":")
     is_function = bool(colon) and file.endswith(".py")
-    if name == "reward_funcs" and not is_function:
+    # A JSON text may stand where a path may, as in `deepspeed`; a reward may be a name.
+    if name not in INPUT_FIELDS or value[0] == "{" or (name == "reward_funcs" and not is_function):
         return value
     target = Path(os.path.abspath(folder / Path(file if is_function else value).expanduser()))
     if target.exists() or str(target) in to_come:
         return f"{target}:{function}" if is_function else str(target)
     if is_function or value.startswith(("./", "../", "/", "~")) or value.endswith(DATA_SUFFIXES):
-        siblings = os.listdir(target.parent) if target.parent.is_dir() else []
-        raise InputError(f"{name}: {value} does not exist, looked for {target}{nearest(target.name, siblings)}")
+        raise InputError(f"{name}: {value} does not exist, looked for {target}{nearest_sibling(target)}")
     return value
 
 
-# ---- Command line
+# ---- Command lines
 
 
 def _strict_parser(dataclass_types: Sequence[type], prog: str):
-    # trl takes seconds to import; reading a YAML file (`aesl chain --help`) should not.
+    # TRL takes seconds to import, and reading a YAML file (`aesl chain --help`) needs none of it.
     from trl import TrlParser
 
     class StrictParser(TrlParser):
         """TrlParser with one line instead of a usage dump, and paths checked against the current folder."""
 
         config: dict = {}
+
+        def add_argument(self, *names, **options):
+            # TrlParser hands on a field's metadata as it is, and argparse knows nothing of bounds.
+            return super().add_argument(*names, **{key: value for key, value in options.items() if key not in BOUNDS})
 
         def error(self, message):
             raise InputError(message)
@@ -423,32 +495,80 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
         def parse_known_args(self, args=None, namespace=None):
             namespace, rest = super().parse_known_args(args, argparse.Namespace(**self.config))
             if rest:
-                raise InputError(_unknown_argument(rest[0], [CONFIG_FLAG, *self._option_string_actions]))
-            for name, value in vars(namespace).items():
+                flag = rest[0].partition("=")[0]
+                kind, known = (
+                    "flag" if flag.startswith("-") else "argument",
+                    [CONFIG_FLAG, *self._option_string_actions],
+                )
+                raise InputError(f"unknown {kind} {flag}{nearest(flag, known)}")
+            values = vars(namespace)
+            for name, value in values.items():
                 # The config's values are resolved already, and a default is no path of the command line.
                 if value != self.config.get(name, self.get_default(name)):
-                    setattr(namespace, name, resolve(name, _bool_word(name, value), Path.cwd()))
-            for name, value in vars(namespace).items():
-                _check_range(name, value)
-            _check_output_dir(vars(namespace))
+                    if name in ALSO_BOOL and isinstance(value, str):
+                        value = {"true": True, "false": False}.get(value.lower(), value)
+                    values[name] = resolve(name, value, Path.cwd())
+            _check_ranges(values, dataclass_types)
+            _check_output_dir(values)
             return namespace, rest
 
     return StrictParser(dataclass_types, prog=prog, allow_abbrev=False)
 
 
-def _bool_word(name: str, value: Any) -> Any:
-    """`True` and `False` for the words, in the fields where TRL takes a boolean though it declares a str."""
-    word = value.lower() if name in ALSO_BOOL and isinstance(value, str) else None
-    return {"true": True, "false": False}.get(word, value)
+def _check_ranges(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
+    """Check the parsed numbers before a dataclass is built, whose own messages tell less."""
+    own = {field.name: _bounds_of(field) for kind in dataclass_types for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if name == "max_steps" and number != -1 and number < 1:
+                raise InputError(f"max_steps is {number}, but must be at least 1, or -1 to train for num_train_epochs")
+            bounds = TRL_BOUNDS.get(name, {}) | own.get(name, {})
+            try:
+                check_bound(name, number, **bounds)
+            except InputError as error:
+                turns_off = name.endswith("_steps") and "above" in bounds
+                hint = f"; {name.removesuffix('_steps')}_strategy: 'no' turns it off" if turns_off else ""
+                raise InputError(f"{error}{hint}") from None
 
 
-def _unknown_argument(argument: str, flags: list[str]) -> str:
-    flag = argument.partition("=")[0]
-    return f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{nearest(flag, flags)}"
+def _check_output_dir(values: dict[str, Any]) -> None:
+    folder = values.get("output_dir")
+    if not isinstance(folder, str):
+        return
+    check_folder("output_dir", folder)
+    for name in ("model_name_or_path", "adapter_name_or_path"):
+        source = values.get(name)
+        if isinstance(source, str) and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
+            raise InputError(f"output_dir: {folder} is {name} too, and would be overwritten; name another folder")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of the commands that take flags only: no abbreviations, and one line instead of a usage dump."""
+
+    def __init__(self, prog: str, description: str | None = None, **options):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def positionals(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments into those before the first flag, and the rest."""
+    count = next((place for place, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+    return list(argv[:count]), list(argv[count:])
+
+
+# ---- Functions by name
 
 
 def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:
-    """The function of `file.py:function`; its file may import its neighbours.
+    """Return the function that `file.py:function` names. Its file may import its neighbours.
+
+    Args:
+        base_dir: the folder that a relative file is looked up in, by default the current one.
+        field: the setting that holds the name, for the message.
 
     Raises:
         InputError: no such file or function, or the file cannot be imported.
@@ -465,14 +585,39 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"{field}: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise InputError(f"{field}: {path} has no function {function!r}{nearest(function, functions)}")
-    return found
+    return _function_of(module, function, f"{field}: {path}")
 
 
-def leading_names(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before the first flag, and the rest."""
-    count = next((index for index, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    return list(argv[:count]), list(argv[count:])
+def import_function(
+    name: str, base_dir: str | Path | None = None, *, field: str, known: Iterable[str] = ()
+) -> Callable:
+    """Return the function that an import path such as `package.module.function` names.
+
+    Args:
+        base_dir: a folder that modules are also found in, beside the current one.
+        field: the setting that holds the name, for the message.
+        known: other valid values of the setting; the message names the nearest.
+
+    Raises:
+        InputError: the module cannot be imported, or has no such function.
+    """
+    module_name, _, function = name.rpartition(".")
+    for folder in (str(base_dir or os.getcwd()), os.getcwd()):  # TRL's script adds the current folder, too
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{field}: cannot import {name!r}: {error}{nearest(name, known)}") from None
+    except Exception as error:
+        raise InputError(f"{field}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    return _function_of(module, function, f"{field}: {module_name}")
+
+
+def _function_of(module: types.ModuleType, name: str, where: str) -> Callable:
+    function = getattr(module, name, None)
+    if callable(function):
+        return function
+    options = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    problem = "has no function" if function is None else f"holds a {type(function).__name__}, not a function, as"
+    raise InputError(f"{where} {problem} {name!r}{nearest(name, options)}")

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one line."""
+"""Errors that a user can mend, each told in one line."""
 
 import difflib
 import os
@@ -22,16 +22,27 @@ class Diverged(RuntimeError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the option closest to `name`, or an empty string when none is close."""
+    """Return `"; did you mean 'x'?"` for the option closest to `name`, or an empty string when none is close."""
     match = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
-    """Run `main`; an [`InputError`] becomes one line on stderr and exit code 2, [`Diverged`] one and [`UNFINISHED`].
+def nearest_sibling(path: Path) -> str:
+    """Return [`nearest`] for the name of a missing `path` among the files beside it."""
+    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
 
-    Of several processes the first on a machine speaks for all. Another one waits [`OTHER_RANK_S`] seconds before it
-    does: where all fail alike the launcher has ended it by then, and where it failed alone its line is the only one.
+
+def in_one_line(error: Exception | str, limit: int = 300) -> str:
+    """Return a message without line breaks, cut to `limit` characters: the libraries' own messages have many lines."""
+    return textwrap.shorten(str(error), limit, placeholder=" ...")
+
+
+def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
+    """Run `main`. Turn an [`InputError`] into one line on stderr and exit code 2, [`Diverged`] into a line and code 3.
+
+    White space of the message is collapsed here, so the callers need not do it. With several processes, local rank 0
+    prints at once. The others wait [`OTHER_RANK_S`] seconds: if all failed, the launcher has ended them by then; if
+    only this one failed, its line still appears.
     """
     try:
         main()
@@ -50,12 +61,3 @@ def say(line: str) -> None:
     else:
         print(line, file=sys.stderr)
     sys.stderr.flush()
-
-
-def nearest_sibling(path: Path) -> str:
-    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
-
-
-def in_one_line(error: Exception | str) -> str:
-    """The libraries' own messages have many lines."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...")

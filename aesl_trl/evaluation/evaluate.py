@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import check_folder, leading_names, parse
+from ..arguments import check_folder, positionals, parse
 from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from ..data.checks import check_prompts
 from ..data.prompts import prompt_rows
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         InputError: no model, an output that cannot be written, or problems, rewards or models that cannot be used;
             before any model loads.
     """
-    names, flags = leading_names(sys.argv[1:] if argv is None else argv)
+    names, flags = positionals(sys.argv[1:] if argv is None else argv)
     (args,) = parse(ARGUMENT_TYPES, flags, prog="aesl eval")
     models = {name: name for name in names}
     models |= {name: getattr(args, name) for name in ("start", "final") if getattr(args, name)}

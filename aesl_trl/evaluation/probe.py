@@ -21,7 +21,7 @@ from typing import Any
 from trl import GRPOConfig, ModelConfig
 
 from .. import files
-from ..arguments import check_folder, leading_names, parse
+from ..arguments import check_folder, positionals, parse
 from ..data.prompts import check_held_out, prompt_rows
 from ..data.rows import load_rows
 from ..diversity.passk import powers_of_two
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: no checkpoint, or prompts, rewards, models or settings that cannot be used; before any model loads.
     """
-    names, flags = leading_names(sys.argv[1:] if argv is None else argv)
+    names, flags = positionals(sys.argv[1:] if argv is None else argv)
     script_args, training_args, model_args = parse(ARGUMENT_TYPES, flags, prog=NAME)
     check_alone(training_args)
     checkpoints = told_apart([found for name in names for found in find_checkpoints(name)])

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aesl_trl.data.rows import load_rows
-from aesl_trl.diversity.figures import self_bleu
+from aesl_trl.diversity import self_bleu
 from aesl_trl.files import DIVERSITY, TRAINER_STATE, read_json, read_jsonl
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from aesl_trl import files
-from aesl_trl.diversity.figures import self_bleu
+from aesl_trl.diversity import self_bleu
 from aesl_trl.diversity.turning_point import (
     MULTIPLE,
     STANDARD_ERRORS,

@@ -64,18 +64,6 @@ def self_bleu(
     )
 
 
-def self_bleu_of_ids(completions: Sequence[Sequence[int]], **settings) -> float:
-    """Self-BLEU of token ids: [`self_bleu`] with `tokenize="none"` of the ids joined by spaces.
-
-    Nothing is decoded and no word is looked for, which makes it cheap and independent of the language; its values are
-    those of another unit and cannot be set beside those of words. `settings` are those of [`self_bleu`] without
-    `tokenize`.
-    """
-    settings = {"smooth_method": "exp", "smooth_value": None, "max_ngram_order": 4} | settings
-    _check_settings(settings["smooth_method"], settings["smooth_value"], settings["max_ngram_order"])
-    return self_bleu_of_tokens(completions, **settings)
-
-
 def self_bleu_of_tokens(texts: Sequence[Sequence[Hashable]], **settings) -> float:
     """[`self_bleu`] of what [`tokenized`] returns."""
     return mean_score(sentence_bleus(texts, **settings)) if len(texts) > 1 else math.nan

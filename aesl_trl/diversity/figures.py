@@ -12,32 +12,15 @@ Left out: sampling (sampling/groups.py), grading (rewards/functions.py), BLEU it
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
 from ..errors import InputError
-from .bleu import mean_score, self_bleu, self_bleu_of_ids, self_bleu_of_tokens, sentence_bleus, tokenized
+from .bleu import mean_score, self_bleu_of_tokens, sentence_bleus, tokenized
 from .intervals import is_number, ratio_intervals
 from .passk import group_signal, pass_at_k, powers_of_two
-
-
-__all__ = [
-    "Group",
-    "PromptSums",
-    "by_prompt",
-    "distinct_n",
-    "entropy_estimator",
-    "final_answer",
-    "intervals",
-    "measure",
-    "prompt_sums",
-    "self_bleu",
-    "self_bleu_of_ids",
-    "token_entropy",
-    "unique_share",
-]
 
 
 @dataclass
@@ -66,6 +49,34 @@ class Group:
     rewards: list[list[float]] | None = None
     neg_log_prob: list[float] | None = None
     eos_prob: list[float | None] | None = None
+
+    @classmethod
+    def from_row(cls, row: dict, where: str, needs: Collection[str] = ("prompt",)) -> "Group":
+        """Read a group from its row in a file of samples. Keys that are no fields (`prompt_index`) are left out.
+
+        Args:
+            row: an object of samples/step-N.jsonl or of an evaluation's samples.
+            where: file and line, for the message.
+            needs: fields that the row must have beside `completions`. The others are None where the row lacks them.
+
+        Raises:
+            InputError: the row lacks a field, or a list does not have one entry for each completion.
+        """
+        completions = row.get("completions") if isinstance(row, dict) else None
+        if not isinstance(completions, list) or not all(isinstance(text, str) for text in completions):
+            raise InputError(f"{where} has no list of texts 'completions'")
+        values = {field.name: row.get(field.name) for field in fields(cls)}
+        for name, value in values.items():
+            if value is None and name in needs:
+                raise InputError(f"{where} has no {name!r}")
+            one_each = value is None or (isinstance(value, list) and len(value) == len(completions))
+            if name != "prompt" and not one_each:
+                raise InputError(f"{where}: {name!r} is not one entry for each of the {len(completions)} completions")
+        return cls(**values)
+
+    def to_row(self) -> dict:
+        """Return the group as the object that [`Group.from_row`] reads."""
+        return asdict(self)
 
 
 @dataclass
@@ -248,8 +259,7 @@ def _reward_sums(groups: Sequence[Group], success_threshold: float) -> dict[str,
     """Of graded groups; the others add nothing."""
     rewards = [group.rewards or [] for group in groups]
     totals = [[[value for value in sample if is_number(value)] for sample in samples] for samples in rewards]
-    firsts = [[sample[0] for sample in samples if is_number(sample[0])] for samples in rewards]
-    counts = [(len(values), sum(value >= success_threshold for value in values)) for values in firsts]
+    counts = right_counts(groups, success_threshold)
     signals = [group_signal([num], [right]) if num else {} for num, right in counts]
     answers = [{final_answer(text) for text in group.completions} - {""} for group in groups]
     return {
@@ -269,6 +279,15 @@ def _reward_sums(groups: Sequence[Group], success_threshold: float) -> dict[str,
     }
 
 
+def right_counts(groups: Iterable[Group], success_threshold: float = 1.0) -> list[tuple[int, int]]:
+    """Return for each group how many samples are graded, and how many of those are right.
+
+    A sample is graded when the first reward function applies to it, and right when that reward reaches the threshold.
+    """
+    firsts = [[sample[0] for sample in group.rewards or [] if is_number(sample[0])] for group in groups]
+    return [(len(values), sum(value >= success_threshold for value in values)) for values in firsts]
+
+
 def entropy_estimator(groups: Iterable[Group]) -> str:
     """Which estimate `entropy` is: `"exact"`, or `"sampled"` as soon as one sample has only its `neg_log_prob`.
 
@@ -281,14 +300,6 @@ def entropy_estimator(groups: Iterable[Group]) -> str:
         for exact, sampled in zip(group.entropy, group.neg_log_prob, strict=True)
     )
     return "sampled" if any(only_sampled) else "exact"
-
-
-def token_entropy(groups: Iterable[Group]) -> float:
-    """Mean of the exact entropy in nats over all sampled tokens: a long sample counts for its length.
-
-    NaN when no token has one.
-    """
-    return _ratio([_token_sums(group, group.entropy) for group in groups])
 
 
 def _token_sums(group: Group, values: Sequence[float | None] | None) -> tuple[float, float]:

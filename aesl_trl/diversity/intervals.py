@@ -9,29 +9,48 @@ import numpy as np
 from ..errors import InputError
 
 
+LEVEL = 0.95  # share of the repetitions in which an interval is to hold the true value
+MIN_CLUSTERS = 3  # fewer clusters than this, resampled, give no interval
+
+
 def is_number(value: float | None) -> bool:
-    """Whether a figure is known: neither None, which JSON has for NaN, nor NaN or infinite."""
+    """Return whether a figure is known: not None (which JSON has for NaN), not NaN and not infinite."""
     return value is not None and math.isfinite(value)
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over problems.
+def with_interval(value: float | None, ends: Sequence[float | None] | None, digits: int = 2) -> str:
+    """Return a figure and its interval as text, "0.96 [0.95, 0.97]"; "-" stands for an unknown figure.
 
-    Problems are resampled, not samples: those of one problem share its difficulty. Equal values give an interval of
-    width zero, which says that the resamples agree, not that the mean is known.
+    The brackets are left out where an end is not known.
+    """
+    if not is_number(value):
+        return "-"
+    known = ends is not None and all(map(is_number, ends))
+    brackets = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if known else ""
+    return f"{value:.{digits}f}{brackets}"
+
+
+# ---- Bootstrap over prompts
+
+
+def bootstrap_interval(
+    values: Sequence[float | None], *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean over problems.
+
+    Problems are resampled, not samples: the samples of a problem share its difficulty. Equal values give an interval
+    of width zero, which says that the resamples agree, not that the mean is known.
 
     Args:
-        values: one figure a problem, such as its pass@k; NaN and None are left out.
+        values: one figure a problem, such as its pass@k. Unknown figures (NaN, None) are left out.
         level: share of the resampled means inside the interval, in (0, 1).
-        resamples: means drawn.
-        seed: of a generator of its own; the global random state is left alone.
+        resamples: number of means drawn.
+        seed: seed of a generator of its own; the global random state is left alone.
 
     Returns:
         (low, high); NaN twice without values.
     """
-    known = np.array([value for value in values if _is_known(value)], dtype=float)[:, None]
+    known = np.array([value for value in values if is_number(value)], dtype=float)[:, None]
     return ratio_intervals(known, np.ones_like(known), level=level, resamples=resamples, seed=seed)[0]
 
 
@@ -39,38 +58,38 @@ def paired_interval(
     before: Sequence[float | None],
     after: Sequence[float | None],
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """How much the mean over problems changed from `before` to `after`, with a percentile bootstrap interval.
+    """Return how much the mean over problems changed from `before` to `after`, with a percentile bootstrap interval.
 
-    The differences of each problem are resampled. How hard a problem is moves both of its values and drops out, so
-    that the interval is narrower than the two means' own intervals suggest; it may exclude zero where those overlap.
+    The differences of the problems are resampled. A problem's difficulty moves both of its values and drops out. The
+    interval is therefore narrower than those of the two means suggest, and may exclude zero where those overlap.
 
     Args:
-        before, after: one figure a problem, the same problems in the same order; a problem that is NaN or None on one
-            side is left out on both.
+        before, after: one figure a problem, the same problems in the same order. A problem that is unknown on one side
+            is left out on both.
         level, resamples, seed: as in [`bootstrap_interval`].
 
     Returns:
         (difference, low, high); NaN three times without a common problem.
 
     Raises:
-        InputError: lists of different length.
+        InputError: the lists differ in length.
     """
     if len(before) != len(after):
         raise InputError(f"before has {len(before)} problems, after {len(after)}: they must be the same ones")
-    pairs = [pair for pair in zip(before, after, strict=True) if all(map(_is_known, pair))]
+    pairs = [pair for pair in zip(before, after, strict=True) if all(map(is_number, pair))]
     differences = [float(late) - float(early) for early, late in pairs]
     low, high = bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
     return (math.fsum(differences) / len(differences) if differences else math.nan), low, high
 
 
 def ratio_intervals(
-    numerators: np.ndarray, denominators: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    numerators: np.ndarray, denominators: np.ndarray, *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
 ) -> list[tuple[float, float]]:
-    """Percentile bootstrap intervals of `numerators.sum(0) / denominators.sum(0)`, problems resampled.
+    """Return the percentile bootstrap intervals of `numerators.sum(0) / denominators.sum(0)`, problems resampled.
 
     All figures share the resampled problems. A resample without a denominator is left out.
 
@@ -79,7 +98,7 @@ def ratio_intervals(
         level, resamples, seed: as in [`bootstrap_interval`].
 
     Returns:
-        (low, high) of each figure; NaN twice where no resample has it.
+        (low, high) of each figure; NaN twice where no resample has the figure.
     """
     if not 0 < level < 1:
         raise InputError(f"level must lie between 0 and 1, got {level}")
@@ -90,41 +109,41 @@ def ratio_intervals(
         return [(math.nan, math.nan)] * figures
     generator = np.random.default_rng(seed)
     blocks = []
-    rows = max(1, 2**20 // problems)  # of resamples at once: memory
+    rows = max(1, 2**20 // problems)  # resamples at once, so that memory stays bounded
     for start in range(0, resamples, rows):
-        weights = _resampled_counts(generator, min(rows, resamples - start), problems)
+        counts = _resampled_counts(generator, min(rows, resamples - start), problems)
         with np.errstate(divide="ignore", invalid="ignore"):
-            blocks.append((weights @ numerators) / (weights @ denominators))
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    known = [values[np.isfinite(values)] for values in np.concatenate(blocks).T]
-    return [tuple(np.quantile(values, tails).tolist()) if values.size else (math.nan, math.nan) for values in known]
+            blocks.append((counts @ numerators) / (counts @ denominators))
+    return [_percentiles(values, level) for values in np.concatenate(blocks).T]
 
 
 def _resampled_counts(generator: np.random.Generator, resamples: int, problems: int) -> np.ndarray:
-    """How often each problem is in each resample [resample, problem]."""
+    """Draw problems with replacement; return how often each problem is in each resample, [resample, problem]."""
     drawn = generator.integers(problems, size=(resamples, problems))
     drawn += problems * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * problems).reshape(resamples, problems).astype(float)
 
 
-def _is_known(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the ends between which the share `level` of the known values lies; NaN twice without any."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
-LEVEL = 0.95
-
-
-MIN_CLUSTERS = 3  # fewer rows than this, resampled, give no interval
+# ---- Student's t
 
 
 def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t) of Student's t with a whole number of degrees of freedom, in closed form.
+    """Return P(|T| <= t) of Student's t with a whole number of degrees of freedom, in closed form.
 
-    Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of cos(theta), theta = atan(t / sqrt(df)).
+    The sum of powers of cos(theta), theta = atan(t / sqrt(df)), is that of Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
     theta = math.atan2(t, math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
-    first = 1 + df % 2  # of the factors: 2/3, 4/5, ... for odd df, 1/2, 3/4, ... for even
+    first = 1 + df % 2  # the factors are 2/3, 4/5, ... for odd df and 1/2, 3/4, ... for even df
     term = cosine if df % 2 else 1.0
     total = term if df > 1 else 0.0
     for number in range(first, df - 2, 2):
@@ -135,10 +154,10 @@ def t_probability(t: float, df: int) -> float:
 
 @cache
 def t_quantile(df: int, level: float = LEVEL) -> float:
-    """The t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for 4.
+    """Return the t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for df 4.
 
     Raises:
-        InputError: `df` below 1 or `level` outside (0, 1).
+        InputError: `df` is below 1 or `level` outside (0, 1).
     """
     if df < 1 or not 0 < level < 1:
         raise InputError(f"Student's t needs df >= 1 and 0 < level < 1, got df {df} and level {level}")
@@ -151,14 +170,17 @@ def t_quantile(df: int, level: float = LEVEL) -> float:
     return (low + high) / 2
 
 
+# ---- Rank correlation
+
+
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1, ties sharing the mean of theirs."""
+    """Return the ranks of the values from 1; equal values share the mean of their ranks."""
     _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation in [-1, 1]; NaN where one side is constant or has fewer than two values."""
+    """Return Spearman's rank correlation, in [-1, 1]; NaN where a side is constant or has fewer than two values."""
     if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
         return math.nan
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
@@ -167,10 +189,13 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 def spearman_interval(
     clusters: Sequence[Sequence[tuple[float, float]]], *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of Spearman's correlation, clusters resampled whole.
+    """Return the percentile bootstrap interval of Spearman's correlation, clusters resampled whole.
 
-    A cluster holds the cells of one row: its seeds start alike, and resampled one by one they would count as so many
-    starts. Resamples in which a side is constant are left out; NaN twice below [`MIN_CLUSTERS`] clusters.
+    A cluster holds the points of one row, such as its seeds: they start alike, and resampled one by one they would
+    count as independent. Resamples in which a side is constant are left out.
+
+    Returns:
+        (low, high); NaN twice with fewer than [`MIN_CLUSTERS`] clusters.
     """
     if len(clusters) < MIN_CLUSTERS:
         return math.nan, math.nan
@@ -179,8 +204,4 @@ def spearman_interval(
         drawn = generator.integers(len(clusters), size=len(clusters))
         x, y = zip(*(point for index in drawn for point in clusters[index]), strict=True)
         found.append(spearman(x, y))
-    known = np.array(found)[np.isfinite(found)]
-    if not known.size:
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return _percentiles(np.array(found), level)

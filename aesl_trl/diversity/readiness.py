@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .figures import Group, intervals, measure, prompt_sums
-from .intervals import is_number
+from .intervals import is_number, with_interval
 from .passk import expected_group_variance
-from .turning_point import find_turning_point
+from .series import turning_point_of
 
 
 READY, COLLAPSED, NOT_ABLE, NEVER_STOPS, SOLVED = "ready", "collapsed", "not yet able", "never stops", "solved"
@@ -231,27 +231,20 @@ def _cautions(figures: dict, ends: dict, temperature: float) -> list[str]:
 
 
 def _shown(figures: dict, ends: dict, key: str) -> str:
-    value, pair = figures.get(key), ends.get(key)
-    if not is_number(value):
-        return "-"
-    known = pair is not None and all(map(is_number, pair))
-    return f"{value:.2f} [{pair[0]:.2f}, {pair[1]:.2f}]" if known else f"{value:.2f}"
+    return with_interval(figures.get(key), ends.get(key))
 
 
 def go_back(history: History) -> tuple[int | None, str]:
     """The step to go back to from a collapsed one, and why: the candidate nearest to the turning point before it, else
     the saved candidate before it with the most diverse samples."""
-    rows = [row for row in history.rows if is_number(row.get("entropy"))]
-    steps, values = [row["step"] for row in rows], [row["entropy"] for row in rows]
-    by_prompt = [row.get("by_prompt", {}).get("entropy") for row in rows]
-    turning = find_turning_point(steps, values, by_prompt=by_prompt).step
+    turning = turning_point_of(history.rows, "entropy").step
     saved = [step for step in history.candidates if step < history.step]
     if turning is not None and turning < history.step:
         if not saved:
             return turning, f"diversity turned at step {turning}, of which no weights are saved"
         nearest = min(saved, key=lambda step: (abs(step - turning), step))
         return nearest, f"diversity turned at step {turning}" + (f", saved is {nearest}" * (nearest != turning))
-    entropy = {row["step"]: row["entropy"] for row in rows}
+    entropy = {row["step"]: row["entropy"] for row in history.rows if is_number(row.get("entropy"))}
     measured = [step for step in saved if step in entropy]
     if not measured:
         return None, "no earlier step of the run is both measured and saved: train again with diversity_steps"

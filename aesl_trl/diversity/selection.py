@@ -14,11 +14,9 @@ from ..errors import InputError, exit_on_input_error, nearest
 from ..files import RunFolder, read_log, read_rows, read_settings
 from ..provenance import __version__
 from .readiness import rank
-from .series import check_settings
-from .turning_point import find_turning_point
+from .series import METRICS, by_step, check_settings, turning_point_of
 
 
-METRICS = {"entropy": "max", "self_bleu": "min"}  # what a turning point is sought in, and where diversity is highest
 EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # where the model is best
 RULES = ("turning_point", "last", "best_eval", "readiness")
 
@@ -78,14 +76,15 @@ def select_checkpoint(
     candidates = sorted(set(candidates))
     if not candidates:
         raise InputError("there are no saved candidates to select from: train with diversity_steps above 0")
-    measured = _by_step(diversity_rows)
+    measured = by_step(diversity_rows)
     check_settings(measured.values())
     if rule == "turning_point" and measured and not any(metric in row for row in measured.values()):
         raise InputError(
             f"no row of {files.DIVERSITY} has {metric!r}: another version wrote it (this is aesl_trl {__version__}); "
             "measure again, or select by --rule last"
         )
-    turning_points = {name: _turning_point(measured, name, patience) for name in METRICS}
+    found = {name: turning_point_of(measured.values(), name, patience) for name in METRICS}
+    turning_points = {name: {"step": at.step, "reason": at.reason, **at.evidence} for name, at in found.items()}
     evaluations = _evaluations(measured, eval_rows, best_eval_metric)
     probed = _probed(readiness, candidates) if rule == "readiness" else []
     applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed)
@@ -109,23 +108,6 @@ def select_checkpoint(
         "candidates": candidates,
         "metric": metric,
     }
-
-
-def _by_step(rows: Iterable[dict]) -> dict[int, dict]:
-    """Rows by step, in order; the later of two rows of a step replaces the earlier."""
-    found = {}
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("step"), int):
-            raise InputError(f"{files.DIVERSITY}, row {number} has no whole number 'step': {row.get('step')!r}")
-        found[row["step"]] = row
-    return dict(sorted(found.items()))
-
-
-def _turning_point(measured: dict[int, dict], metric: str, patience: int) -> dict:
-    values = [row.get(metric) for row in measured.values()]
-    by_prompt = [row.get("by_prompt", {}).get(metric) for row in measured.values()]
-    found = find_turning_point(list(measured), values, mode=METRICS[metric], patience=patience, by_prompt=by_prompt)
-    return {"step": found.step, "reason": found.reason, **found.evidence}
 
 
 def _evaluations(measured: dict[int, dict], eval_rows: Iterable[dict], metric: str) -> dict[int, float]:

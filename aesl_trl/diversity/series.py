@@ -1,19 +1,45 @@
-"""diversity.jsonl as a series: what its rows hold beside figures, and which settings all of them must share."""
+"""diversity.jsonl as a series: its rows by step, their turning point, and the settings that all of them must share."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from .. import files
 from ..errors import InputError
+from .turning_point import Selection, find_turning_point
 
 
-# Two rows that differ in one of these measure different things: their figures are no series
+# The figures whose turning point is looked for, and on which side of the figure diversity is highest.
+METRICS = {"entropy": "max", "self_bleu": "min"}
+# Rows that differ in one of these settings measure different things: their figures are no series.
 SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens", "backend", "entropy_estimator")
-# Not logged as figures
-NOT_FIGURES = (
-    *("step", "seed", "gap", "intervals", "by_prompt", "token_budget", "asked", "batch_size"),
-    *SETTINGS,
-)
+# Keys of a row that are not logged as figures.
+NOT_FIGURES = ("step", "seed", "gap", "intervals", "by_prompt", "token_budget", "asked", "batch_size", *SETTINGS)
+
+
+def by_step(rows: Iterable[dict]) -> dict[int, dict]:
+    """Return the rows by step, in order. Of a step measured twice (a resumed run), the later row counts.
+
+    Raises:
+        InputError: a row has no whole number `step`.
+    """
+    found = {}
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("step"), int):
+            raise InputError(f"{files.DIVERSITY}, row {number} has no whole number 'step': {row.get('step')!r}")
+        found[row["step"]] = row
+    return dict(sorted(found.items()))
+
+
+def turning_point_of(rows: Iterable[dict], metric: str, patience: int = 3) -> Selection:
+    """Return the turning point of `metric` in rows of diversity.jsonl, by [`~turning_point.find_turning_point`]."""
+    measured = by_step(rows)
+    return find_turning_point(
+        list(measured),
+        [row.get(metric) for row in measured.values()],
+        mode=METRICS[metric],
+        patience=patience,
+        by_prompt=[row.get("by_prompt", {}).get(metric) for row in measured.values()],
+    )
 
 
 def check_settings(rows: Iterable[dict], where: str | Path = files.DIVERSITY) -> None:
@@ -37,7 +63,7 @@ def check_settings(rows: Iterable[dict], where: str | Path = files.DIVERSITY) ->
 
 
 def base_completions(folder: Path, prompts: list) -> list[list[str]] | None:
-    """The samples of step 0 in an SFT folder, by prompt; None where there are none of the same prompts."""
+    """Return the samples of step 0 in an SFT folder, by prompt; None where step 0 has no samples of these prompts."""
     path = folder / files.SAMPLES / "step-0.jsonl"
     if not path.exists():
         return None

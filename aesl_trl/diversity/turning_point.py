@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import InputError, nearest
-from .intervals import is_number
+from .intervals import is_number, t_quantile
 
 
 MINIMUM = 6  # values, without per-prompt values: with fewer a random order is too often a rise and a fall
@@ -188,7 +188,9 @@ def _needed(fit: list[float], peak: int, noise: float, prompts: np.ndarray | Non
         error, needed = 0.0, threshold * noise
         if prompts is not None:
             error = _error(prompts, peak, level)
-            sampling = _t_quantile(STANDARD_ERRORS, prompts.shape[1] - 1) * error
+            # Few prompts know their own spread less well: Student's quantile at the level of a normal one
+            level = math.erf(STANDARD_ERRORS / math.sqrt(2))
+            sampling = t_quantile(prompts.shape[1] - 1, level) * error
             needed = min(needed if count >= MINIMUM else math.inf, math.hypot(sampling, MULTIPLE * noise))
         found |= {f"{name}_error": error, f"needed_{name}": needed}
     return found | {"threshold": threshold, "needed": max(found["needed_rise"], found["needed_fall"])}
@@ -201,14 +203,6 @@ def _error(prompts: np.ndarray, peak: int, level: list[int]) -> float:
         return 0.0  # no rise, or no fall: nothing to judge
     differences = prompts[peak] - prompts[level].mean(axis=0)
     return float(differences.std(ddof=1) / math.sqrt(len(differences)))
-
-
-def _t_quantile(normal: float, degrees: int) -> float:
-    """Student's quantile with `degrees` of freedom at the level of the standard normal one (Abramowitz and Stegun,
-    26.7.5, to the second order): few prompts know their own spread less well."""
-    first = (normal**3 + normal) / 4
-    second = (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96
-    return normal + first / degrees + second / degrees**2
 
 
 def _decide(evidence: dict) -> Selection:

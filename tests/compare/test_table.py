@@ -2,7 +2,6 @@
 
 import math
 
-import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,51 +18,8 @@ from aesl_trl.compare.table import (
     table,
     tuned,
 )
-from aesl_trl.diversity.intervals import ranks, spearman, spearman_interval, t_probability, t_quantile
+from aesl_trl.diversity.intervals import t_quantile
 from aesl_trl.errors import InputError
-
-
-# ---- Student's t
-
-
-@pytest.mark.parametrize(
-    "df, level, printed",
-    [
-        (1, 0.95, 12.706),
-        (2, 0.95, 4.303),
-        (3, 0.95, 3.182),
-        (4, 0.95, 2.776),
-        (5, 0.95, 2.571),
-        (9, 0.95, 2.262),
-        (10, 0.90, 1.812),
-        (10, 0.99, 3.169),
-        (30, 0.95, 2.042),
-        (120, 0.95, 1.980),
-        (999, 0.95, 1.962),
-        (1, 0.50, 1.000),
-    ],
-)
-def test_quantiles_are_those_of_the_printed_tables(df, level, printed):
-    assert t_quantile(df, level) == pytest.approx(printed, abs=0.0005)
-
-
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 6, 7, 29, 100, 999])
-@pytest.mark.parametrize("t", [0.0, 0.1, 1.0, 2.5, 12.0])
-def test_probability_is_the_regularised_beta_function(df, t):
-    truth = 1 - mpmath.betainc(mpmath.mpf(df) / 2, 0.5, 0, df / (df + mpmath.mpf(t) ** 2), regularized=True)
-    assert t_probability(t, df) == pytest.approx(float(truth), abs=1e-13)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 400), st.floats(0.01, 0.999))
-def test_quantile_inverts_the_probability(df, level):
-    assert t_probability(t_quantile(df, level), df) == pytest.approx(level, abs=1e-10)
-
-
-@pytest.mark.parametrize("df, level", [(0, 0.95), (-1, 0.95), (3, 0.0), (3, 1.0), (3, 1.5)])
-def test_quantile_refuses(df, level):
-    with pytest.raises(InputError, match="df >= 1 and 0 < level < 1"):
-        t_quantile(df, level)
 
 
 # ---- Means
@@ -139,49 +95,6 @@ def test_seeds_to_decide_is_the_smallest(mean, sd, negative):
 @pytest.mark.parametrize("mean, sd, n", [(0.0, 0.1, None), (0.0, 0.0, None), (0.1, 0.0, 2), (1e-6, 1.0, None)])
 def test_seeds_to_decide_at_the_ends(mean, sd, n):
     assert seeds_to_decide(mean, sd) == n
-
-
-# ---- Rank correlation
-
-
-def test_ranks_share_ties():
-    assert ranks([10, 20, 10, 30]).tolist() == [1.5, 3, 1.5, 4]
-
-
-def test_spearman_by_hand():
-    # d = 1 0 -1 1 -1, 1 - 6 * 4 / (5 * 24) = 0.8
-    assert spearman([1, 2, 3, 4, 5], [2, 2.5, 2.2, 9, 7]) == pytest.approx(1 - 6 * sum([0, 1, 1, 1, 1]) / 120)
-    assert spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    # with ties: ranks 1 2.5 2.5 4 and 1 2 3 4, Pearson 4.5 / sqrt(4.5 * 5)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-
-
-@pytest.mark.parametrize("x, y", [([], []), ([1], [1]), ([1, 1], [1, 2]), ([1, 2], [3, 3])])
-def test_spearman_is_unknown_without_spread(x, y):
-    assert math.isnan(spearman(x, y))
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=3, max_size=20))
-def test_spearman_is_that_of_pandas(points):
-    import pandas
-
-    x, y = zip(*points, strict=True)
-    ours, theirs = spearman(x, y), pandas.DataFrame({"x": x, "y": y}).corr(method="spearman").loc["x", "y"]
-    assert ours == pytest.approx(theirs, nan_ok=True)
-
-
-def test_interval_resamples_rows_whole():
-    """Ten cells of each of four rows whose order alone carries the correlation: seeds must not narrow it."""
-    centres = [(0, 0), (1, 1), (2, 3), (3, 2)]
-    many = [[(x + seed / 100, y + seed / 100) for seed in range(10)] for x, y in centres]
-    few = [[centre] for centre in centres]
-    wide, wider = spearman_interval(many), spearman_interval(few)
-    assert wide[0] < 0.6 < wide[1]
-    assert wide == spearman_interval(many)  # a seed of its own
-    assert wider[0] <= wide[0]
-    assert all(math.isnan(end) for end in spearman_interval(many[:2]))
 
 
 # ---- The table

@@ -1,4 +1,4 @@
-"""Diversity figures against values worked by hand, their intervals against simulated truths (BLEU: test_self_bleu)."""
+"""Diversity figures against values worked by hand, their intervals against simulated truths (BLEU: test_bleu)."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from aesl_trl.diversity.figures import (
     intervals,
     measure,
     prompt_sums,
-    token_entropy,
+    right_counts,
     unique_share,
 )
 from aesl_trl.diversity.intervals import bootstrap_interval
@@ -154,11 +154,51 @@ def test_no_groups_are_refused(function):
         function([])
 
 
-def test_token_entropy_skips_unknown_tokens_and_refuses_ragged_lists():
+def test_entropy_skips_unknown_tokens_and_refuses_ragged_lists():
     groups = [group(["a", "b", "c"], num_tokens=[2, 5, 0], entropy=[0.3, None, 9.0])]
-    assert token_entropy(groups) == pytest.approx(0.3)
+    assert measure(groups)["entropy"] == pytest.approx(0.3)
     with pytest.raises(ValueError):
-        token_entropy([group(["a", "b"], num_tokens=[1, 2], entropy=[0.3])])
+        measure([group(["a", "b"], num_tokens=[1, 2], entropy=[0.3])])
+
+
+def test_a_group_survives_its_row():
+    whole = group(["a", "b"], rewards=[[1.0], [None]], neg_log_prob=[0.1, 0.2], eos_prob=[0.5, None])
+    assert Group.from_row({"prompt_index": 3, **whole.to_row()}, "here") == whole
+    older = Group.from_row({"prompt": "p", "completions": ["a"], "truncated": [True]}, "here")
+    assert older == Group("p", ["a"], None, [True], None)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (["a"], "file, line 2 has no list of texts 'completions'"),
+        ({"prompt": "p", "completions": "abc"}, "file, line 2 has no list of texts 'completions'"),
+        ({"completions": ["a"]}, "file, line 2 has no 'prompt'"),
+        (
+            {"prompt": "p", "completions": ["a"], "rewards": [[1.0], [0.0]]},
+            "file, line 2: 'rewards' is not one entry for each of the 1 completions",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "truncated": True},
+            "file, line 2: 'truncated' is not one entry for each of the 1 completions",
+        ),
+    ],
+)
+def test_a_row_that_is_no_group_is_refused(row, said):
+    with pytest.raises(InputError) as error:
+        Group.from_row(row, "file, line 2")
+    assert str(error.value) == said
+
+
+def test_a_row_must_have_the_fields_asked_for():
+    with pytest.raises(InputError, match="here has no 'num_tokens'"):
+        Group.from_row({"prompt": "p", "completions": ["a"]}, "here", needs=("prompt", "num_tokens"))
+
+
+def test_right_counts_leave_out_samples_without_a_first_reward():
+    groups = [group(list("abcd"), rewards=[[1.0], [None], [0.5], [math.nan]]), group(["a"])]
+    assert right_counts(groups) == [(2, 1), (0, 0)]
+    assert right_counts(groups, 0.5) == [(2, 2), (0, 0)]
 
 
 @settings(max_examples=30, deadline=None)

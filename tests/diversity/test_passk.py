@@ -1,15 +1,13 @@
-"""pass@k against enumeration of all subsets, group signal, expected variance and the bootstrap."""
+"""pass@k against enumeration of all subsets, group signal and expected variance."""
 
 import itertools
 import math
-import random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aesl_trl.diversity.intervals import bootstrap_interval, paired_interval, ratio_intervals
 from aesl_trl.diversity.passk import avg_at_k, expected_group_variance, group_signal, pass_at_k, powers_of_two
 from aesl_trl.errors import InputError
 
@@ -98,95 +96,3 @@ def test_expected_group_variance_is_the_mean_over_all_outcomes(p, group_size):
 def test_expected_group_variance_refuses(arguments):
     with pytest.raises(InputError):
         expected_group_variance(*arguments)
-
-
-def test_bootstrap_interval_is_seeded_and_leaves_the_global_state_alone():
-    values = [0.0, 1.0, 1.0, 0.5, 0.25, 0.0]
-    np.random.seed(3)
-    random.seed(3)
-    first = np.random.random(), random.random()
-    np.random.seed(3)
-    random.seed(3)
-    interval = bootstrap_interval(values, seed=1)
-    assert (np.random.random(), random.random()) == first
-    assert interval == bootstrap_interval(values, seed=1)
-    assert interval != bootstrap_interval(values, seed=2)
-    assert interval[0] < np.mean(values) < interval[1]
-
-
-def test_bootstrap_interval_matches_the_exact_resampling_distribution():
-    # two problems, 0 and 1: the resampled mean is 0, 0.5, 1 with chances 1/4, 1/2, 1/4
-    assert bootstrap_interval([0, 1], level=0.4) == (0.5, 0.5)
-    assert bootstrap_interval([0, 1], level=0.6) == (0.0, 1.0)
-
-
-def test_bootstrap_interval_covers():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for seed in range(200):
-        low, high = bootstrap_interval(generator.random(60) < 0.4, resamples=300, seed=seed)
-        covered += low <= 0.4 <= high
-    assert 180 <= covered <= 199  # nominal 190; the percentile interval runs a little narrow
-
-
-def test_bootstrap_interval_of_gaps_and_nothing():
-    assert all(math.isnan(end) for end in bootstrap_interval([]))
-    assert all(math.isnan(end) for end in bootstrap_interval([None, math.nan]))
-    assert bootstrap_interval([0.5, None, 0.5, math.nan]) == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("bad", [{"level": 0}, {"level": 1}, {"resamples": 0}])
-def test_bootstrap_interval_refuses(bad):
-    with pytest.raises(InputError):
-        bootstrap_interval([1.0], **bad)
-
-
-def correlated_steps(generator, problems=40):
-    """Two steps on the same problems, whose difficulty they share; the true change is 0.1."""
-    difficulty = generator.normal(0.5, 0.2, problems)
-    return difficulty + generator.normal(0, 0.05, problems), difficulty + 0.1 + generator.normal(0, 0.05, problems)
-
-
-def test_paired_interval_covers_and_is_narrower_than_the_unpaired():
-    generator, covered = np.random.default_rng(0), 0
-    for seed in range(300):
-        before, after = correlated_steps(generator)
-        difference, low, high = paired_interval(before, after, resamples=400, seed=seed)
-        covered += low <= 0.1 <= high
-        assert difference == pytest.approx(np.mean(after) - np.mean(before))
-        unpaired = [bootstrap_interval(values, resamples=400, seed=seed) for values in (before, after)]
-        # the difference of independent means: widths add up as squares
-        assert high - low < 0.5 * math.hypot(*(end - start for start, end in unpaired))
-    assert 0.91 <= covered / 300 <= 0.98
-
-
-def test_paired_interval_drops_problems_missing_on_one_side():
-    before, after = [0.0, None, 0.5, 0.25, math.nan], [0.5, 1.0, None, 0.25, math.nan]
-    assert paired_interval(before, after) == paired_interval([0.0, 0.25], [0.5, 0.25])
-    assert paired_interval(before, after)[0] == 0.25
-    assert all(math.isnan(value) for value in paired_interval([None, 1.0], [1.0, None]))
-    assert paired_interval([True, False], [1.0, 1.0], level=0.4) == (0.5, 0.5, 0.5)
-
-
-def test_paired_interval_refuses_other_problems():
-    with pytest.raises(InputError, match="before has 2 problems, after 1"):
-        paired_interval([0.0, 1.0], [1.0])
-
-
-def test_ratio_intervals_share_problems_and_leave_out_what_has_no_denominator():
-    numerators, denominators = np.array([[1.0, 0.0], [0.0, 3.0]]), np.array([[1.0, 0.0], [9.0, 4.0]])
-    (low, high), (only, same) = ratio_intervals(numerators, denominators, level=0.6)
-    assert (low, high) == (0.0, 1.0)
-    assert only == same == 0.75  # drawn in three of four resamples, and then always this
-    nothing = ratio_intervals(np.zeros((3, 1)), np.zeros((3, 1)))
-    assert all(math.isnan(end) for end in nothing[0])
-
-
-def test_ratio_intervals_do_not_depend_on_the_size_of_blocks():
-    problems = 1500  # two blocks for 1,000 resamples
-    values = np.random.default_rng(0).random((problems, 1))
-    generator = np.random.default_rng(7)
-    means = [values[generator.integers(problems, size=problems)].mean() for _ in range(1000)]
-    expected = np.quantile(means, [0.025, 0.975])
-    found = ratio_intervals(values, np.ones_like(values), resamples=1000, seed=7)[0]
-    assert found == pytest.approx(tuple(expected), abs=1e-12)

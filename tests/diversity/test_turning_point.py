@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aesl_trl.diversity.intervals import t_quantile
 from aesl_trl.diversity.turning_point import (
     MINIMUM,
     MINIMUM_PROMPTS,
@@ -15,7 +16,6 @@ from aesl_trl.diversity.turning_point import (
     STANDARD_ERRORS,
     THRESHOLD_COUNTS,
     THRESHOLDS,
-    _t_quantile,
     find_turning_point,
     unimodal_fit,
 )
@@ -302,7 +302,7 @@ def test_what_is_needed_from_prompts():
     assert evidence["rise_error"] == pytest.approx(error, rel=1e-9)
     assert evidence["fall_error"] == pytest.approx(np.std(prompts[2] - prompts[7], ddof=1) / 8, rel=1e-9)
     assert evidence["prompts"] == 64
-    errors = _t_quantile(STANDARD_ERRORS, 63)
+    errors = t_quantile(63, math.erf(STANDARD_ERRORS / math.sqrt(2)))
     assert evidence["needed_rise"] == pytest.approx(math.hypot(errors * error, MULTIPLE * evidence["noise"]))
     assert evidence["needed"] == max(evidence["needed_rise"], evidence["needed_fall"])
 
@@ -366,17 +366,6 @@ def test_prompts_that_cannot_be_paired_are_left_out_and_it_says_why(change, why)
     assert why in found.evidence["unpaired"]
     plain = find_turning_point(STEPS, ENTROPY)
     assert (found.step, found.reason) == (plain.step, plain.reason)
-
-
-@pytest.mark.parametrize("normal", [2.0, 3.0, 4.0])
-@pytest.mark.parametrize("degrees", [MINIMUM_PROMPTS - 1, 63, 1000])
-def test_student_quantile(degrees, normal):
-    middles = (np.arange(20000) + 0.5) / 20000  # midpoint rule
-    quantile = _t_quantile(normal, degrees)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    inside = quantile * scale * np.mean((1 + (quantile * middles) ** 2 / degrees) ** (-(degrees + 1) / 2))
-    # the tails: the series, cut at the second order, leaves the quantile of few prompts a little short
-    assert 0.5 - inside == pytest.approx(math.erfc(normal / math.sqrt(2)) / 2, rel=0.15)
 
 
 def test_selection_stop_and_report_hand_the_prompts_on():

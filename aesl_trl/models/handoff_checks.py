@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError
 from .source import Source
-from .tokens import CONVERSATION, Stops, prompt_tokens
+from .tokens import CONVERSATION, Stops, left_pad, prompt_ids
 
 
 # Largest difference in log-prob (nats) between a folder and its exact copy.
@@ -38,9 +38,9 @@ def encode(tokenizer, samples: list[dict]) -> list[tuple[list[int], int]]:
         ]
     texts = []
     for prompt, completion in pairs:
-        prompt_ids = prompt_tokens(tokenizer, prompt)
-        ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
-        texts.append((ids[:MAX_LENGTH], max(1, len(prompt_ids))))
+        before = prompt_ids(tokenizer, prompt)
+        ids = before + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        texts.append((ids[:MAX_LENGTH], max(1, len(before))))
     return [text for text in texts if len(text[0]) > text[1]]
 
 
@@ -117,7 +117,7 @@ def check_own_samples(scores: list[torch.Tensor], source: Source) -> dict | None
 
 def check_stops(model, tokenizer, source: Source, stops: Stops) -> dict:
     """Sample from the run's prompts with the files as written; at least one sample must end by eos."""
-    prompts = [prompt_tokens(tokenizer, row["prompt"]) for row in source.samples[:MAX_PROMPTS]]
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in source.samples[:MAX_PROMPTS]]
     stopped = count_stopped(model, prompts, source.max_new_tokens, stops) if prompts else 0
     samples = {"num": len(prompts) * SAMPLES_PER_PROMPT, "stopped": stopped, "max_new_tokens": source.max_new_tokens}
     if prompts and not stopped:
@@ -132,14 +132,12 @@ def check_stops(model, tokenizer, source: Source, stops: Stops) -> dict:
 @torch.no_grad()
 def count_stopped(model, prompts: list[list[int]], max_new_tokens: int, stops: Stops) -> int:
     """How many of `SAMPLES_PER_PROMPT` samples of each prompt end by eos: the one on disk, for none is passed."""
-    longest = max(map(len, prompts))
-    ids_NP = torch.tensor([[stops.pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
-    mask_NP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ids_NP, mask_NP = left_pad(prompts, stops.pad, model.device)
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
     config.update(max_new_tokens=max_new_tokens, num_return_sequences=SAMPLES_PER_PROMPT)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         ids_SL = model.generate(input_ids=ids_NP, attention_mask=mask_NP, generation_config=config)
-    completions = ids_SL[:, longest:]
+    completions = ids_SL[:, ids_NP.size(1) :]
     return int(torch.isin(completions, torch.tensor(stops.eos, device=completions.device)).any(dim=1).sum())

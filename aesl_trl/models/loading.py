@@ -1,8 +1,7 @@
-"""A checkpoint's folder -> model, tokenizer and generation config in memory, in the dtype of its files.
+"""Load a model, its tokenizer and its generation config from a folder, in the dtype of its files.
 
 PEFT leaves out what finds no place in a base, with a warning at most; here that is refused. What a model or a
-tokenizer lacks is looked for before any weights are read. Which folder it is, and whether another base holds the same
-weights, is source.py.
+tokenizer lacks is refused before any weights are read.
 """
 
 import gc
@@ -14,19 +13,18 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from ..errors import InputError, in_one_line, nearest
-from .folder import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, check_weights, is_quantized, tensor_files
-from .source import Source
-from .tokens import check_ids, prompt_tokens, turn_end_token, without_none
+from ..errors import InputError, in_one_line, nearest, nearest_sibling
+from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_weights, tensor_files
+from .tokens import check_ids, prompt_ids, turn_end_id, without_none
 
 
 # ---- Checks before any weights are read
 
-CHECKED_ROWS = 8  # of the data, that a tokenizer has to be able to write down
+CHECKED_ROWS = 8  # rows of the data on which a tokenizer is tried
 
 
 def check_model(model: str, field: str, *, revision: str = "main", trust_remote_code: bool = False) -> None:
-    """Refuse what cannot be loaded as a model; `field` is the setting that names it. A name on the hub is looked up.
+    """Refuse a folder or a name on the hub that cannot be loaded as a model; `field` is the setting that names it.
 
     Raises:
         InputError: a file, a folder without config or weights, an adapter, weights that are cut off, an unknown
@@ -36,11 +34,15 @@ def check_model(model: str, field: str, *, revision: str = "main", trust_remote_
     if folder.is_file():
         raise InputError(f"{field}: {model} is a file: name a model's folder")
     if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
-        siblings = [item.name for item in folder.absolute().parent.glob("*") if item.is_dir()]
-        raise InputError(f"{field}: {model} is not a folder{nearest(folder.name, siblings)}")
+        raise InputError(f"{field}: {model} is not a folder{nearest_sibling(folder)}")
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise InputError(f"{field}: {model} {_without_config(folder)}")
+            if (folder / ADAPTER_CONFIG).is_file():
+                remedy = f"name its base, or merge it: aesl handoff {folder} --output {folder}-merged"
+                raise InputError(f"{field}: {model} is an adapter: {remedy}")
+            inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+            hint = f", {inside[-1]} does: name that folder" if inside else ": name a model's folder"
+            raise InputError(f"{field}: {model} holds no {CONFIG}{hint}")
         check_weights(folder)
     try:
         AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -50,13 +52,6 @@ def check_model(model: str, field: str, *, revision: str = "main", trust_remote_
                 f"{field}: {model} brings code of its own, which is not run: read it, then set trust_remote_code: true"
             ) from None
         raise InputError(f"{field}: {model} cannot be loaded: {in_one_line(error)}") from None
-
-
-def _without_config(folder: Path) -> str:
-    if (folder / ADAPTER_CONFIG).is_file():
-        return f"is an adapter: name its base, or merge it: aesl handoff {folder} --output {folder}-merged"
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    return f"holds no {CONFIG}" + (f", {inside[-1]} does: name that one" if inside else ": name a model's folder")
 
 
 def check_tokenizer(
@@ -69,20 +64,20 @@ def check_tokenizer(
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> None:
-    """Refuse a tokenizer that cannot write `rows` down, that nothing ends a completion with, or of another model.
+    """Refuse a tokenizer that cannot encode `rows`, that has no token to end a completion, or that fits another model.
 
     Args:
         tokenizer_name, model: folders or names on the hub; they differ for an adapter.
         rows: some rows of the data, with `prompt` or `messages`.
         field: the setting that names the model.
-        settings: an SFTConfig, whose `eos_token` and `chat_template_path` add what is not there.
+        settings: an SFTConfig, whose `eos_token` and `chat_template_path` add what the tokenizer lacks.
 
     Raises:
         InputError: no chat template for conversations, one that refuses them, no eos token, or a token without
             embedding.
     """
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = _read_tokenizer(tokenizer_name, **kwargs)
+    tokenizer = load_tokenizer(tokenizer_name, **kwargs)
     if getattr(settings, "chat_template_path", None):  # brings a template, and enlarges the model for its tokens
         return
     texts = [row for row in rows if not (row.get("image") or row.get("images"))]
@@ -90,13 +85,13 @@ def check_tokenizer(
     if tokenizer.chat_template is None and any(isinstance(prompt, list) for prompt in prompts):
         where = ", set chat_template_path" if settings is not None else ""
         raise InputError(
-            f"{field}: the tokenizer of {tokenizer_name} has no chat template, and the data are conversations: take "
+            f"{field}: the tokenizer of {tokenizer_name} has no chat template, and the data are conversations: use "
             f"an instruct model{where}, or give the data as text"
         )
     _check_eos(tokenizer, f"{field}: the tokenizer of {tokenizer_name}", tokenizer_name, settings)
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     try:
-        ids.update(*(prompt_tokens(tokenizer, prompt) for prompt in prompts if prompt))
+        ids.update(*(prompt_ids(tokenizer, prompt) for prompt in prompts if prompt))
     except (TemplateError, TypeError) as error:
         raise InputError(
             f"{field}: the chat template of {tokenizer_name} refuses a prompt: {in_one_line(error)}"
@@ -105,28 +100,26 @@ def check_tokenizer(
     check_ids(tokenizer, ids, num_rows, f"{field}: {tokenizer_name}: ")
 
 
-def _check_eos(tokenizer, what: str, name: str, settings: Any) -> None:
+def _check_eos(tokenizer, subject: str, name: str, settings: Any) -> None:
     given = getattr(settings, "eos_token", None)
     if given and given not in tokenizer.get_vocab():
-        raise InputError(f"{what} has no token {given!r} (eos_token){nearest(given, tokenizer.all_special_tokens)}")
+        raise InputError(f"{subject} has no token {given!r} (eos_token){nearest(given, tokenizer.all_special_tokens)}")
     if given or tokenizer.eos_token_id is not None:
         return
-    try:
-        turn_end = turn_end_token(tokenizer)
-    except (InputError, TemplateError, TypeError):  # a template that this conversation does not suit
-        turn_end = None
+    turn_end = turn_end_id(tokenizer)
     token = "the token that ends a turn" if turn_end is None else repr(tokenizer.convert_ids_to_tokens(turn_end))
     remedy = f"aesl handoff {name} sets it" if settings is None else f"set eos_token to {token}"
-    raise InputError(f"{what} has no eos_token, so nothing ends a completion: {remedy}")
+    raise InputError(f"{subject} has no eos_token, so nothing ends a completion: {remedy}")
 
 
-def _read_tokenizer(place: str, **kwargs):
+def load_tokenizer(place: str, **kwargs):
+    """Load the tokenizer in the folder or hub name `place`, and refuse one that encodes nothing."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer in {place}: {in_one_line(error)}") from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        # Without its files transformers builds an empty one from the model's type, and says nothing.
+        # Without the files transformers silently builds an empty tokenizer from the model's type.
         raise InputError(f"no tokenizer in {place}, what is there encodes nothing: copy tokenizer*.json as well")
     return tokenizer
 
@@ -135,38 +128,16 @@ def _read_tokenizer(place: str, **kwargs):
 
 
 def release_memory() -> None:
-    """Give back what a model held that nothing refers to any more."""
+    """Free the memory, on the GPU too, of models and tensors that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def load_tokenizer(source: Source):
-    """The tokenizer beside the weights, else the base's."""
-    beside = source.base is None or (source.folder / TOKENIZER_CONFIG).is_file()
-    place = str(source.folder if beside else source.base)
-    return _read_tokenizer(place, trust_remote_code=source.trust_remote_code)
-
-
-def num_embeddings(source: Source) -> int:
-    config = AutoConfig.from_pretrained(source.base or source.folder, trust_remote_code=source.trust_remote_code)
-    return config.get_text_config().vocab_size
-
-
-def generation_config(source: Source) -> dict:
-    """The generation config beside the weights, else the base's, else what the model's config declares."""
-    for place in (source.folder, source.base):
-        try:
-            return GenerationConfig.from_pretrained(place).to_diff_dict() if place else {}
-        except OSError:
-            continue
-    return {}
-
-
 def load_model(
     path: str | Path, quantization: dict | None = None, *, device: str | None = None, trust_remote_code: bool = False
 ):
-    """A model in the dtype of its files, not training; by default on the GPU when there is one."""
+    """Load a model in the dtype of its files and in eval mode, by default on the GPU when there is one."""
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     kwargs = {"quantization_config": BitsAndBytesConfig.from_dict(quantization)} if quantization else {}
     model = AutoModelForCausalLM.from_pretrained(
@@ -175,20 +146,13 @@ def load_model(
     return model.eval()
 
 
-def load_adapter(source: Source, adapter: Path, *, as_trained: bool = False):
-    """The adapter in the folder `adapter` on its base, quantized as in training when `as_trained`."""
-    name = source.trained_on if as_trained else source.base
-    # Quantized weights bring their own config.
-    quantization = source.quantization if as_trained and not is_quantized(name) else None
-    base = load_model(name, quantization, trust_remote_code=source.trust_remote_code)
-    return put_adapter(base, str(adapter), name).eval()
-
-
 def put_adapter(base, adapter: str, name: str, **kwargs):
-    """The adapter (a folder, or a name on the hub) on the model `base`, which is called `name`.
+    """Put the adapter (a folder, or a name on the hub) on the model `base`, which is called `name`.
+
+    A generation config beside the adapter replaces the base's, which does not know what ends a turn after training.
 
     Raises:
-        InputError: the base has another shape than the one that the adapter was trained on.
+        InputError: the base has another shape than the base that the adapter was trained on.
     """
     from peft import PeftModel
 
@@ -202,11 +166,16 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
         raise InputError(f"{adapter} does not fit the base {name}, it was trained on another one: {reason}") from None
     if Path(adapter).is_dir():
         check_adapter_keys(model, Path(adapter), name)
+    if (Path(adapter) / GENERATION_CONFIG).is_file():
+        try:
+            model.base_model.model.generation_config = GenerationConfig.from_pretrained(adapter)
+        except OSError as error:
+            raise InputError(f"{adapter}: {GENERATION_CONFIG} cannot be read: {in_one_line(error)}") from None
     return model
 
 
 def check_adapter_keys(model, adapter: Path, base: str) -> None:
-    """Refuse a base with more or fewer layers: PEFT leaves out what finds no place, with a warning at most."""
+    """Refuse a base with more or fewer layers than the adapter has: PEFT would leave tensors out."""
     from peft import get_peft_model_state_dict
 
     saved = {name for name in tensor_files(adapter) if "embed" not in name and "lm_head" not in name}

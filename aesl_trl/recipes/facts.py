@@ -199,7 +199,7 @@ def local_facts(model: str) -> Facts | None:
     """The facts of a model that is here, in a folder or in the hub's cache: read from its own files."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from ..models.tokens import turn_end_token
+    from ..models.tokens import turn_end_id
 
     local = {"local_files_only": True}
     try:
@@ -211,7 +211,7 @@ def local_facts(model: str) -> Facts | None:
     except OSError:
         stops = config.eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    end = turn_end_token(tokenizer)
+    end = turn_end_id(tokenizer, strict=True)
     return Facts(
         name=model,
         source=Path(model),

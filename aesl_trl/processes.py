@@ -1,44 +1,59 @@
-"""A child process with all that it starts: output copied as it comes, signals passed on, no process left behind.
+"""A child process and all that it starts: its output is copied as it comes, signals are passed on, nothing is left.
 
-What is run, and what its exit code means, is left to the caller. The lock keeps a second caller out of a folder.
+What is run is for the caller to decide. A lock keeps a second process out of a folder.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import filelock
+import psutil
 
 from .errors import InputError
 
 
 GRACE_S = 300  # seconds that a stage has to end after SIGINT or SIGTERM: the rest of a step, and a checkpoint
-# Where a stage writes. Whatever it starts inherits the variable, also in sessions of its own (torchrun's workers).
+ORPHANS_S = 30  # seconds that we wait for a killed process, which may be in the midst of a write
+# Holds the folder that a stage writes to. All that the stage starts inherits it, also in sessions of their own.
 MARK = "AESL_STAGE_FOLDER"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def handling(signals: Iterable[int], handler: Callable) -> Iterator[None]:
+    """Handle `signals` by `handler` inside the block, and as before after it."""
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Interrupts:
-    """SIGINT and SIGTERM while the chain runs: passed on to the stage, whose end is awaited; a second one kills it."""
+    """Passes SIGINT and SIGTERM on to the stage that runs and waits for its end; a second signal kills the stage."""
 
     def __init__(self):
+        self._handling = handling(STOP_SIGNALS, self._handle)
         self.process: subprocess.Popen | None = None
         self.folder: str | None = None  # the stage's, by which all of its processes are known
         self.received: list[int] = []
         self.deadline = float("inf")
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error):
+        self._handling.__exit__(*error)
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
@@ -56,7 +71,7 @@ class Interrupts:
             end_processes(self.folder)
 
     def start(self, command: list[str], env: dict[str, str]) -> subprocess.Popen:
-        """Start a stage in a session of its own: its launcher does not pass a signal on to what it started."""
+        """Start a stage in a session of its own, because its launcher does not pass signals on to what it started."""
         self.folder = env[MARK]  # a signal from here on is the stage's
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -66,10 +81,14 @@ class Interrupts:
         return self.process
 
     def wait(self, reader: threading.Thread) -> int:
-        """The exit code, once every process of the stage is gone."""
+        """Wait until every process of the stage is gone, and return the stage's exit code."""
         process = self.process
         while process.poll() is None or (self.received and reader.is_alive()):
-            reader.join(0.1) if process.returncode is not None else _wait_briefly(process)
+            if process.returncode is not None:
+                reader.join(0.1)
+            else:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
             if time.monotonic() > self.deadline:
                 self._send(signal.SIGKILL)
         # What the stage left behind (a server, a worker) would hold the pipe, and the GPU, for ever.
@@ -84,7 +103,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For a stage of milliseconds in this process: a signal is only noted."""
+        """Only note a signal inside the block, which runs a stage of milliseconds in this process."""
         self.folder = ""
         try:
             yield
@@ -92,29 +111,8 @@ class Interrupts:
             self.forget()
 
 
-def _wait_briefly(process: subprocess.Popen) -> None:
-    try:
-        process.wait(0.5)
-    except subprocess.TimeoutExpired:
-        pass
-
-
-def end_processes(folder: str) -> list[int]:
-    """Kill whatever a stage that writes to `folder` has started, wherever it is in the tree; the ids of what it was.
-
-    Found by the environment that they inherit, which Linux shows; elsewhere nothing is found.
-    """
-    entry, ended = f"{MARK}={folder}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # gone by now, or somebody else's
-            if entry in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
-                ended.append(int(path.parent.name))
-    return ended
-
-
 def run_process(command: list[str], log: Path, interrupts: Interrupts, *, env: dict, append: bool = False) -> int:
-    """Run `command`, its output on the terminal as it comes and in `log`; its exit code (negative: a signal)."""
+    """Run `command`, and copy its output to the terminal and to `log`. Return its exit code (negative: a signal)."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab" if append else "wb") as file:
         process = interrupts.start(command, env)
@@ -138,21 +136,69 @@ def _copy_output(source: IO[bytes], file: IO[bytes]) -> None:
             sys.stdout.flush()
 
 
+def exit_code(returncode: int) -> int:
+    """Return the code to leave with for a child's `returncode`: 1 to 125 stay, and all else, a signal too, is 1."""
+    return returncode if 1 <= returncode <= 125 else 1
+
+
+def check_in_child(command: str, argv: list[str]) -> None:
+    """Run `aesl COMMAND ARGV --dry_run` in a child process, and leave with its exit code where it fails.
+
+    The checks build TrainingArguments, which take hold of the GPU until their process ends.
+    """
+    code = subprocess.run([sys.executable, "-m", "aesl_trl.cli", command, *argv, "--dry_run"]).returncode
+    if code != 0:
+        sys.exit(exit_code(code))
+
+
+def end_processes(folder: str) -> list[int]:
+    """Kill all that a stage which writes to `folder` has started, wherever it is in the tree. Return the process ids.
+
+    We know these processes by the environment that they inherit ([`MARK`]).
+    """
+    ended = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it is gone by now, or somebody else's
+            if process.environ().get(MARK) == folder:
+                process.kill()
+                ended.append(process.pid)
+    return ended
+
+
+def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
+    """End what a killed `what` (such as "chain") has left running, which would write to the same folder as ours."""
+    ended, deadline = set(), time.monotonic() + ORPHANS_S
+    while (found := end_processes(str(folder))) and time.monotonic() < deadline:
+        ended |= set(found)
+        time.sleep(0.1)
+    if ended:
+        say(f"ended {len(ended)} processes that a killed {what} had left at work in {folder}")
+
+
 def locked(folder: Path) -> AbstractContextManager:
-    """The folder's lock; a second chain in the same folder would mix its files with ours."""
-    # Beside the folder, which may be moved aside while the lock is held.
+    """Hold the folder's lock: a second chain in the same folder would mix its files with ours."""
+    # The lock lies beside the folder, which may be moved aside while the lock is held.
     return lock(folder.with_name(f".{folder.name}.lock"), f"another chain is at work in {folder}")
 
 
 @contextmanager
 def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock of the file `path`, which ends with the process however that ends; held by another: `message`."""
+    """Hold the lock of the file `path` inside the block. It ends with this process, however that ends.
+
+    Raises:
+        InputError: another process holds it; the text is `message`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(message) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"aesl_trl: {path} cannot be locked ({error.strerror}): nothing keeps others out", file=sys.stderr)
+    path.touch()  # in a folder that takes no files the error is not about locks
+    # filelock's fallback, a file that marks the lock by being there, would outlive a killed process.
+    held = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise InputError(message) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"aesl_trl: {path} cannot be locked ({error.strerror}): nothing keeps others out", file=sys.stderr)
+    try:
         yield
+    finally:
+        held.release()

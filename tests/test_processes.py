@@ -1,0 +1,176 @@
+"""processes: a lock that ends with its process, and nothing left behind of what a killed stage had started."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import filelock
+import pytest
+
+from aesl_trl import processes
+from aesl_trl.errors import InputError
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from aesl_trl.processes import lock
+with lock(Path(sys.argv[1]), ""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def child():
+    """Start Python code as a child process that is certain to end with the test."""
+    started = []
+
+    def start(code: str, *arguments, **options) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# ---- The lock
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, child):
+    path = tmp_path / "new" / ".lock"
+    holder = child(HOLD, path)
+    assert holder.stdout.readline() == "held\n"
+    for _ in range(2):  # a refusal takes nothing from the holder
+        with (
+            pytest.raises(InputError, match="^another one is at work$"),
+            processes.lock(path, "another one is at work"),
+        ):
+            pass
+    holder.kill()
+    holder.wait()
+    with processes.lock(path, "it is taken"):
+        assert path.is_file()
+
+
+def test_a_lock_is_released_and_its_file_stays(tmp_path):
+    path = tmp_path / ".lock"
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), processes.lock(path, "held"):
+            with pytest.raises(InputError, match="held"), processes.lock(path, "held"):
+                pass
+            raise ZeroDivisionError
+        assert path.is_file()
+
+
+def test_a_file_system_without_locks_is_told_and_work_goes_on(tmp_path, monkeypatch, capsys):
+    def no_locks(self, *args, **kwargs):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    with processes.lock(tmp_path / ".lock", "held"):
+        pass
+    assert capsys.readouterr().err == (
+        f"aesl_trl: {tmp_path / '.lock'} cannot be locked (No locks available): nothing keeps others out\n"
+    )
+
+
+def test_a_folder_that_takes_no_files_is_no_matter_of_locks(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), processes.lock(tmp_path / "file" / ".lock", "held"):
+        pass
+
+
+# ---- Processes left behind
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+GRANDCHILD = f"""
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", {SLEEP!r}], start_new_session=True).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def marked(folder) -> dict[str, str]:
+    return {**os.environ, processes.MARK: str(folder)}
+
+
+def test_marked_processes_are_ended_in_sessions_of_their_own_too(tmp_path, child):
+    launcher = child(GRANDCHILD, env=marked(tmp_path), start_new_session=True)
+    worker = int(launcher.stdout.readline())
+    assert launcher.stdout.readline() == "up\n"
+    other = child(SLEEP, env=marked(tmp_path / "other"))
+    assert other.stdout.readline() == "up\n"
+    assert set(processes.end_processes(str(tmp_path))) == {launcher.pid, worker}
+    assert launcher.wait(30) == -signal.SIGKILL
+    assert other.poll() is None
+    deadline = time.monotonic() + 30
+    while processes.end_processes(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes.end_processes(str(tmp_path)) == []
+
+
+def test_orphans_are_ended_and_told(tmp_path, child):
+    orphan, lines = child(SLEEP, env=marked(tmp_path)), []
+    assert orphan.stdout.readline() == "up\n"
+    processes.end_orphans(tmp_path, lines.append, "chain")
+    assert orphan.wait(30) == -signal.SIGKILL
+    assert lines == [f"ended 1 processes that a killed chain had left at work in {tmp_path}"]
+    processes.end_orphans(tmp_path, lines.append, "chain")
+    assert len(lines) == 1
+
+
+# ---- Running
+
+
+@pytest.mark.parametrize(
+    ("returncode", "code"), [(1, 1), (2, 2), (3, 3), (125, 125), (126, 1), (137, 1), (255, 1), (-9, 1), (-15, 1)]
+)
+def test_exit_code(returncode, code):
+    assert processes.exit_code(returncode) == code
+
+
+def test_a_check_runs_dry_in_a_child_and_its_refusal_is_the_exit_code(capfd):
+    with pytest.raises(SystemExit) as leaving:
+        processes.check_in_child("select", ["run"])
+    assert leaving.value.code == 2
+    assert capfd.readouterr().err == "aesl select: unrecognized arguments: --dry_run (see aesl select --help)\n"
+
+
+def test_output_goes_to_the_log_and_the_exit_code_comes_back(tmp_path, capsys):
+    command = [sys.executable, "-c", "import sys; print('one'); print('two', file=sys.stderr); sys.exit(7)"]
+    log, interrupts = tmp_path / "logs" / "stage.log", processes.Interrupts()
+    assert processes.run_process(command, log, interrupts, env=marked(tmp_path)) == 7
+    assert sorted(log.read_text().splitlines()) == ["one", "two"]
+    assert sorted(capsys.readouterr().out.splitlines()) == ["one", "two"]
+    processes.run_process(command, log, interrupts, env=marked(tmp_path), append=True)
+    assert len(log.read_text().splitlines()) == 4
+
+
+def test_a_signal_reaches_the_stage_and_handlers_are_put_back(tmp_path):
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        "print('up', flush=True); time.sleep(600)"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    log = tmp_path / "stage.log"
+
+    def interrupt():
+        while not (log.is_file() and log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=interrupt, daemon=True)
+    with processes.Interrupts() as interrupts:
+        sender.start()
+        assert processes.run_process([sys.executable, "-c", code], log, interrupts, env=marked(tmp_path)) == 5
+    sender.join()
+    assert interrupts.received == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before

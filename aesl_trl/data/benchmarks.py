@@ -1,11 +1,11 @@
-r"""The maths benchmarks of `aesl eval`, one table of data, and their rows from the hub or from a local copy.
+r"""The maths benchmarks of `aesl eval` as a table, and their rows, from the hub or from a local copy.
 
-Each entry names the dataset on the hub, its split and columns, how a gold answer is read, the prompt, and what
-extracts and grades an answer. `read_at` is where those names were read: public evaluation code and dataset pages. The
-hub itself was out of reach when this was written, so no dataset was opened; what no page stated is in `unverified`.
-Wrong columns end in one line that lists what was found.
+The table's names were read in public evaluation code and dataset pages, which `read_at` lists; the datasets
+themselves could not be opened, and `unverified` says what no page states. A dataset with other columns is refused in
+one line that lists the columns found.
 
-Left out: few-shot prompts, and the official prompts of each benchmark. All share one, which a config can replace.
+Left out: few-shot prompts, and the official prompts of each benchmark. All share one prompt, which a config can
+replace.
 """
 
 import hashlib
@@ -28,22 +28,22 @@ HUB = "https://huggingface.co/datasets/"
 
 
 def _text(value: Any) -> str | None:
-    """An answer as it stands; whole numbers lose the point that a table of floats gave them."""
+    """Return an answer as it stands, or None where there is none."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
+        value = int(value)  # a table of floats writes 7 as 7.0
     text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-    # 4.5e33 would be read as 4.5 * e * 33
+    # math-verify would read 4.5e33 as 4.5 * e * 33
     return re.sub(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", text) or None
 
 
 def _after_hashes(value: Any) -> str | None:
-    """GSM8K ends a worked solution with `#### 1,234`."""
+    """Return the answer behind the `####` with which GSM8K ends a worked solution, as in `#### 1,234`."""
     text = value.rpartition("####")[2].strip() if isinstance(value, str) and "####" in value else ""
     return text.replace(",", "") or None
 
 
 def _joined(value: Any) -> str | None:
-    """OlympiadBench gives a list; several entries are several answers, all of them asked for."""
+    """Join the entries of OlympiadBench's list: each is one of the answers, and the problem asks for all of them."""
     parts = [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
     return ", ".join(part.strip("$") for part in parts) if parts and all(parts) else None
 
@@ -53,14 +53,13 @@ class Benchmark:
     """One line of the table.
 
     Attributes:
-        hub, config, split: where `datasets` finds it.
+        hub, config, split: the dataset's name, configuration and split on the hub.
         problem, answer: the two columns that are read.
-        gold: the answer column's value -> LaTeX of the gold answer, None where there is none.
-        read_at: pages on which hub, split and columns were read.
+        gold: turns the answer column's value into LaTeX of the gold answer, or None where there is no answer.
+        read_at: the pages on which hub, split and columns were read.
         prompt: the user's message; `{problem}` stands for the problem.
-        extraction: what takes an answer out of a completion, for majority votes (rewards/grading.py).
         metric: the reward that grades (rewards/functions.py); 1.0 is right.
-        unverified: what no page stated.
+        unverified: what no page states.
     """
 
     hub: str
@@ -71,7 +70,6 @@ class Benchmark:
     config: str | None = None
     gold: Callable[[Any], str | None] = _text
     prompt: str = PROMPT
-    extraction: str = "extracted_answer"
     metric: str = "accuracy_reward"
     unverified: str = ""
 
@@ -138,7 +136,7 @@ BENCHMARKS = {
 
 
 def check_names(names: list[str]) -> None:
-    """Refuse an unknown benchmark, and one that is named twice."""
+    """Refuse an unknown benchmark, and a benchmark that is named twice."""
     for name in names:
         if name not in BENCHMARKS:
             near = nearest(name.upper(), BENCHMARKS) or nearest(name, BENCHMARKS)
@@ -156,39 +154,53 @@ def load_benchmark(
     system: str = "",
     as_chat: bool = True,
 ) -> tuple[list[dict], dict]:
-    r"""Rows of a benchmark, with `prompt` and `solution` (the gold answer in `\boxed{}`), and their source.
+    r"""Load a benchmark. Return its rows and a dict that says where they come from.
+
+    A row has `prompt` and `solution`, the gold answer in `\boxed{}`.
 
     Args:
         name: a key of [`BENCHMARKS`].
         data_dir: a folder with `name`.jsonl, .json, .parquet or .csv of the hub's columns, read instead of the hub.
-        num: the first problems only, by default all.
+        num: how many problems to take from the front, by default all.
         template: replaces the table's prompt; `{problem}` stands for the problem.
-        system: a system message before it.
-        as_chat: `prompt` is a list of messages, else text.
+        system: a system message before the prompt.
+        as_chat: whether `prompt` is a list of messages rather than text.
 
     Raises:
         InputError: no copy in `data_dir`, a hub that cannot be reached, other columns, or a row without problem or
             answer.
     """
     benchmark = BENCHMARKS[name]
-    place = _local(name, data_dir) if data_dir else benchmark.hub
-    dataset = _load(name, benchmark, place, local=bool(data_dir))
-    _check_columns(name, benchmark, place, dataset.column_names)
-    columns = dataset.select_columns([benchmark.problem, benchmark.answer])
-    raw = list(columns.select(range(min(num or len(columns), len(columns)))))
-    if not raw:
-        raise InputError(f"benchmarks: {name} ({place}) is empty")
+    columns = [benchmark.problem, benchmark.answer]
+    if data_dir:
+        place = _local_copy(name, data_dir)
+        dataset = load_rows(str(place), field=f"benchmarks: {name}")
+    else:
+        place = benchmark.hub
+        dataset = _from_hub(name, benchmark)
     where = f"benchmarks: {name} ({place})"
+    for column in columns:
+        if column not in dataset.column_names:
+            found = dataset.column_names
+            raise InputError(
+                f"{where} has no column {column!r}{nearest(column, found)}; it needs {' and '.join(columns)}, its "
+                f"columns are {', '.join(found)}"
+            )
+    raw = list(dataset.select_columns(columns).select(range(min(num or len(dataset), len(dataset)))))
+    if not raw:
+        raise InputError(f"{where} is empty")
     rows = [_row(row, benchmark, f"{where}, row {number} (from 0)") for number, row in enumerate(raw)]
+    before = [{"role": "system", "content": system}] if system else []
     for row in rows:
         # not str.format: problems are full of braces
         text = (template or benchmark.prompt).replace("{problem}", row["prompt"])
-        row["prompt"] = _messages(text, system) if as_chat else text
+        row["prompt"] = [*before, {"role": "user", "content": text}] if as_chat else text
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     source = {"hub": benchmark.hub, "config": benchmark.config, "split": benchmark.split, "read_from": str(place)}
-    return rows, {**source, "columns": [benchmark.problem, benchmark.answer], "sha256": _sha256(raw)}
+    return rows, {**source, "columns": columns, "sha256": digest}
 
 
-def _local(name: str, data_dir: str) -> Path:
+def _local_copy(name: str, data_dir: str) -> Path:
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InputError(f"data_dir: {data_dir} is not a folder")
@@ -203,27 +215,17 @@ def _local(name: str, data_dir: str) -> Path:
     return found[0]
 
 
-def _load(name: str, benchmark: Benchmark, place: str | Path, *, local: bool):
+def _from_hub(name: str, benchmark: Benchmark):
     field = f"benchmarks: {name}"
-    if local:
-        return load_rows(str(place), field=field)
     try:
-        return load_rows(str(place), split=benchmark.split, config=benchmark.config, field=field)
+        return load_rows(benchmark.hub, split=benchmark.split, config=benchmark.config, field=field)
     except InputError as error:
         reason = str(error).partition("cannot be loaded: ")[2] or str(error)
         raise InputError(
-            f"{field}: {place} cannot be had from the hub ({reason}); put a copy with its columns {benchmark.problem} "
-            f"and {benchmark.answer} into a folder as {name}.jsonl or {name}.parquet, and name the folder: data_dir"
+            f"{field}: {benchmark.hub} cannot be loaded from the hub ({reason}); put a copy with the columns "
+            f"{benchmark.problem} and {benchmark.answer} into a folder as {name}.jsonl or {name}.parquet, and name "
+            "the folder in data_dir"
         ) from error
-
-
-def _check_columns(name: str, benchmark: Benchmark, place: str | Path, found: list[str]) -> None:
-    for column in (benchmark.problem, benchmark.answer):
-        if column not in found:
-            raise InputError(
-                f"benchmarks: {name} ({place}) has no column {column!r}{nearest(column, found)}; needed are "
-                f"{benchmark.problem} and {benchmark.answer}, its columns are {', '.join(found)}"
-            )
 
 
 def _row(row: dict, benchmark: Benchmark, where: str) -> dict:
@@ -234,12 +236,3 @@ def _row(row: dict, benchmark: Benchmark, where: str) -> dict:
         shown = json.dumps(row[benchmark.answer], default=str)[:80]
         raise InputError(f"{where}: no gold answer in {benchmark.answer}: {shown}")
     return {"prompt": problem, "solution": gold if "\\boxed" in gold else f"\\boxed{{{gold}}}"}
-
-
-def _messages(text: str, system: str) -> list[dict]:
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": text}]
-
-
-def _sha256(raw: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()

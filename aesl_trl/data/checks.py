@@ -1,16 +1,15 @@
-"""Checks of rows before training: what SFT or RL cannot use is refused in one line that names the row.
+"""Check rows before training: a row that SFT or RL cannot use is refused in one line that names it.
 
-Preparing rows is TRL's work. Here are the checks that turn its late StopIteration, KeyError or AttributeError, and
-what it would train on in silence, into one line beforehand. Of a streaming dataset the first rows are looked at.
-
-Left out: loading (rows.py), and whether prompts are trained on too (prompts.py).
+TRL prepares the rows. It meets a bad row late, with a StopIteration, KeyError or AttributeError, or trains on it in
+silence; these checks find the row beforehand. Of a streaming dataset they read the first rows.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, nearest
+from ..errors import InputError, in_one_line
+from .rows import nearest_column
 
 
 if TYPE_CHECKING:
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 
 # The columns that make a demonstration, in the order in which TRL looks for them; `conversations` is from/value.
 DEMONSTRATIONS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
-STREAMED_ROWS = 64  # rows of a streaming dataset that are looked at before training
-MAX_CHARACTERS = 2**22  # of one row, about a million tokens: longer than any context, and minutes of tokenizing
+STREAMED_ROWS = 64  # rows of a streaming dataset that are checked before training
+MAX_CHARACTERS = 2**22  # of one row: about a million tokens, longer than any context, take minutes to tokenize
 
 
 def check_demonstrations(
     dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", text_field: str = "text"
 ) -> None:
-    """Refuse a dataset that SFT cannot learn from: every row, or the first of a streaming one.
+    """Refuse a dataset with a row that SFT cannot learn from.
 
     Args:
         text_field: the column of plain texts, as SFTConfig.dataset_text_field.
@@ -38,16 +37,16 @@ def check_demonstrations(
     kind = next((columns for columns in kinds if all(column in first for column in columns)), None)
     if kind is None:
         raise InputError(f"{field} has no demonstrations: {_missing_columns(first, kinds)}")
-    # Rows of token ids are TRL's to check: it drops those without a trained token; `check_trainable` sees the rest.
+    # TRL checks rows of token ids: it drops those without a trained token, and `check_trainable` sees the others.
     if kind != ("input_ids",):
         for number, row in enumerate(only_columns(rows, kind)):
-            problem = _row_problem(row, kind)
+            problem = _demonstration_problem(row, kind) or _too_long([row[column] for column in kind])
             if problem:
                 raise InputError(f"{field}, row {number} (from 0): {problem}")
 
 
 def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset_name") -> None:
-    """Refuse a dataset with a row that has no `prompt` (or `messages`): every row, or the first of a streaming one."""
+    """Refuse a dataset with a row whose `prompt` (or `messages`) RL cannot use."""
     first, rows = peek(dataset, field)
     column = prompt_column(first)
     if column is None:
@@ -58,7 +57,7 @@ def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset
         problem = _prompt_problem(prompt, column) or _too_long(prompt)
         if not problem and kind not in (None, type(prompt)):
             # TRL looks at the first row alone, and would take messages for text, or text for messages
-            problem = f"{column} is {_form(prompt)}, and those before it are not: all must be alike"
+            problem = f"{column} is {_form(prompt)}, and the rows before it hold the other form: all must be alike"
         if problem:
             raise InputError(f"{field}, row {number} (from 0): {problem}")
         kind = type(prompt)
@@ -71,19 +70,22 @@ def prompt_column(row: dict) -> str | None:
 def check_trainable(
     dataset: Any, max_length: int | None, *, num_embeddings: int | None = None, field: str = "dataset_name"
 ) -> None:
-    """Refuse a dataset, as TRL prepared it, in which no token is trained: `max_length` cut every completion off.
+    """Refuse a dataset, as TRL prepared it, in which no token is trained: `max_length` cut off every completion.
 
-    Or one with a token that the model has no embedding for: on a GPU it would end in an assertion of a kernel. A
-    streaming dataset, or one without `labels` (images), is not looked at.
+    Refuse it too when the model has no embedding for one of its tokens: on a GPU a kernel's assertion would end the
+    run. A streaming dataset, or a dataset without `labels` (images), passes unchecked.
     """
+    import pyarrow.compute
+
     if not hasattr(dataset, "__len__") or (len(dataset) and "labels" not in dataset.column_names):
         return
-    # The first token of a row is predicted by nothing.
+    # Nothing predicts the first token of a row
     if not any(label != -100 for row in dataset for label in row["labels"][1:]):
         cause = f"max_length={max_length}: raise it, or set it to null" if max_length else "the masks of its rows"
         raise InputError(f"{field} has nothing to learn: every row lost its completion to {cause}")
     if num_embeddings is not None and "input_ids" in dataset.column_names:
-        highest = max(_highest(batch["input_ids"]) for batch in dataset.with_format("arrow").iter(1000))
+        batches = (batch["input_ids"] for batch in dataset.with_format("arrow").iter(1000))
+        highest = max(pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0 for ids in batches)
         if highest >= num_embeddings:
             raise InputError(
                 f"{field} has token {highest}, and the model {num_embeddings} embeddings: its tokenizer is another "
@@ -91,20 +93,14 @@ def check_trainable(
             )
 
 
-def _highest(tokens: Any) -> int:
-    import pyarrow.compute
-
-    return pyarrow.compute.max(pyarrow.compute.list_flatten(tokens)).as_py() or 0
-
-
 def peek(dataset: Any, field: str) -> tuple[dict, Iterable[dict]]:
-    """The first row and the rows to check."""
+    """Return the first row, and the rows to check: all of them, or the first [`STREAMED_ROWS`] of a stream."""
     streaming = not hasattr(dataset, "__len__")
     try:
         rows = list(islice(dataset, STREAMED_ROWS)) if streaming else dataset
         first = next(iter(rows), None)
     except (ValueError, OSError, UnicodeError) as error:
-        raise InputError(f"{field} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{field} cannot be read: {in_one_line(error)}") from error
     if first is None:
         raise InputError(f"{field} is empty: it has no rows")
     return first, rows
@@ -115,19 +111,16 @@ def only_columns(rows: Any, columns: tuple[str, ...]) -> Iterator[dict]:
 
 
 def _missing_columns(first: dict, kinds: Iterable[tuple[str, ...]]) -> str:
-    """What is needed and what is there; a column that is nearly right is named."""
+    """Say which columns are needed and which are there, and name a column that is nearly right."""
     wanted = ", or ".join(" and ".join(columns) for columns in kinds)
-    missing = [column for columns in kinds for column in columns if column not in first]
-    near = next(filter(None, (nearest(name, missing) for name in first if name not in sum(kinds, ()))), "")
+    columns = [column for kind in kinds for column in kind]
+    missing = [column for column in columns if column not in first]
+    near = nearest_column([name for name in first if name not in columns], missing)
     return f"it needs {wanted}, its columns are {', '.join(first)}{near}"
 
 
-def _row_problem(row: dict, kind: tuple[str, ...]) -> str:
-    """What is wrong with the demonstration in `row`, or an empty string."""
-    return _demonstration_problem(row, kind) or _too_long([row[column] for column in kind])
-
-
 def _demonstration_problem(row: dict, kind: tuple[str, ...]) -> str:
+    """Say what is wrong with the demonstration in `row`; return an empty string where nothing is."""
     if kind == ("prompt", "completion"):
         return _prompt_completion_problem(row["prompt"], row["completion"])
     (column,) = kind
@@ -135,14 +128,14 @@ def _demonstration_problem(row: dict, kind: tuple[str, ...]) -> str:
     if column == "messages":
         return _messages_problem(value, column)
     if column == "conversations":
-        is_list = isinstance(value, list) and value
-        return "" if is_list else f"{column} is {_what(value)}; it must be a list of messages"
+        has_turns = isinstance(value, list) and value
+        return "" if has_turns else f"{column} is {_named_kind(value)}; it must be a list of messages"
     return _text_problem(value, column)
 
 
 def _prompt_completion_problem(prompt: Any, completion: Any) -> str:
     if not isinstance(prompt, str | list):
-        return f"prompt is {_what(prompt)}; it must be text or a list of messages"
+        return f"prompt is {_named_kind(prompt)}; it must be text or a list of messages"
     problem = _turns_problem(prompt, "prompt") if isinstance(prompt, list) else ""
     if isinstance(completion, list) and completion:
         return problem or _messages_problem(completion, "completion") or _mixed(prompt, completion)
@@ -156,15 +149,14 @@ def _mixed(prompt: str | list, completion: str | list) -> str:
 
 def _text_problem(text: Any, column: str) -> str:
     if not isinstance(text, str) or not text:
-        return f"{column} is {_what(text)}; it must be text"
+        return f"{column} is {_named_kind(text)}; it must be text"
     return "" if text.strip() else f"{column} is blank; it must be text"
 
 
 def _messages_problem(messages: Any, column: str) -> str:
     if not isinstance(messages, list) or not messages:
-        return f"{column} is {_what(messages)}; it must be a list of messages"
-    problem = _turns_problem(messages, column)
-    if problem:
+        return f"{column} is {_named_kind(messages)}; it must be a list of messages"
+    if problem := _turns_problem(messages, column):
         return problem
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -177,12 +169,12 @@ def _messages_problem(messages: Any, column: str) -> str:
 
 def _prompt_problem(prompt: Any, column: str) -> str:
     if not isinstance(prompt, str | list) or not prompt:
-        return f"{column} is {_what(prompt)}; it must be text or a list of messages"
+        return f"{column} is {_named_kind(prompt)}; it must be text or a list of messages"
     return "" if isinstance(prompt, str) else _turns_problem(prompt, column)
 
 
 def _turns_problem(messages: list, column: str) -> str:
-    """What no chat template can show."""
+    """Say what no chat template could show of these messages; return an empty string where there is no such thing."""
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not message.get("role"):
             is_pair = isinstance(message, dict) and "from" in message
@@ -194,13 +186,13 @@ def _turns_problem(messages: list, column: str) -> str:
 
 
 def _too_long(value: Any) -> str:
-    num = _num_characters(value)
+    num = _count_characters(value)
     return "" if num <= MAX_CHARACTERS else f"it has {num} characters, more than {MAX_CHARACTERS}: cut it or drop it"
 
 
-def _num_characters(value: Any) -> int:
+def _count_characters(value: Any) -> int:
     if isinstance(value, dict | list):
-        return sum(map(_num_characters, value.values() if isinstance(value, dict) else value))
+        return sum(map(_count_characters, value.values() if isinstance(value, dict) else value))
     return len(value) if isinstance(value, str) else 0
 
 
@@ -208,7 +200,7 @@ def _form(value: str | list) -> str:
     return "text" if isinstance(value, str) else "a list of messages"
 
 
-def _what(value: Any) -> str:
+def _named_kind(value: Any) -> str:
     if value is None:
         return "missing"
     if isinstance(value, str | list) and not value:

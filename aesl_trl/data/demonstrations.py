@@ -11,45 +11,45 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..diversity.figures import Group
-from ..errors import InputError
+from ..errors import InputError, in_one_line
 from ..rewards.functions import score_groups
-from .config import DataArguments, prompt_of
+from .config import DataArguments
+from .output import progress
 from .problems import Drops, Problem, right_answer
 
 
 BATCH = 1000  # texts tokenized, or demonstrations graded, at once
 
 
-def gradable(problems: list[Problem], reward: Callable, args: DataArguments, drops: Drops) -> list[Problem]:
-    """Problems whose solution, given as the answer, is right: RL could earn nothing on the others."""
+def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, drops: Drops) -> list[Problem]:
+    """Return the problems whose solution, given as the answer, is right: RL could earn nothing on the others."""
     solutions = list(dict.fromkeys(problem.solution for problem in problems))
-    answers = [right_answer(solution) for solution in solutions]
-    rewards = dict(zip(solutions, graded(solutions, answers, reward), strict=True))
+    rewards = dict(zip(solutions, grade(solutions, list(map(right_answer, solutions)), reward), strict=True))
     kept = []
     for problem in problems:
-        if rewards[problem.solution] >= args.success_threshold:  # nan, which no reward applied to, is not
+        if rewards[problem.solution] >= threshold:  # false for nan, which stands where the reward does not apply
             kept.append(problem)
         else:
             drops.add(problem.row, problem.id, "not_gradable", problem.solution)
     return kept
 
 
-def graded(solutions: list[str], answers: list[str], reward: Callable) -> list[float]:
-    """The reward of each answer, nan where it does not apply."""
+def grade(solutions: list[str], answers: list[str], reward: Callable) -> list[float]:
+    """Return the reward of each answer, nan where it does not apply."""
     prompt = [{"role": "user", "content": ""}]
     groups = [Group(prompt, [answer], [0], [False], [math.nan]) for answer in answers]
     rows = [{"prompt": prompt, "solution": solution} for solution in solutions]
     return [group.rewards[0][0] for group in score_groups(groups, rows, [reward])]
 
 
-def num_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
-    """Tokens of texts that the chat template has written, special tokens included."""
+def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Count the tokens of texts that the chat template has written, special tokens included."""
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
 @dataclass
 class Judge:
-    """Says of a batch of problems what their demonstrations are, and which cannot serve."""
+    """Finds the demonstrations of a batch of problems, and says which of them cannot serve."""
 
     args: DataArguments
     tokenizer: Any
@@ -57,7 +57,7 @@ class Judge:
     reward: Callable
 
     def __call__(self, problems: list[Problem]) -> list[tuple[str | None, str, str]]:
-        """For each problem its demonstration, and the reason and detail why it cannot serve (empty where it can)."""
+        """Return each problem's demonstration with the reason and detail why it cannot serve, both empty if it can."""
         texts = [self.demonstration(problem.row) for problem in problems]
         pairs = {i: (problem, text) for i, (problem, text) in enumerate(zip(problems, texts, strict=True)) if text}
         verdicts = {i: ("no_demonstration", "") for i in range(len(texts)) if i not in pairs}
@@ -67,27 +67,27 @@ class Judge:
         return [(text, *verdicts.get(i, ("", ""))) for i, text in enumerate(texts)]
 
     def _too_long(self, pairs: dict[int, tuple[Problem, str]]) -> dict[int, tuple[str, str]]:
-        written = [self.written(problem, text) for problem, text in pairs.values()]
+        written = [self._written(problem, text) for problem, text in pairs.values()]
         if self.args.max_length is None:
             return {}
-        lengths = zip(pairs, num_tokens(self.tokenizer, written), strict=True)
+        lengths = zip(pairs, count_tokens(self.tokenizer, written), strict=True)
         return {i: ("too_long", f"{tokens} tokens") for i, tokens in lengths if tokens > self.args.max_length}
 
     def _wrong(self, pairs: dict[int, tuple[Problem, str]]) -> dict[int, tuple[str, str]]:
         solutions = [problem.solution for problem, _ in pairs.values()]
-        rewards = zip(pairs, graded(solutions, [text for _, text in pairs.values()], self.reward), strict=True)
+        rewards = zip(pairs, grade(solutions, [text for _, text in pairs.values()], self.reward), strict=True)
         threshold = self.args.success_threshold
         return {i: ("wrong", f"reward {reward}") for i, reward in rewards if not reward >= threshold}
 
-    def written(self, problem: Problem, text: str) -> str:
-        """Prompt and demonstration as the chat template writes them, refused where it does not keep them whole."""
-        prompt, completion = prompt_of(problem, self.args), [{"role": "assistant", "content": text}]
+    def _written(self, problem: Problem, text: str) -> str:
+        """Write prompt and demonstration by the chat template; refuse a template that does not keep them whole."""
+        prompt, completion = self.args.prompt_of(problem), [{"role": "assistant", "content": text}]
         name = f"model_name_or_path: the chat template of {self.args.model_name_or_path}"
         try:
             before = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             whole = self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
         except (TemplateError, TypeError) as error:
-            raise InputError(f"{name} refuses row {problem.row}: {' '.join(str(error).split())}") from None
+            raise InputError(f"{name} refuses row {problem.row}: {in_one_line(error)}") from None
         if text.strip() not in whole:
             raise InputError(f"{name} drops a part of the demonstration of row {problem.row}: take another template")
         if not whole.startswith(before):
@@ -98,25 +98,21 @@ class Judge:
         return whole
 
 
-def take(
-    problems: list[Problem],
-    num: int,
-    judge: Callable[[list[Problem]], list],
-    drops: Drops,
-    say: Callable[[str], None] = print,
+def choose_demonstrations(
+    problems: list[Problem], num: int, judge: Callable[[list[Problem]], list], drops: Drops
 ) -> list[tuple[Problem, str]]:
-    """The first `num` problems whose demonstration can serve, with it; what is passed over stays for RL."""
-    taken: list[tuple[Problem, str]] = []
+    """Return the first `num` problems whose demonstration can serve, with it. RL keeps the problems passed over."""
+    chosen: list[tuple[Problem, str]] = []
     place = 0
-    while len(taken) < num and place < len(problems):
-        batch = problems[place : place + min(BATCH, max(64, num - len(taken)))]
+    while len(chosen) < num and place < len(problems):
+        batch = problems[place : place + min(BATCH, max(64, num - len(chosen)))]
         place += len(batch)
         for problem, (text, reason, detail) in zip(batch, judge(batch), strict=True):
-            if len(taken) == num:
+            if len(chosen) == num:
                 break
             if reason:
                 drops.add(problem.row, problem.id, reason, detail, of="sft")
             else:
-                taken.append((problem, text))
-        say(f"{len(taken)} of {num} demonstrations")
-    return taken
+                chosen.append((problem, text))
+        progress(f"{len(chosen)} of {num} demonstrations")
+    return chosen

@@ -1,58 +1,35 @@
-"""How often the base model solves a problem: sampled answers graded by the rewards, kept on disk, or read from a file.
+"""How often the base model solves a problem: rates from a file, or of answers that are sampled and graded here.
 
-Sampling is the dear part (problems x samples completions), so each finished chunk is written at once, and a run that
-was cut off goes on with the problems that are missing. Rates that were drawn with other settings stay in the file and
-are not used. One process samples, by vLLM where it can.
+Sampling is the dear part (problems x samples completions), so each chunk is written once it is graded, and a run that
+was cut off goes on with the missing problems. Rates that were drawn with other settings stay in the file and are not
+used. One process samples, by vLLM where it can.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from ..diversity.figures import Group
 from ..errors import InputError
 from ..files import append_jsonl, read_jsonl
-from ..sampling.draws import Piece
+from ..models.folder import ModelFolder
+from ..rewards.functions import reward_name, score_groups
+from ..sampling.backends import choose_engine
+from ..sampling.draws import Piece, SamplingSettings
+from ..sampling.offline import open_engine
+from .config import DataArguments
+from .output import PASS_RATES, progress
 from .problems import Problem, checked_rate, problem_id
 from .rows import load_rows
 
 
-CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each
-
-
-@dataclass
-class Sampling:
-    """What a pass rate depends on, besides prompt and solution."""
-
-    model: str
-    samples: int
-    temperature: float
-    max_new_tokens: int
-    seed: int
-    success_threshold: float
-    reward: str  # the first reward's name
-    backend: str  # vllm or transformers
-
-    def keys(self, rows: list[dict]) -> list[str]:
-        """A digest for each row: rates of the same key are of the same draw."""
-        common = json.dumps([vars(self), _weights(self.model)], sort_keys=True)
-        texts = [common + json.dumps(row, sort_keys=True) for row in rows]
-        return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
-
-
-def _weights(model: str) -> list:
-    """Names, sizes and times of a local model's weight files; a name on the hub stands for itself."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-# ---- From files
+CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each chunk
 
 
 def rates_in_file(path: str, field: str = "pass_rate_file") -> dict[str, float]:
-    """Pass rates by problem id, from rows with `pass_rate` and `id` or `problem`.
+    """Read pass rates by problem id, from rows with `pass_rate` and `id` or `problem`.
 
     Raises:
         InputError: other columns, a rate outside [0, 1], or two rates for one problem.
@@ -67,83 +44,74 @@ def rates_in_file(path: str, field: str = "pass_rate_file") -> dict[str, float]:
         where = f"{field}: {path}, row {number} (from 0)"
         rate = checked_rate(row["pass_rate"], where)
         id = row["id"] if name == "id" else problem_id(row["problem"])
-        if rate is None:
-            continue
-        if rates.setdefault(id, rate) != rate:
+        if rate is not None and rates.setdefault(id, rate) != rate:
             raise InputError(f"{where}: {id} has the pass rate {rate} here and {rates[id]} above: keep one of them")
     return rates
 
 
-# ---- Sampled
+def choose_sampler(args: DataArguments) -> tuple:
+    """Return an accelerator, the backend that samples pass rates, and why that backend."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=args.use_cpu)
+    return accelerator, *choose_engine(args.backend, accelerator)
 
 
-def sample_rates(
-    problems: list[Problem],
-    rows: list[dict],
-    path: Path,
-    sampling: Sampling,
-    rewards: list[Callable],
-    *,
-    accelerator,
-    batch_size: int,
-    max_model_len: int | None = None,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = print,
-) -> dict[str, float | None]:
-    """Pass rate of each of `problems`, whose prompts and solutions are in `rows`; what `path` lacks is drawn.
+def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable) -> dict[str, float | None]:
+    """Return by problem id the share of right answers among those that `reward` could grade, None where none could.
 
-    Returns:
-        By problem id the share of right answers among those that could be graded, None where none could.
+    Answers are sampled to the problems whose rate pass_rates.jsonl does not hold.
     """
-    keys = {problem.id: key for problem, key in zip(problems, sampling.keys(rows), strict=True)}
-    done = _known(path, keys)
-    todo = [(problem, row) for problem, row in zip(problems, rows, strict=True) if problem.id not in done]
-    say(f"pass rates: {len(problems) - len(todo)} of {len(problems)} known from {path}, {len(todo)} to sample")
-    if todo:
-        limits = {"batch_size": batch_size, "max_model_len": max_model_len, "trust_remote_code": trust_remote_code}
-        for line in _sampled(todo, sampling, rewards, accelerator, limits, say):
-            append_jsonl(path, {**line, "key": keys[line["id"]]})
-            done[line["id"]] = line["pass_rate"]
-    return {problem.id: done[problem.id] for problem in problems}
-
-
-def _known(path: Path, keys: dict[str, str]) -> dict[str, float | None]:
+    accelerator, backend, why = choose_sampler(args)
+    progress(f"pass rates: sampled by {backend} ({why})")
+    rows = [{"prompt": args.prompt_of(problem), "solution": problem.solution} for problem in problems]
+    keys = dict(zip((problem.id for problem in problems), _keys(rows, args, backend, reward), strict=True))
+    path = Path(args.output_dir) / PASS_RATES
     lines = read_jsonl(path) if path.exists() else []
-    return {line["id"]: line["pass_rate"] for line in lines if keys.get(line["id"]) == line.get("key")}
+    rates = {line["id"]: line["pass_rate"] for line in lines if keys.get(line["id"]) == line.get("key")}
+    unknown = [(problem, row) for problem, row in zip(problems, rows, strict=True) if problem.id not in rates]
+    progress(f"pass rates: {len(rates)} of {len(problems)} known from {path}, {len(unknown)} to sample")
+    if unknown:
+        engine = open_engine(backend, args.model_name_or_path, _sampling(args), accelerator)
+        for start in range(0, len(unknown), CHUNK[backend]):
+            chunk, rows = zip(*unknown[start : start + CHUNK[backend]], strict=True)
+            # The chunk's seed comes from its first problem: chunks differ, and a chunk that is redrawn repeats
+            first = int(hashlib.sha256(chunk[0].id.encode()).hexdigest()[:8], 16)
+            groups = engine.sample(list(rows), Piece(first, len(rows), 0, args.pass_rate_samples))
+            for problem, group in zip(chunk, score_groups(groups, list(rows), [reward]), strict=True):
+                rate = _rate(group, args.success_threshold)
+                append_jsonl(path, {"id": problem.id, **rate, "key": keys[problem.id]})
+                rates[problem.id] = rate["pass_rate"]
+            progress(f"pass rates: {start + len(chunk)} of {len(unknown)} sampled")
+        engine.close()
+    return {problem.id: rates[problem.id] for problem in problems}
 
 
-def _sampled(todo, sampling, rewards, accelerator, limits, say):
-    """A line of the file for each problem, chunk after chunk."""
-    from ..evaluation.evaluate import EvalArguments
-    from ..rewards.functions import score_groups
-    from ..sampling.offline import open_engine
-
-    drawn = {name: getattr(sampling, name) for name in ("samples", "temperature", "max_new_tokens", "seed")}
-    engine = open_engine(sampling.backend, sampling.model, EvalArguments(**drawn, **limits), accelerator)
-    size = CHUNK[sampling.backend]
-    for start in range(0, len(todo), size):
-        chunk = todo[start : start + size]
-        rows = [row for _, row in chunk]
-        groups = engine.draw(rows, Piece(_number(chunk[0][0].id), len(chunk), 0, sampling.samples))
-        scored = score_groups(groups, rows, rewards)
-        for (problem, _), group in zip(chunk, scored, strict=True):
-            yield _line(problem, group, sampling.success_threshold)
-        say(f"pass rates: {start + len(chunk)} of {len(todo)} sampled")
-    engine.close()
+def _sampling(args: DataArguments) -> SamplingSettings:
+    return SamplingSettings(
+        samples=args.pass_rate_samples,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
-def _number(id: str) -> int:
-    """A problem's place in the seed of its chunk: chunks differ, and one drawn again draws the same."""
-    return int(hashlib.sha256(id.encode()).hexdigest()[:8], 16)
+def _keys(rows: list[dict], args: DataArguments, backend: str, reward: Callable) -> list[str]:
+    """Return a digest for each row of all that its pass rate depends on: equal keys mean the same draw."""
+    settings = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "success_threshold")}
+    settings |= {"model": args.model_name_or_path, "samples": args.pass_rate_samples}
+    settings |= {"backend": backend, "reward": reward_name(reward)}
+    files = ModelFolder.find(args.model_name_or_path).identity().get("files", [])
+    weights = [file for file in files if file[0].endswith(".safetensors")]
+    common = json.dumps([settings, weights], sort_keys=True)
+    return [hashlib.sha256((common + json.dumps(row, sort_keys=True)).encode()).hexdigest()[:16] for row in rows]
 
 
-def _line(problem: Problem, group, success_threshold: float) -> dict:
+def _rate(group: Group, success_threshold: float) -> dict:
     graded = [rewards[0] for rewards in group.rewards if not math.isnan(rewards[0])]
     right = sum(reward >= success_threshold for reward in graded)
-    return {
-        "id": problem.id,
-        "pass_rate": right / len(graded) if graded else None,
-        "right": right,
-        "graded": len(graded),
-        "truncated": sum(group.truncated),
-    }
+    pass_rate = right / len(graded) if graded else None
+    return {"pass_rate": pass_rate, "right": right, "graded": len(graded), "truncated": sum(group.truncated)}

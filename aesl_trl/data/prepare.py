@@ -1,11 +1,11 @@
 """`aesl data --config data.yaml`: OpenR1-Math-46k or GSM8K -> sft.jsonl, rl.jsonl and held_out.jsonl, disjoint.
 
-Problems are read (problems.py), rid of duplicates and of benchmark problems (decontaminate.py), put into the order of
-the seed and cut to the tokenizer's lengths; then the first make the demonstrations, the last are held out for
-measuring diversity, and RL has the rest. The order is by a hash of seed and problem: a subset holds every smaller one,
-and a problem that is dropped moves no other. Writing is output.py, the base's pass rates are pass_rates.py.
+`prepare` tells the story: read problems, drop duplicates and problems of benchmarks, put the rest into the order of
+the seed, and drop what is too long or cannot be graded. Then the first problems give the demonstrations, the last are
+held out for measuring diversity, and RL has the rest. The order is by a hash of seed and problem, so a subset holds
+every smaller one, and a problem that is dropped moves no other.
 
-Left out: problems that are the same in other words, and demonstrations that another model would have to write.
+Left out: finding problems that say the same in other words, and letting another model write demonstrations.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import parse
-from ..errors import InputError, exit_on_input_error, nearest
+from ..errors import InputError, exit_on_input_error, in_one_line, nearest
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
+from ..processes import lock
 from ..rewards.functions import check_columns, load_reward_funcs, reward_name
-from ..sampling.backends import choose_engine
-from .config import DIFFICULTIES, DataArguments, difficulty_of, prompt_of
+from .config import DIFFICULTIES, DataArguments
 from .decontaminate import BenchmarkIndex, load_benchmarks
-from .demonstrations import BATCH, Judge, gradable, num_tokens, take
-from .output import HELD_OUT, PASS_RATES, RL, Output, check_output, locked, write
-from .pass_rates import Sampling, rates_in_file, sample_rates
-from .problems import Drops, Problem, demonstration_of, read_problems, schema_of
+from .demonstrations import BATCH, Judge, choose_demonstrations, count_tokens, keep_gradable
+from .output import HELD_OUT, LOCK, RL, SFT, Output, check_output, progress, write
+from .pass_rates import choose_sampler, rates_in_file, sample_rates
+from .problems import Drops, Problem, demonstration_of, listed, read_problems, schema_of
 from .rows import load_rows
 
 
@@ -47,51 +47,51 @@ def main(argv: list[str] | None = None) -> None:
     check_columns(rewards, ("prompt", "solution"), where="reward_funcs", absent=("completion_ids",))
     if args.pass_rate_samples:
         check_model(args.model_name_or_path, "model_name_or_path", trust_remote_code=args.trust_remote_code)
-        pass_rate_engine(args)
+        choose_sampler(args)
     benchmarks = load_benchmarks(args.decontaminate or [])
-    known = rates_in_file(args.pass_rate_file) if args.pass_rate_file else {}
-    with locked(args.output_dir):
-        output = prepare(args, rewards, benchmarks, known)
+    known_rates = rates_in_file(args.pass_rate_file) if args.pass_rate_file else {}
+    with lock(Path(args.output_dir) / LOCK, f"another aesl data is at work in {args.output_dir}"):
+        output = prepare(args, rewards[0], benchmarks, known_rates)
         for line in write(output, args):
             print(line)
 
 
 def prepare(
-    args: DataArguments, rewards: list[Callable], benchmarks: dict[str, list[str]], known: dict[str, float]
+    args: DataArguments, reward: Callable, benchmarks: dict[str, list[str]], known_rates: dict[str, float]
 ) -> Output:
-    """The rows of every file, and what became of the others."""
+    """Return the rows of every file, and the counts of the rows that were dropped."""
     rows = load_rows(args.dataset_name, split=args.dataset_split, config=args.dataset_config)
     schema = schema_of(rows)
-    _check_column(args.pass_rate_column, rows.column_names)
+    _check_pass_rate_column(args.pass_rate_column, rows.column_names)
     drops = Drops()
     problems = read_problems(rows, schema, drops, args.pass_rate_column)
-    source = {"rows": len(rows), "schema": schema, "content": _content(problems)}
-    say(f"{len(rows)} rows ({schema}) of {args.dataset_name}")
+    source = {"rows": len(rows), "schema": schema, "content": _digest(problems)}
+    progress(f"{len(rows)} rows ({schema}) of {args.dataset_name}")
     problems = without_duplicates(problems, drops)
     index = BenchmarkIndex(benchmarks, n=args.ngram, share=args.ngram_share)
     problems, found = without_benchmarks(problems, index, drops)
     in_benchmarks = {name: {"problems": len(texts), "rows": found[name]} for name, texts in benchmarks.items()}
     problems = in_order(problems, args.seed)
-    _check_left(problems, drops, len(rows), 0)
+    _check_enough(problems, drops, len(rows), 0)
     tokenizer = load_tokenizer(args, problems[:CHECKED_ROWS])
     problems = short_enough(problems, args, tokenizer, drops)
     if args.verify:
-        say(f"verifying {len(problems)} solutions with {reward_name(rewards[0])}")
-        problems = gradable(problems, rewards[0], args, drops)
-    _check_left(problems, drops, len(rows), args.largest + args.num_held_out + (args.num_rl or 1))
-    judge = Judge(args, tokenizer, demonstration_of(rows, schema), rewards[0])
+        progress(f"verifying {len(problems)} solutions with {reward_name(reward)}")
+        problems = keep_gradable(problems, reward, args.success_threshold, drops)
+    _check_enough(problems, drops, len(rows), args.largest + args.num_held_out + (args.num_rl or 1))
+    judge = Judge(args, tokenizer, demonstration_of(rows, schema), reward)
     demonstrations, rl, held_out = split(problems, args, judge, drops)
-    _check_demonstrations(demonstrations, args, drops)
-    _set_pass_rates([problem for problem, _ in demonstrations], args, rewards, known)
+    if len(demonstrations) < args.largest:
+        raise InputError(
+            f"{len(demonstrations)} demonstrations are left ({listed(drops.counts('sft'), 'none dropped')}), and "
+            f"{args.largest} are asked for: lower num_demonstrations and subsets, or raise max_length"
+        )
+    _set_pass_rates([problem for problem, _ in demonstrations], args, reward, known_rates)
     files, difficulty = _files(args, demonstrations, rl, held_out)
     return Output(files, source, in_benchmarks, drops, difficulty)
 
 
-def say(line: str) -> None:
-    print(f"aesl data: {line}", flush=True)
-
-
-def _check_column(column: str | None, columns: list[str]) -> None:
+def _check_pass_rate_column(column: str | None, columns: list[str]) -> None:
     if column is not None and column not in columns:
         raise InputError(
             f"pass_rate_column: dataset_name has no column {column!r}{nearest(column, columns)}; its columns are "
@@ -99,16 +99,16 @@ def _check_column(column: str | None, columns: list[str]) -> None:
         )
 
 
-def _content(problems: list[Problem]) -> str:
-    """A digest of what was read: two sources with the same problems and solutions in the same order share it."""
+def _digest(problems: list[Problem]) -> str:
+    """Return a digest that two sources share when they hold the same problems and solutions in the same order."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(f"{problem.id} {problem.solution}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _check_left(problems: list[Problem], drops: Drops, num_rows: int, needed: int) -> None:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in drops.counts().items()) or "none dropped"
+def _check_enough(problems: list[Problem], drops: Drops, num_rows: int, needed: int) -> None:
+    reasons = listed(drops.counts(), "none dropped")
     if not problems:
         raise InputError(f"dataset_name: no problem is left of {num_rows} rows ({reasons})")
     if len(problems) < needed:
@@ -118,20 +118,11 @@ def _check_left(problems: list[Problem], drops: Drops, num_rows: int, needed: in
         )
 
 
-def _check_demonstrations(demonstrations: list, args: DataArguments, drops: Drops) -> None:
-    if len(demonstrations) < args.largest:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in drops.counts("sft").items()) or "none dropped"
-        raise InputError(
-            f"{len(demonstrations)} demonstrations are left ({reasons}), and {args.largest} are asked for: lower "
-            "num_demonstrations and subsets, or raise max_length"
-        )
-
-
 # ---- Filters
 
 
 def without_duplicates(problems: list[Problem], drops: Drops) -> list[Problem]:
-    """The first of each normalised text."""
+    """Return the first problem of each normalised text."""
     first: dict[str, Problem] = {}
     for problem in problems:
         kept = first.setdefault(problem.id, problem)
@@ -143,7 +134,7 @@ def without_duplicates(problems: list[Problem], drops: Drops) -> list[Problem]:
 def without_benchmarks(
     problems: list[Problem], index: BenchmarkIndex, drops: Drops
 ) -> tuple[list[Problem], Counter[str]]:
-    """Problems that are in no benchmark, and how many were in each."""
+    """Return the problems that are in no benchmark, and the number of problems found in each benchmark."""
     kept, found = [], Counter()
     for problem in problems:
         overlap = index.find(problem.text)
@@ -157,39 +148,35 @@ def without_benchmarks(
 
 
 def in_order(problems: list[Problem], seed: int) -> list[Problem]:
-    """By a hash of seed and text: whatever else is there, two problems keep their order."""
+    """Sort by a hash of seed and text, so that two problems keep their order whatever the other problems are."""
     return sorted(problems, key=lambda problem: hashlib.sha256(f"{seed} {problem.id}".encode()).digest())
 
 
 def load_tokenizer(args: DataArguments, problems: list[Problem]) -> Any:
-    """The model's tokenizer, refused where it cannot write these prompts."""
+    """Load the model's tokenizer; refuse one that cannot write the prompts of `problems`."""
     from transformers import AutoTokenizer
 
     name, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
+    prompts = [{"prompt": args.prompt_of(problem)} for problem in problems]
     try:
-        check_tokenizer(
-            name, name, [{"prompt": prompt_of(p, args)} for p in problems], field="model_name_or_path", **trust
-        )
+        check_tokenizer(name, name, prompts, field="model_name_or_path", **trust)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"model_name_or_path: {name} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise InputError(f"model_name_or_path: {name} cannot be loaded: {in_one_line(error)}") from None
     return AutoTokenizer.from_pretrained(name, **trust)
 
 
 def short_enough(problems: list[Problem], args: DataArguments, tokenizer: Any, drops: Drops) -> list[Problem]:
+    """Return the problems whose prompt, written by the chat template, has at most `max_prompt_length` tokens."""
     if args.max_prompt_length is None:
         return problems
     kept = []
     for start in range(0, len(problems), BATCH):
         batch = problems[start : start + BATCH]
-        texts = [
-            tokenizer.apply_chat_template(prompt_of(problem, args), tokenize=False, add_generation_prompt=True)
-            for problem in batch
-        ]
-        for problem, tokens in zip(batch, num_tokens(tokenizer, texts), strict=True):
+        prompts = [args.prompt_of(problem) for problem in batch]
+        texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+        for problem, tokens in zip(batch, count_tokens(tokenizer, texts), strict=True):
             if tokens <= args.max_prompt_length:
                 kept.append(problem)
             else:
@@ -200,9 +187,9 @@ def short_enough(problems: list[Problem], args: DataArguments, tokenizer: Any, d
 def split(
     problems: list[Problem], args: DataArguments, judge: Callable[[list[Problem]], list], drops: Drops
 ) -> tuple[list[tuple[Problem, str]], list[Problem], list[Problem]]:
-    """Demonstrations from the front, held-out problems from the end, RL's from between; no problem is in two."""
+    """Return demonstrations from the front, RL's problems behind them and held-out problems from the end, disjoint."""
     problems, held_out = problems[: -args.num_held_out], problems[-args.num_held_out :]
-    demonstrations = take(problems, args.largest, judge, drops, say)
+    demonstrations = choose_demonstrations(problems, args.largest, judge, drops)
     chosen = {problem.id for problem, _ in demonstrations}
     return demonstrations, [problem for problem in problems if problem.id not in chosen][: args.num_rl], held_out
 
@@ -210,83 +197,48 @@ def split(
 # ---- Difficulty, and the rows
 
 
-def _set_pass_rates(problems: list[Problem], args: DataArguments, rewards: list, known: dict[str, float]) -> None:
-    """Fill `pass_rate` from the file or by sampling; a column's were read with the problems."""
+def _set_pass_rates(problems: list[Problem], args: DataArguments, reward: Callable, known: dict[str, float]) -> None:
+    """Fill `pass_rate` by sampling, else from the `known` rates; those of a column were read with the problems."""
     if args.pass_rate_samples:
-        accelerator, backend, why = pass_rate_engine(args)
-        say(f"pass rates: sampled by {backend} ({why})")
-        prompts = [{"prompt": prompt_of(problem, args), "solution": problem.solution} for problem in problems]
-        known = sample_rates(
-            problems,
-            prompts,
-            Path(args.output_dir) / PASS_RATES,
-            _sampling(args, rewards, backend),
-            rewards[:1],
-            accelerator=accelerator,
-            batch_size=args.batch_size,
-            max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
-            trust_remote_code=args.trust_remote_code,
-            say=say,
-        )
+        known = sample_rates(problems, args, reward)
     if not args.pass_rate_column:
         for problem in problems:
             problem.pass_rate = known.get(problem.id)
     if args.has_pass_rates and all(problem.pass_rate is None for problem in problems):
         raise InputError(
-            f"no pass rate is known for any of the {len(problems)} demonstrations: those given are of others"
+            f"no pass rate is known for any of the {len(problems)} demonstrations: the given rates are of other "
+            "problems"
         )
 
 
-def pass_rate_engine(args: DataArguments) -> tuple:
-    """What samples pass rates: an accelerator, the backend, and why that one."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=args.use_cpu)
-    return accelerator, *choose_engine(args.backend, accelerator)
-
-
-def _sampling(args: DataArguments, rewards: list, backend: str) -> Sampling:
-    return Sampling(
-        model=args.model_name_or_path,
-        samples=args.pass_rate_samples,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        success_threshold=args.success_threshold,
-        reward=reward_name(rewards[0]),
-        backend=backend,
-    )
-
-
 def _files(args: DataArguments, demonstrations: list, rl: list, held_out: list) -> tuple[dict, dict[str, int]]:
-    """The rows of each file, and the number of demonstrations of each difficulty."""
+    """Return the rows of each file, and the number of demonstrations of each difficulty."""
     sft = [_row(problem, args, text) for problem, text in demonstrations]
-    files = {"sft.jsonl": sft[: args.num_demonstrations]}
+    files = {SFT: sft[: args.num_demonstrations]}
     files |= {f"sft_{size}.jsonl": sft[:size] for size in sorted(args.subsets or [])}
     files |= {RL: [_row(problem, args) for problem in rl], HELD_OUT: [_row(problem, args) for problem in held_out]}
     if not args.has_pass_rates:
         return files, {}
-    difficulties = [difficulty_of(problem.pass_rate, args.difficulty_bounds) for problem, _ in demonstrations]
-    counts = {name: difficulties.count(name) for name in (*DIFFICULTIES, "unknown")}
-    return files | _splits(sft, difficulties, counts, args.difficulty_size), counts
-
-
-def _splits(sft: list[dict], difficulties: list[str], counts: dict[str, int], size: int | None) -> dict[str, list]:
+    rows = {name: [] for name in (*DIFFICULTIES, "unknown")}
+    for row in sft:
+        rows[args.difficulty_of(row["pass_rate"])].append(row)
+    counts = {name: len(rows[name]) for name in rows}
+    size = args.difficulty_size
     few = next((name for name in DIFFICULTIES if size and counts[name] < size), None)
     if few:
         raise InputError(
             f"difficulty_size is {size}, but {few} has {counts[few]} of {counts}: lower it, or enlarge subsets"
         )
-    rows = {name: [row for row, own in zip(sft, difficulties, strict=True) if own == name] for name in DIFFICULTIES}
-    return {f"sft_{name}.jsonl": rows[name][:size] for name in DIFFICULTIES if rows[name]}
+    files |= {f"sft_{name}.jsonl": rows[name][:size] for name in DIFFICULTIES if rows[name]}
+    return files, counts
 
 
 def _row(problem: Problem, args: DataArguments, demonstration: str | None = None) -> dict:
-    row = {"id": problem.id, "prompt": prompt_of(problem, args), "solution": problem.solution}
-    if demonstration is None:
-        return row
-    row["completion"] = [{"role": "assistant", "content": demonstration}]
-    return row | ({"pass_rate": problem.pass_rate} if args.has_pass_rates else {})
+    row = {"id": problem.id, "prompt": args.prompt_of(problem), "solution": problem.solution}
+    if demonstration is not None:
+        row["completion"] = [{"role": "assistant", "content": demonstration}]
+        row |= {"pass_rate": problem.pass_rate} if args.has_pass_rates else {}
+    return row
 
 
 if __name__ == "__main__":

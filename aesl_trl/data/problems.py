@@ -1,20 +1,21 @@
-r"""Rows of OpenR1-Math-46k or GSM8K -> problems with an id, a gradable solution and, when asked for, a demonstration.
+r"""Read rows of OpenR1-Math-46k or GSM8K as problems with an id, a gradable solution and, on demand, a demonstration.
 
 OpenR1-Math-46k (Elliott/Openr1-Math-46k-8192 on the hub, from LUFFY, arXiv 2504.14945) has `prompt` (messages: a
-system's and the user's), `target` (messages: the assistant's, with the reasoning in <think>), `reward_model` (a struct
-with `ground_truth`, LaTeX without dollars) and others that are not read. GSM8K has `question` and `answer`, whose last
-line is `#### 72`. Demonstrations are long and few are needed, so they are read one by one.
+system's and the user's), `target` (messages: the assistant's, with the reasoning in <think>) and `reward_model` (a
+struct with `ground_truth`, LaTeX without dollars); its other columns are not read. GSM8K has `question` and `answer`,
+whose last line is `#### 72`. Demonstrations are long and few are needed, so they are read one at a time.
 """
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError, nearest
-from .decontaminate import normalise
+from ..errors import InputError
+from .rows import nearest_column
 
 
 OPENR1, GSM8K = "openr1", "gsm8k"
@@ -22,11 +23,15 @@ COLUMNS = {OPENR1: ("prompt", "target", "reward_model"), GSM8K: ("question", "an
 BATCH = 1000  # rows in memory at once while reading
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes to its calculator
 _DOLLAR = re.compile(r"(?<!\\)\$")
+# Layout of LaTeX: with or without it a formula is the same
+_DELIMITERS = re.compile(r"\\[()\[\],;:! ]|(?<!\\)\$|~")
+_LAYOUT = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![a-zA-Z])")
+_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
 
 
 @dataclass
 class Problem:
-    """One problem. `id` is that of its normalised text, the same in whatever file and row it stands."""
+    """One problem. Its `id` depends on its normalised text alone, not on the file and row that hold it."""
 
     row: int  # in the source, from 0
     id: str
@@ -38,7 +43,7 @@ class Problem:
 
 @dataclass
 class Drops:
-    """What was left out, of everything (`all`) or of the demonstrations alone (`sft`), and why."""
+    """The rows that were left out, of everything (`all`) or of the demonstrations alone (`sft`), and why."""
 
     rows: list[dict] = field(default_factory=list)
 
@@ -49,12 +54,38 @@ class Drops:
         return dict(Counter(row["reason"] for row in self.rows if row["of"] == of))
 
 
+def listed(counts: dict[str, int], otherwise: str) -> str:
+    """Write counts as text, as in `duplicate 1, wrong 3`; where there are none, return `otherwise`."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or otherwise
+
+
+# ---- Identity
+
+
 def problem_id(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
+def normalise(text: str) -> str:
+    """Return `text` without case, white space, layout commands of LaTeX and the punctuation at its end.
+
+    Two problems are the same when their normalised texts are equal. Operators stay: `x + 1 = 2` and `x - 1 = 2` are
+    two problems.
+    """
+    return re.sub(r"\s+", "", without_layout(text)).rstrip(".?!:;,")
+
+
+def without_layout(text: str) -> str:
+    """Return `text` in lower case, with a space in place of each delimiter and layout command of LaTeX."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return _FRACTION.sub(r"\\frac", _LAYOUT.sub(" ", _DELIMITERS.sub(" ", text)))
+
+
+# ---- Reading
+
+
 def schema_of(rows: Any, field: str = "dataset_name") -> str:
-    """Which of the two schemas `rows` (a dataset) has.
+    """Return which of the two schemas `rows` (a dataset) has.
 
     Raises:
         InputError: no rows, columns that are missing, or columns of another kind.
@@ -64,8 +95,7 @@ def schema_of(rows: Any, field: str = "dataset_name") -> str:
     names = rows.column_names
     schema = next((name for name, columns in COLUMNS.items() if set(columns) <= set(names)), None)
     if schema is None:
-        wanted = [column for columns in COLUMNS.values() for column in columns]
-        near = next(filter(None, (nearest(name, wanted) for name in names if name not in wanted)), "")
+        near = nearest_column(names, [column for columns in COLUMNS.values() for column in columns])
         raise InputError(
             f"{field} needs the columns prompt, target and reward_model (OpenR1-Math-46k) or question and answer "
             f"(GSM8K), its columns are {', '.join(names)}{near}"
@@ -86,19 +116,22 @@ def _check_openr1(row: dict, field: str) -> None:
 
 
 def read_problems(rows: Any, schema: str, drops: Drops, pass_rate_column: str | None = None) -> list[Problem]:
-    """A problem for each row that has one and its solution; the others go to `drops`."""
+    """Return a problem for each row that has one with a solution; add the other rows to `drops`."""
     read = {OPENR1: _openr1, GSM8K: _gsm8k}[schema]
     columns = [column for column in COLUMNS[schema] if column != "target"]
     rows = rows.select_columns(columns + ([pass_rate_column] if pass_rate_column else []))
-    problems, number = [], 0
+    problems, number = [], -1
     for batch in rows.iter(BATCH):
         for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            problem = _problem(number, read(row), drops)
-            if problem is not None:
-                problem.pass_rate = checked_rate(row.get(pass_rate_column), f"dataset_name, row {number} (from 0)")
-                problems.append(problem)
-            number += 1
+            number, row = number + 1, dict(zip(batch, values, strict=True))
+            system, text, answer = read(row)
+            if not text:
+                drops.add(number, None, "no_problem", "no text of the user alone")
+            elif not answer:
+                drops.add(number, problem_id(text), "no_solution")
+            else:
+                rate = checked_rate(row.get(pass_rate_column), f"dataset_name, row {number} (from 0)")
+                problems.append(Problem(number, problem_id(text), text, delimited(answer), system, rate))
     return problems
 
 
@@ -108,18 +141,8 @@ def checked_rate(value: Any, where: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _problem(number: int, parts: tuple[str | None, str | None, str | None], drops: Drops) -> Problem | None:
-    system, text, answer = parts
-    if not text:
-        drops.add(number, None, "no_problem", "no text of the user alone")
-        return None
-    if not answer:
-        drops.add(number, problem_id(text), "no_solution")
-        return None
-    return Problem(number, problem_id(text), text, delimited(answer), system)
-
-
 def _openr1(row: dict) -> tuple[str | None, str | None, str | None]:
+    """Return the system prompt, the problem and the answer of a row."""
     messages = row["prompt"] or []
     roles = [message.get("role") for message in messages]
     texts = [message.get("content") or "" for message in messages]
@@ -132,25 +155,29 @@ def _openr1(row: dict) -> tuple[str | None, str | None, str | None]:
 
 
 def _gsm8k(row: dict) -> tuple[str | None, str | None, str | None]:
+    """Return no system prompt, the problem and the answer of a row."""
     _, marks, answer = (row["answer"] or "").rpartition("####")
     return None, (row["question"] or "").strip(), answer.strip().replace(",", "") if marks else None
 
 
 def delimited(answer: str) -> str:
-    r"""`answer` as math: without delimiters math-verify takes `2\sqrt{3}` for 2, and finds nothing in `(1, 2)`."""
+    r"""Put dollars around `answer`; without them math-verify reads `2\sqrt{3}` as 2, and finds nothing in `(1, 2)`."""
     is_marked = _DOLLAR.search(answer) or r"\boxed" in answer or answer.startswith((r"\(", r"\["))
     return answer if is_marked else f"${answer}$"
 
 
 def right_answer(solution: str) -> str:
-    """What a completion would say that gives just the solution."""
+    """Write the shortest completion that gives `solution`."""
     inner = solution[1:-1]
     is_one = solution.startswith("$") and solution.endswith("$") and not _DOLLAR.search(inner)
     return rf"The final answer is \boxed{{{inner}}}" if is_one else f"The final answer is {solution}"
 
 
+# ---- Demonstrations
+
+
 def demonstration_of(rows: Any, schema: str) -> Callable[[int], str | None]:
-    """A function from a row's number to the text of its demonstration, None where it has none."""
+    """Return a function from a row's number to the text of its demonstration, None where it has none."""
     column = "target" if schema == OPENR1 else "answer"
     rows = rows.select_columns([column])
     write = _openr1_demonstration if schema == OPENR1 else _gsm8k_demonstration
@@ -165,7 +192,7 @@ def _openr1_demonstration(target: list[dict] | None) -> str | None:
 
 
 def _gsm8k_demonstration(answer: str) -> str | None:
-    """The steps without calculator notes, and the answer in a box, which is what the reward reads."""
+    """Return the steps without calculator notes, and the answer in a box, where the reward reads it."""
     steps, _, number = answer.rpartition("####")
     steps = _CALCULATOR.sub("", steps).strip()
     return f"{steps}\n\nThe final answer is $\\boxed{{{number.strip().replace(',', '')}}}$." if steps else None

@@ -1,7 +1,4 @@
-"""Prompts from rows: for RL, for measuring diversity, and held out from what is trained on.
-
-Left out: loading the rows (rows.py), and which prompts are refused (checks.py).
-"""
+"""Make prompts of rows, for RL and for measuring diversity, and check that no held-out prompt is trained on."""
 
 import json
 import textwrap
@@ -20,9 +17,9 @@ if TYPE_CHECKING:
 def prompt_rows(
     dataset: "Dataset | IterableDataset", num: int | None = None, *, field: str = "dataset_name"
 ) -> list[dict]:
-    """The first `num` rows (all by default) as dicts with `prompt` and the other columns, which rewards may need.
+    """Return the first `num` rows (by default all) with `prompt` and the other columns, which rewards may need.
 
-    `messages` give the prompt up to their last assistant turn, which is the demonstration.
+    Where a row holds `messages`, its prompt is the messages before the last turn of the assistant.
 
     Raises:
         InputError: the dataset is empty, has neither `prompt` nor `messages`, or a row whose prompt cannot be used.
@@ -46,10 +43,10 @@ def _prompt_row(row: dict) -> dict:
 def check_held_out(
     train: "Dataset | IterableDataset", prompts: list[dict], *, field: str, train_field: str = "dataset_name"
 ) -> None:
-    """Refuse prompts of `prompt_rows` that are trained on too: their samples tell what was learnt by heart.
+    """Refuse prompts of [`prompt_rows`] that `train` holds too: their samples would show what was learnt by heart.
 
-    Of a streaming `train` the first rows are looked at. Prompts are alike if every character is; texts of whole
-    conversations, and `from`/`value` pairs, are not looked into.
+    Two prompts are the same if every character is. Of a streaming `train` the first rows are compared. Plain texts
+    and `from`/`value` pairs are not compared, as the prompt cannot be told from the answer in them.
     """
     first, rows = peek(train, train_field)
     column = prompt_column(first)

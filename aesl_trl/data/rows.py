@@ -1,22 +1,20 @@
-"""Rows of a dataset by its name, each reason why they cannot be loaded in one line.
+"""Load the rows of a dataset by its name; whatever keeps them from loading is said in one line.
 
-A dataset is named as `name` in a config: a name on the hub, a local .jsonl, .json, .parquet or .csv file, a folder, or
-`file.py:function`, whose function takes the seed and returns a dataset or a list of rows. Loading is the work of
-`datasets`; here is what turns its errors into a line that names the file and the line in it.
-
-Left out: whether the rows can be trained on (checks.py), and prompts from rows (prompts.py).
+A config names a dataset in one of four ways: a name on the hub, a local .jsonl, .json, .parquet or .csv file, a
+folder, or `file.py:function`, whose function takes the seed and returns a dataset or a list of rows. The library
+`datasets` loads; this file turns its errors into a line that names the file and the broken line in it.
 """
 
 import inspect
 import json
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import load_function
-from ..errors import InputError, nearest, nearest_sibling
+from ..errors import InputError, in_one_line, nearest, nearest_sibling
 from ..models.folder import GIT_LFS
 
 
@@ -36,13 +34,14 @@ def load_rows(
     base_dir: str | Path | None = None,
     field: str = "dataset_name",
 ) -> "Dataset | IterableDataset":
-    """The rows that `name` stands for.
+    """Load the rows that `name` stands for.
 
     Args:
         name: a hub name, a local file or folder, or `file.py:function`.
-        split: the split, `train` by default; a function has none and ignores it.
+        split: the split, `train` by default; `file.py:function` has no splits and ignores it.
         config: the dataset's configuration, for hub names and folders.
-        seed: given to the function of `file.py:function`.
+        streaming: whether to return an IterableDataset.
+        seed: the argument for the function of `file.py:function`.
         base_dir: the folder that a relative path starts from, by default the current one.
         field: the setting that named the dataset, for messages.
 
@@ -58,9 +57,8 @@ def load_rows(
     path = base_dir / Path(name).expanduser()
     if path.is_file():
         return _file_rows(path, split or "train", streaming, field)
-    if path.suffix in BUILDERS or name.startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise InputError(f"{field}: {name} does not exist, looked for {path.absolute()}{nearest_sibling(path)}")
+    if not path.is_dir() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):
+        raise InputError(f"{field}: {name} does not exist, looked for {path.absolute()}{nearest_sibling(path)}")
     source = str(path) if path.is_dir() else name
     return _guarded(lambda: _named_rows(source, config, split or "train", streaming), field, name)
 
@@ -100,16 +98,18 @@ def _file_rows(path: Path, split: str, streaming: bool, field: str) -> "Dataset 
         raise InputError(
             f"{field}: {path} is no dataset file, its name must end in one of {known}, or be file.py:function"
         )
-    # Before the split's first punctuation: `train[:100]` is of train.
-    asked = re.match(r"\w*", split)[0]
-    if asked != "train":
+    split_name = re.match(r"\w*", split)[0]  # `train[:100]` is a part of train
+    if split_name != "train":
         raise InputError(
-            f"{field}: {path} has no split {asked!r}{nearest(asked, ['train'])}; a file is one split, train: give "
-            "other rows as a file of their own"
+            f"{field}: {path} has no split {split_name!r}{nearest(split_name, ['train'])}; a file has one split, "
+            "train: give other rows as a file of their own"
         )
     builder = BUILDERS[path.suffix]
     if not streaming and builder != "parquet":
-        _check_utf8(path, field)
+        # The JSON loader takes other bytes along, and the row that has them fails only when it is read
+        with open(path, "rb") as file:
+            for line, text in enumerate(file, 1):
+                _decoded(text, f"{field}: {path}, line {line}")
     load = lambda: load_dataset(builder, data_files=str(path), split=split, streaming=streaming)  # noqa: E731
     return _guarded(load, field, path)
 
@@ -118,7 +118,7 @@ def _named_rows(source: str, config: str | None, split: str, streaming: bool) ->
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     folder = Path(source)
-    # What save_to_disk wrote; load_dataset would refuse it.
+    # save_to_disk wrote this folder; load_dataset would refuse it
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         rows = load_from_disk(source)
         if isinstance(rows, DatasetDict):
@@ -130,7 +130,7 @@ def _named_rows(source: str, config: str | None, split: str, streaming: bool) ->
 
 
 def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
-    """`load()`, its errors in one line; a broken JSONL file by its line."""
+    """Return `load()`. Its errors become one line, which names the broken line of a JSONL file."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -141,14 +141,14 @@ def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
         path = Path(name)
         if path.is_file() and path.suffix in BUILDERS:
             check_file(path, field=field)
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        reason = in_one_line(error.__cause__ or error) or type(error).__name__
         raise InputError(f"{field}: {name} cannot be loaded: {reason}") from error
 
 
 def check_file(path: str | Path, *, field: str) -> None:
-    """Refuse a data file that is empty, not UTF-8, or has a line that is not a JSON object, by its line number.
+    """Refuse a data file that is empty, not UTF-8, or has a line that is not a JSON object; name that line.
 
-    An array of objects, over as many lines as it likes, is read as well.
+    A JSON file may also be one array of objects that spans any number of lines.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -160,30 +160,19 @@ def check_file(path: str | Path, *, field: str) -> None:
     if BUILDERS.get(path.suffix) != "json":
         return
     if start.lstrip().startswith(b"["):
-        _check_array(path, field)
+        try:
+            json.loads(_decoded(path.read_bytes(), f"{field}: {path}"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{field}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
         return
-    number = 0
+    is_empty = True
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if text.strip():
-                number += 1
+                is_empty = False
                 _check_line(text, f"{field}: {path}, line {line}")
-    if not number:
+    if is_empty:
         raise InputError(f"{field}: {path} is empty")
-
-
-def _check_array(path: Path, field: str) -> None:
-    try:
-        json.loads(_decoded(path.read_bytes(), f"{field}: {path}"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{field}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
-
-
-def _check_utf8(path: Path, field: str) -> None:
-    # The JSON loader takes other bytes along, and the row that has them fails only when it is read.
-    with open(path, "rb") as file:
-        for line, text in enumerate(file, 1):
-            _decoded(text, f"{field}: {path}, line {line}")
 
 
 def _decoded(text: bytes, where: str) -> str:
@@ -200,3 +189,8 @@ def _check_line(text: bytes, where: str) -> None:
         raise InputError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where} must be a JSON object, got {type(row).__name__}")
+
+
+def nearest_column(found: Iterable[str], wanted: Sequence[str]) -> str:
+    """Return a hint that names the wanted column that one of the columns `found` nearly is, else an empty string."""
+    return next(filter(None, (nearest(name, wanted) for name in found if name not in wanted)), "")

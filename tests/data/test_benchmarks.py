@@ -10,7 +10,7 @@ from aesl_trl.data.benchmarks import BENCHMARKS, PROMPT, load_benchmark
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation.evaluate import ARGUMENT_TYPES
 from aesl_trl.recipes.recipes import recipes_dir
-from aesl_trl.rewards.grading import EXTRACT, GRADERS, SHARED_GRADERS, Answer
+from aesl_trl.rewards.grading import GRADERS, SHARED_GRADERS, Answer
 
 
 SOLUTIONS = {
@@ -34,7 +34,7 @@ def test_the_table_says_where_everything_was_read():
     assert list(BENCHMARKS) == ["GSM8K", "AIME24", "AIME25", "AMC23", "MATH-500", "Minerva", "OlympiadBench"]
     for benchmark in BENCHMARKS.values():
         assert benchmark.read_at and all(page.startswith("https://") for page in benchmark.read_at)
-        assert benchmark.metric in GRADERS and benchmark.extraction == EXTRACT
+        assert benchmark.metric in GRADERS
         assert "{problem}" in benchmark.prompt and benchmark.hub.count("/") == 1
 
 
@@ -105,7 +105,7 @@ def test_gold_answers(name, value, gold):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "1"}], "no column 'problem'.* needed are problem and answer, its columns are"),
+        ([{"question": "a", "answer": "1"}], "no column 'problem'.* it needs problem and answer, its columns are"),
         ([{"problem": "a", "answers": "1"}], "no column 'answer'; did you mean 'answers'"),
         (
             [{"problem": "a", "answer": "1"}, {"problem": " ", "answer": "1"}],
@@ -139,7 +139,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_its_name(monkeypatch):
         raise ConnectionError("Couldn't reach 'math-ai/amc23' on the Hub\n(no route)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="AMC23: math-ai/amc23 cannot be had from the hub .*data_dir") as caught:
+    with pytest.raises(InputError, match="AMC23: math-ai/amc23 cannot be loaded from the hub .*data_dir") as caught:
         load_benchmark("AMC23")
     assert "\n" not in str(caught.value)
 

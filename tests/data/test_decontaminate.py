@@ -1,12 +1,11 @@
 """decontaminate: an overlap that was planted is found, unrelated text is not, and formulas stay apart."""
 
-import json
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from small_problems import write_rows
 
-from aesl_trl.data.decontaminate import BenchmarkIndex, Overlap, load_benchmarks, normalise, words
+from aesl_trl.data.decontaminate import BenchmarkIndex, Overlap, load_benchmarks, words
 from aesl_trl.errors import InputError
 
 
@@ -70,33 +69,13 @@ def test_share_leaves_boilerplate_alone():
     assert half.find("Today: " + problem) == Overlap("bench", 0, " ".join(problem.lower().split()[:8]))
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "is_same"),
-    [
-        ("Find $x$ if $x+1=2$.", "find  \\(x\\) if \\( x + 1 = 2 \\)", True),
-        ("$\\dfrac{1}{2}$", "$\\frac{1}{2}$", True),
-        ("$\\left(1, 2\\right)$", "$(1,2)$", True),
-        ("$x+1=2$", "$x-1=2$", False),
-        ("$\\leftarrow$", "$\\rightarrow$", False),
-        ("12 a", "1 2a", True),  # white space is no part of a problem
-    ],
-)
-def test_normalised_texts(left, right, is_same):
-    assert (normalise(left) == normalise(right)) is is_same
-
-
 def test_words_are_letters_and_digits():
     assert words("Let $\\dfrac{a}{b_1}$, A-B!") == ["let", "frac", "a", "b", "1", "a", "b"]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_problems_of_local_files(tmp_path):
-    one = write(tmp_path / "one.jsonl", [{"question": "q", "answer": "a"}])
-    two = write(
+    one = write_rows(tmp_path / "one.jsonl", [{"question": "q", "answer": "a"}])
+    two = write_rows(
         tmp_path / "two.jsonl", [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]}]
     )
     assert load_benchmarks([one, two]) == {one: ["q"], two: ["p"]}
@@ -111,6 +90,6 @@ def test_problems_of_local_files(tmp_path):
     ],
 )
 def test_files_without_problems_are_refused(row, message, tmp_path):
-    path = write(tmp_path / "bench.jsonl", [row])
+    path = write_rows(tmp_path / "bench.jsonl", [row])
     with pytest.raises(InputError, match=message):
         load_benchmarks([path])

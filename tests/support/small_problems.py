@@ -1,4 +1,10 @@
-"""Sixty maths problems of our own, in the schemas of OpenR1-Math-46k and GSM8K."""
+"""Sixty maths problems of our own, in the schemas of OpenR1-Math-46k and GSM8K, and what `aesl data` makes of them."""
+
+import json
+from pathlib import Path
+
+from aesl_trl.files import read_jsonl
+
 
 SYSTEM = "Think step by step between <think> and </think>, then answer in \\boxed{}."
 NAMES = ("Ada", "Bela", "Chloe", "Dario", "Emre", "Farah")
@@ -52,3 +58,27 @@ def gsm8k_row(number: int) -> dict:
 
 def openr1_rows(num: int = 60) -> list[dict]:
     return [openr1_row(number) for number in range(num)]
+
+
+RATES = {problem_text(number): (number % 5) / 4 for number in range(60)}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- What `aesl data` wrote
+
+
+def problems_in(path: Path) -> list[str]:
+    """The problems of a file, in order."""
+    return [row["prompt"][-1]["content"] for row in read_jsonl(path)]
+
+
+def dropped_in(folder: Path) -> list[tuple]:
+    return [(row["row"], row["of"], row["reason"]) for row in read_jsonl(folder / "dropped.jsonl")]
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.json*"))}

@@ -22,7 +22,7 @@ from trl.import_utils import is_vllm_available
 from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.recipes.recipes import recipes_dir
 from aesl_trl.sampling.backends import VLLMSettings
-from aesl_trl.sampling.draws import Draw, Request, share
+from aesl_trl.sampling.draws import Draw, Piece, Request, SamplingSettings, split_over_ranks
 from aesl_trl.sampling.groups import preserved_random_state
 from aesl_trl.sampling.vllm_synced import SyncedVLLM
 
@@ -36,21 +36,20 @@ LOG_PROB_TOLERANCE = 0.05  # nats a token, mean over a sample
 TIE_TOLERANCE = 0.3  # nats: a token that is this close to the most likely one may be taken for it
 
 
-def request_of(tokenizer, accelerator, *, temperature: float = 1.0, seed: int = 0) -> Request:
-    return share(
+def request_of(model, tokenizer, accelerator, *, temperature: float = 1.0, seed: int = 0) -> Request:
+    return split_over_ranks(
         [tokenizer(prompt)["input_ids"] for prompt in PROMPTS],
         accelerator,
-        samples=SAMPLES,
-        temperature=temperature,
-        max_new_tokens=MAX_NEW_TOKENS,
-        seed=seed,
-        gradient_checkpointing_kwargs=None,
+        settings=SamplingSettings(SAMPLES, temperature, MAX_NEW_TOKENS, seed=seed),
+        piece=Piece(0, len(PROMPTS), 0, SAMPLES),
+        model=model,
+        tokenizer=tokenizer,
     )
 
 
 @torch.no_grad()
 def log_probs(model, prompt: list[int], draw: Draw) -> torch.Tensor:
-    """Of every token after each of the sample's positions, by transformers: `[T, V]`."""
+    """Return the log-probability of every token after each of the sample's positions, by transformers: `[T, V]`."""
     ids = torch.tensor([prompt + draw.ids], device=model.device)
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
 
@@ -60,28 +59,27 @@ def taken(model, prompt: list[int], draw: Draw) -> torch.Tensor:
 
 
 def largest_difference(model, request: Request, drawn: list[Draw]) -> float:
-    """Between vLLM's and transformers' mean log-probability of a sample, in nats a token."""
-    prompts = [prompt for prompt in request.prompts for _ in range(SAMPLES)]
+    """Return by how much vLLM's and transformers' mean log-probability of a sample differ, in nats a token."""
     return max(
         abs(draw.neg_log_prob + taken(model, prompt, draw).mean().item())
-        for prompt, draw in zip(prompts, drawn, strict=True)
+        for prompt, draw in zip(request.prompt_of_each_sample, drawn, strict=True)
     )
 
 
 def checks(model, tokenizer, engine: SyncedVLLM, cold_engine: SyncedVLLM | None, accelerator) -> Iterator[tuple]:
-    """(what, whether it holds, the number behind it) of each check. Changes the model's weights."""
-    request = request_of(tokenizer, accelerator)
+    """Yield (name, whether it holds, the number behind it) of each check; change the model's weights."""
+    request = request_of(model, tokenizer, accelerator)
     base = {name: value.clone() for name, value in model.named_parameters()}
-    drawn = engine.draw(model, tokenizer, request)
+    drawn = engine.draw(request)
     found = largest_difference(model, request, drawn)
     yield "log-probabilities of the samples", found <= LOG_PROB_TOLERANCE, f"off by {found:.3f} nats at most"
     if cold_engine is not None:
-        cold = request_of(tokenizer, accelerator, temperature=COLD)
-        gap = furthest_from_the_top(model, cold, cold_engine.draw(model, tokenizer, cold))
+        cold = request_of(model, tokenizer, accelerator, temperature=COLD)
+        gap = furthest_from_the_top(model, cold, cold_engine.draw(cold))
         yield "tokens at temperature 0.01", gap <= TIE_TOLERANCE, f"{gap:.3f} nats below the most likely at most"
-    again = engine.draw(model, tokenizer, request)
+    again = engine.draw(request)
     yield "the same seed draws the same", [d.ids for d in again] == [d.ids for d in drawn], ""
-    other = engine.draw(model, tokenizer, request_of(tokenizer, accelerator, seed=1))
+    other = engine.draw(request_of(model, tokenizer, accelerator, seed=1))
     yield "another seed draws others", [d.ids for d in other] != [d.ids for d in drawn], ""
     different = [
         len({tuple(d.ids) for d in drawn[start : start + SAMPLES]}) for start in range(0, len(drawn), SAMPLES)
@@ -91,14 +89,14 @@ def checks(model, tokenizer, engine: SyncedVLLM, cold_engine: SyncedVLLM | None,
     yield "drawing leaves the weights as they were", not changed, ", ".join(changed[:3])
     change(model)
     stale = largest_difference(model, request, drawn)
-    found = largest_difference(model, request, engine.draw(model, tokenizer, request))
+    found = largest_difference(model, request, engine.draw(request))
     yield "changed weights arrive", found <= LOG_PROB_TOLERANCE < stale, f"off by {found:.3f}, before by {stale:.3f}"
 
 
 def furthest_from_the_top(model, request: Request, drawn: list[Draw]) -> float:
-    prompts = [prompt for prompt in request.prompts for _ in range(SAMPLES)]
+    """Return by how many nats the drawn tokens stay below the most likely ones at most."""
     gaps = []
-    for prompt, draw in zip(prompts, drawn, strict=True):
+    for prompt, draw in zip(request.prompt_of_each_sample, drawn, strict=True):
         scores = log_probs(model, prompt, draw)
         ids = torch.tensor(draw.ids, device=scores.device).unsqueeze(1)
         gaps.append((scores.amax(1) - scores.gather(1, ids).squeeze(1)).max().item())
@@ -106,7 +104,7 @@ def furthest_from_the_top(model, request: Request, drawn: list[Draw]) -> float:
 
 
 def change(model) -> None:
-    """As a training would, only more: the trained weights, those of the adapter where there is one."""
+    """Change the trained weights as a training would, only more; with an adapter those of the adapter."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,7 +134,7 @@ def build(folder: str) -> None:
 
 
 def adapted(model):
-    """With an adapter that does something: PEFT initializes its second half with zeros."""
+    """Put an adapter that does something on the model: PEFT initializes its second half with zeros."""
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -174,16 +172,16 @@ def main() -> int:
 
 
 class Cold:
-    """The same engine at another temperature."""
+    """Draws with the same engine at another temperature."""
 
     def __init__(self, engine: SyncedVLLM):
         self.engine = engine
 
-    def draw(self, model, tokenizer, request: Request) -> list[Draw]:
+    def draw(self, request: Request) -> list[Draw]:
         generation = self.engine.generation
-        before, generation.temperature = generation.temperature, request.temperature
+        before, generation.temperature = generation.temperature, request.settings.temperature
         try:
-            return self.engine.draw(model, tokenizer, request)
+            return self.engine.draw(request)
         finally:
             generation.temperature = before
 

@@ -6,6 +6,7 @@ the arithmetic is head.py's.
 """
 
 import functools
+import inspect
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,11 @@ def add_fused_head(model) -> None:
         return scored
 
     model.forward = types.MethodType(forward, model)
+
+
+def has_fused_head(model) -> bool:
+    """Say whether `add_fused_head` was called on the model, whose forward then takes a `token_rule`."""
+    return "token_rule" in inspect.signature(model.forward, follow_wrapped=False).parameters
 
 
 def _refuse_larger_head(model) -> None:

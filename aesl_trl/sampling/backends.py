@@ -1,10 +1,10 @@
-"""Where the samples of a measurement come from: which backends there are, and which one `auto` takes here.
+"""The choice of an engine: which backends there are, and which one `auto` takes on this machine.
 
-The backends themselves are generate.py (transformers) and vllm_synced.py (vLLM); nothing is loaded or started here.
+Nothing is loaded or started here.
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from trl.import_utils import is_vllm_available
@@ -12,10 +12,8 @@ from trl.import_utils import is_vllm_available
 from ..errors import InputError
 
 
-OFFLINE_BACKENDS = ("auto", "vllm", "transformers")
-
-
-TRAINING_BACKENDS = ("auto", "vllm_colocate", "vllm_server", "generate")
+OFFLINE_BACKENDS = ("auto", "vllm", "transformers")  # of `aesl eval` and `aesl data`
+TRAINING_BACKENDS = ("auto", "vllm_colocate", "vllm_server", "generate")  # of diversity monitoring
 INSTALL = "pip install 'aesl_trl[vllm]'"
 
 
@@ -25,7 +23,7 @@ class VLLMSettings:
 
     Attributes:
         server_base_url: address of a server, e.g. `http://localhost:8000`; goes before host and port.
-        server_host, server_port: the same in two parts.
+        server_host, server_port: the address in two parts.
         server_timeout: seconds to wait for the server to be up.
         group_port: port of the process group through which weights go to the server.
         gpu_memory_utilization: share of the GPU's memory that a colocated engine may take, its weights included.
@@ -34,10 +32,10 @@ class VLLMSettings:
 
     server_base_url: str | None = None
     server_host: str | None = None
-    server_port: int = 8000
-    server_timeout: float = 240.0
-    group_port: int = 51216
-    gpu_memory_utilization: float = 0.3
+    server_port: int = field(default=8000, metadata={"at_least": 1})
+    server_timeout: float = field(default=240.0, metadata={"above": 0})
+    group_port: int = field(default=51216, metadata={"at_least": 1})
+    gpu_memory_utilization: float = field(default=0.3, metadata={"above": 0, "below": 1})
     enable_sleep_mode: bool = True
 
     @property
@@ -51,7 +49,7 @@ def _has_gpu() -> bool:
 
 
 def check_backend(backend: str, vllm: VLLMSettings, *, prefix: str = "") -> None:
-    """Refuse a backend that cannot work on this machine; needs no model. `prefix` opens the settings' names.
+    """Refuse a backend that cannot work on this machine; no model is needed. `prefix` opens the settings' names.
 
     Raises:
         InputError: vLLM is asked for, by name or by a server's address, and not installed; no GPU to share with it; no
@@ -69,14 +67,14 @@ def check_backend(backend: str, vllm: VLLMSettings, *, prefix: str = "") -> None
 
 
 def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None) -> tuple[str, str]:
-    """The backend in effect, and why.
+    """Return the backend of a training's samples, and why.
 
     `auto` takes a server where one is named, else a colocated engine where vLLM is installed and there is a GPU, else
     `model.generate`.
 
     Args:
         backend: one of `TRAINING_BACKENDS`.
-        obstacle: why this model cannot be sampled from by vLLM, None where it can.
+        obstacle: why vLLM cannot sample from this model; None where it can.
 
     Raises:
         InputError: as [`check_backend`], or vLLM is asked for and there is an obstacle.
@@ -99,7 +97,7 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
 
 
 def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
-    """`vllm` or `transformers`, and why.
+    """Return the engine for a model in a folder, `vllm` or `transformers`, and why.
 
     Args:
         asked: one of `OFFLINE_BACKENDS`.
@@ -111,19 +109,17 @@ def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple
     """
     if asked == "transformers":
         return asked, "as asked"
-    reason = _why_not_vllm(is_adapter, accelerator.num_processes, accelerator.device.type == "cuda")
+    processes, reason = accelerator.num_processes, None
+    if importlib.util.find_spec("vllm") is None:
+        reason = f"it is not installed ({INSTALL})"
+    elif accelerator.device.type != "cuda":
+        reason = "there is no GPU, or use_cpu is set"
+    elif processes > 1:
+        reason = f"it runs in one process, not {processes}: start without accelerate, and set tensor_parallel_size"
+    elif is_adapter:
+        reason = "an adapter has to be merged first (aesl handoff RUN --mode merge)"
     if reason is None:
         return "vllm", "as asked" if asked == "vllm" else "it is installed, and there is a GPU"
     if asked == "vllm":
         raise InputError(f"backend: vllm cannot be used: {reason}")
     return "transformers", f"not vllm: {reason}"
-
-
-def _why_not_vllm(is_adapter: bool, num_processes: int, on_gpu: bool) -> str | None:
-    if importlib.util.find_spec("vllm") is None:
-        return "it is not installed (pip install aesl-trl[vllm])"
-    if not on_gpu:
-        return "there is no GPU, or use_cpu is set"
-    if num_processes > 1:
-        return f"it runs in one process, not {num_processes}: start without accelerate, and set tensor_parallel_size"
-    return "an adapter has to be merged first (aesl handoff RUN --mode merge)" if is_adapter else None

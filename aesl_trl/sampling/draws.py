@@ -1,12 +1,11 @@
-"""What engines are asked for, what they return, and how ranks agree that a draw has failed.
+"""The terms of sampling: what a caller asks of an engine, what an engine returns, and how ranks share a failure.
 
-A rank that fails must not leave the others in a collective: every rank comes to [`agree`] after its own part of the
-draw, and all go the same way from there.
+A rank that fails must not leave the others in a collective: after its own part of a draw every rank calls
+[`failure_on_any_rank`], and all of them go the same way from there.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +14,33 @@ from accelerate.utils import gather_object
 from ..errors import InputError
 
 
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled; an engine that has no use for a field ignores it.
+
+    Attributes:
+        samples: completions of each prompt.
+        temperature: positive. Whatever its value, the recorded figures are the model's own, at temperature 1.
+        max_new_tokens: length at which a sample is cut off.
+        batch_size: completions that transformers generates at once on each process; fewer when memory runs out.
+        seed: the draw is the same for the same weights, settings and number of processes.
+        tensor_parallel_size, gpu_memory_utilization, max_model_len: of vLLM's own names, for a model that it loads.
+        trust_remote_code: run the code that lies beside a model which an engine loads.
+    """
+
+    samples: int
+    temperature: float
+    max_new_tokens: int
+    batch_size: int = 64
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    trust_remote_code: bool = False
+
+
 class Piece(NamedTuple):
-    """Problems `first` .. `first + num - 1`, part `chunk` of their samples, `samples` of each."""
+    """A part of a draw: problems `first` .. `first + num - 1`, part `chunk` of their samples, `samples` of each."""
 
     first: int
     num: int
@@ -24,53 +48,85 @@ class Piece(NamedTuple):
     samples: int
 
 
-class SamplingFailed(RuntimeError):
-    """No samples could be drawn; raised on every rank alike, the message is one line."""
-
-
-class Draw(NamedTuple):
-    """One sample. The last three at temperature 1, per token where they are means; None where unknown."""
-
-    ids: list[int]  # sampled tokens, the stop token included
-    stopped: bool  # by a stop token, not by the length limit
-    entropy: float | None  # nats, exact
-    neg_log_prob: float | None  # nats
-    eos_prob: float | None
-
-
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn on this rank.
+    """A draw as one rank sees it. All samples of a prompt are drawn on one rank.
 
     Attributes:
-        prompts: token ids of this rank's prompts; all samples of a prompt are drawn on one rank.
-        indices: their places among the prompts of all ranks.
-        num_prompts: of all ranks.
+        prompts: token ids of this rank's prompts.
+        indices: places of this rank's prompts among those of all ranks.
+        num_prompts: number of prompts of all ranks.
         longest: tokens of the longest prompt of all ranks.
-        samples, temperature, max_new_tokens, seed: of [`~aesl_trl.sampling.groups.sample_groups`].
-        accelerator: None in one process without one.
-        say: prints one line, on the first rank.
+        piece: the part of all samples that is drawn; each part has a seed of its own.
+        model: the model to draw from, wrapped or not; None for an engine that holds its model elsewhere.
+        is_chat: whether the prompts are conversations.
+        accelerator: None in a single process without one.
+        gradient_checkpointing_kwargs: how gradient checkpointing is turned on again, where it was on.
     """
 
     prompts: list[list[int]]
     indices: list[int]
     num_prompts: int
     longest: int
-    samples: int
-    temperature: float
-    max_new_tokens: int
-    seed: int
-    accelerator: Any
-    gradient_checkpointing_kwargs: dict | None
-    say: Callable[[str], None]
+    settings: SamplingSettings
+    piece: Piece
+    model: Any
+    tokenizer: Any
+    is_chat: bool = False
+    accelerator: Any = None
+    gradient_checkpointing_kwargs: dict | None = None
 
     @property
     def rank(self) -> int:
+        """This process's number."""
         return 0 if self.accelerator is None else self.accelerator.process_index
 
+    @property
+    def seed(self) -> int:
+        """The seed of the piece."""
+        return draw_seed(self.settings.seed, self.piece.first, self.piece.chunk)
 
-def share(prompts: list[list[int]], accelerator: Any, **settings: Any) -> Request:
-    """What this rank draws of `prompts`, the token ids of each; `settings`: the other fields of [`Request`]."""
+    @property
+    def prompt_of_each_sample(self) -> list[list[int]]:
+        """This rank's prompts, each repeated for every sample of it."""
+        return [prompt for prompt in self.prompts for _ in range(self.piece.samples)]
+
+    def say(self, line: str) -> None:
+        """Print `line` on the first rank."""
+        (print if self.accelerator is None else self.accelerator.print)(line)
+
+
+class Draw(NamedTuple):
+    """One sample. Figures are at temperature 1, and means over its tokens where they are per token; None: unknown."""
+
+    ids: list[int]  # sampled tokens, the stop token included
+    stopped: bool  # by a stop token, not by the length limit
+    entropy: float | None  # nats per token, exact
+    neg_log_prob: float | None  # nats per token
+    eos_prob: float | None
+    text: str | None = None  # as the engine decoded it; None: the tokenizer decodes `ids`
+
+
+class Engine(Protocol):
+    """Draws completions: from a model under training (generate.py, vllm_synced.py) or from a folder (offline.py)."""
+
+    name: str
+    batch_size: int | None  # completions at once on each process; None where the engine decides
+
+    def draw(self, request: Request) -> list[Draw]:
+        """Return the samples of the request's first prompt, then those of the second, and so on.
+
+        Raises:
+            SamplingFailed: on every rank alike, with the reason of the first rank that failed.
+        """
+
+
+class SamplingFailed(RuntimeError):
+    """No samples could be drawn. Every rank raises it alike; its message is one line."""
+
+
+def split_over_ranks(prompts: list[list[int]], accelerator: Any, **fields: Any) -> Request:
+    """Return this rank's request for `prompts`, the token ids of all ranks; `fields` are [`Request`]'s others."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     mine = list(range(rank, len(prompts), world))
     return Request(
@@ -79,54 +135,55 @@ def share(prompts: list[list[int]], accelerator: Any, **settings: Any) -> Reques
         num_prompts=len(prompts),
         longest=max(map(len, prompts)),
         accelerator=accelerator,
-        say=accelerator.print if accelerator is not None else print,
-        **settings,
+        **fields,
     )
 
 
 class Failure(NamedTuple):
+    """The reason of a failed draw, and whether each rank that failed ran out of memory."""
+
     reason: str
-    is_memory: bool  # out of memory on every rank that failed
+    is_memory: bool
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU, of an engine behind another exception, or of the machine, as torch reports it on CPU."""
+    """Say whether memory ran out: a GPU's, that of an engine behind another exception, or the machine's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("out of memory" in text.lower() or "can't allocate memory" in text)
 
 
-def agree(error: Exception | None, accelerator) -> Failure | None:
-    """What went wrong on the ranks, the same on each; None where nothing did. Each rank has to call it.
+def failure_on_any_rank(error: Exception | None, accelerator) -> Failure | None:
+    """Share each rank's `error`, and return the same failure on all ranks; None where none failed.
+
+    Every rank has to call it.
 
     Raises:
-        InputError: one rank had one; it is raised on all of them.
+        InputError: one rank had one; all ranks raise it.
     """
     here = None
     if error is not None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         here = (isinstance(error, InputError), is_out_of_memory(error), text[:500])
     found = [here] if accelerator is None or accelerator.num_processes == 1 else gather_object([here])
-    failed = [(rank, one) for rank, one in enumerate(found) if one is not None]
+    failed = [(rank, *outcome) for rank, outcome in enumerate(found) if outcome is not None]
     if not failed:
         return None
-    for _, (is_input, _, text) in failed:
+    for _, is_input, _, text in failed:
         if is_input:
-            if isinstance(error, InputError):
-                raise error
-            raise InputError(text.removeprefix("InputError: "))
-    # Another error than memory is the one that a smaller batch would not help against
-    rank, (_, _, text) = min(failed, key=lambda item: item[1][1])
+            raise error if isinstance(error, InputError) else InputError(text.removeprefix("InputError: "))
+    # An error that is not about memory comes first: a smaller batch would not help against it
+    rank, _, _, text = min(failed, key=lambda outcome: outcome[2])
     where = f" (rank {rank})" if len(found) > 1 else ""
-    return Failure(text + where, all(is_memory for _, (_, is_memory, _) in failed))
+    return Failure(text + where, all(is_memory for _, _, is_memory, _ in failed))
 
 
 def draw_seed(seed: int, problem: int, chunk: int) -> int:
-    """The seed from which part `chunk` of the samples of `problem` is drawn, in 0 .. 2**32 - 1.
+    """Return the seed, in 0 .. 2**32 - 1, from which part `chunk` of the samples of `problem` is drawn.
 
-    Seeds beside each other would not do: vLLM gives the i-th sample of a request the request's seed plus i. The first
-    piece has the run's own seed.
+    Neighbouring seeds would not do: vLLM gives the i-th sample of a request the request's seed plus i. The first piece
+    has the run's own seed.
     """
     if (problem, chunk) == (0, 0):
         return seed

@@ -1,15 +1,14 @@
 """Samples by transformers' `generate`, with the entropy, log-probability and end probability of every token.
 
-All of a sharded model's weights are gathered first, so that no rank waits for another while it decodes. One that runs
-out of memory is answered on every rank by the same smaller batch.
+All weights of a sharded model are gathered first, so that no rank waits for another while it decodes. When one rank
+runs out of memory, all ranks try the same smaller batch.
 
-transformers' continuous batching (`generate_batch`) is not used. It would decode ragged lengths faster on a GPU, but
-it takes no logits processor of the caller's, so that neither the exact entropy nor the end probability could be
-recorded, and it decodes in a thread of its own, with a cache that is sized to the GPU memory free at that moment, so
-that neither the draw nor the memory left to the training would be what it is now.
+We do not use transformers' continuous batching (`generate_batch`), although it would decode ragged lengths faster on a
+GPU. It takes no logits processor from the caller, so neither the exact entropy nor the end probability could be
+recorded. It also decodes in a thread of its own and sizes its cache to the GPU memory that is free at that moment, so
+the draw and the memory left to the training would change from run to run.
 """
 
-import gc
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,20 +19,21 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl.models.utils import unwrap_model_for_generation
 
 from ..errors import InputError
-from ..models.tokens import stop_ids
-from .draws import Draw, Request, SamplingFailed, agree, is_out_of_memory
+from ..models.loading import release_memory
+from ..models.tokens import left_pad, stop_ids
+from .draws import Draw, Request, SamplingFailed, failure_on_any_rank, is_out_of_memory
 
 
 class StepRecorder(LogitsProcessor):
-    """Keeps, at each generated position, what the figures need of the next-token distribution at temperature 1.
+    """Records the figures of each next-token distribution at temperature 1.
 
-    Custom processors run before the one of the temperature. Logits that are not finite are recorded as nan and sampled
-    as if all were equal: a draw from nan raises on CPU and kills the process on CUDA.
+    transformers runs custom processors before the temperature's own. Logits that are not finite are recorded as nan
+    and sampled as if all were equal: a draw from nan raises on CPU and kills the process on CUDA.
 
     Attributes:
         entropy: nats, one `[B]` a position.
         eos_prob: probability of the stop tokens together, one `[B]` a position.
-        log_prob: nats, of the token then taken; complete after [`take`] was given the last token.
+        log_prob: nats, of the token then sampled; complete once [`record_sampled`] has the last token.
     """
 
     def __init__(self, stops: list[int]):
@@ -44,7 +44,7 @@ class StepRecorder(LogitsProcessor):
         self._log_probs_BV = None
 
     def __call__(self, input_ids, scores):
-        self.take(input_ids[:, -1])
+        self.record_sampled(input_ids[:, -1])
         log_probs = scores.float().log_softmax(-1)  # nan where a logit is nan or +inf, or all are -inf
         is_broken = log_probs.isnan().any(-1)
         entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
@@ -53,8 +53,8 @@ class StepRecorder(LogitsProcessor):
         self._log_probs_BV = log_probs.masked_fill(is_broken.unsqueeze(-1), torch.nan)
         return scores.masked_fill(is_broken.unsqueeze(-1), 0.0)
 
-    def take(self, tokens: Tensor) -> None:
-        """`tokens` `[B]` were sampled at the last position."""
+    def record_sampled(self, tokens: Tensor) -> None:
+        """Add the log-probability of `tokens` `[B]`, which were sampled at the last position."""
         if self._log_probs_BV is not None:
             self.log_prob.append(self._log_probs_BV.gather(1, tokens.unsqueeze(1)).squeeze(1))
             self._log_probs_BV = None
@@ -63,7 +63,7 @@ class StepRecorder(LogitsProcessor):
 class GenerateEngine:
     """Draws with `model.generate`, `batch_size` completions at once on each process.
 
-    `batch_size` is halved when memory runs out, for this and for all later draws.
+    When memory runs out, `batch_size` is halved for this draw and for all later draws.
     """
 
     name = "generate"
@@ -71,93 +71,81 @@ class GenerateEngine:
     def __init__(self, batch_size: int = 64):
         self.batch_size = batch_size
 
-    def draw(self, model, tokenizer, request: Request) -> list[Draw]:
-        """One draw for each of this rank's prompts times samples, in that order.
-
-        Raises:
-            SamplingFailed: on every rank alike, with what went wrong on the first one that failed.
-        """
+    def draw(self, request: Request) -> list[Draw]:
+        """Draw as [`~aesl_trl.sampling.draws.Engine`] says, with smaller batches until the memory suffices."""
         batch_size = self.batch_size
         while True:
-            drawn, error = self._attempt(model, tokenizer, request, batch_size)
-            failure = agree(error, request.accelerator)
+            drawn, error = _attempt(request, batch_size)
+            failure = failure_on_any_rank(error, request.accelerator)
             if failure is None:
-                self._keep(batch_size, request)
-                return drawn
+                break
             if not failure.is_memory or batch_size == 1:
                 raise SamplingFailed(failure.reason) from error
             drawn = error = None
-            free_memory()
+            release_memory()
             batch_size //= 2
-
-    def _keep(self, batch_size: int, request: Request) -> None:
         if batch_size < self.batch_size:
             request.say(
                 f"out of memory: from here on {batch_size} completions are generated at once on each process, not "
                 f"{self.batch_size}"
             )
         self.batch_size = batch_size
-
-    def _attempt(self, model, tokenizer, request: Request, batch_size: int):
-        """What was drawn, and the error that ended it: caught inside, for TRL's context does not survive one."""
-        drawn, error = [], None
-        try:
-            with unwrapped_whole(model, request) as unwrapped:
-                try:
-                    drawn = _draw_in_batches(unwrapped, tokenizer, request, batch_size)
-                except Exception as caught:
-                    error = caught
-        except Exception as caught:  # the weights could not be gathered
-            error = caught
-        # Without its frames, which hold the tensors that there is no memory for
-        return drawn, error.with_traceback(None) if error is not None and is_out_of_memory(error) else error
+        return drawn
 
 
-def _draw_in_batches(model, tokenizer, request: Request, batch_size: int) -> list[Draw]:
+def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception | None]:
+    """Return (draws, error).
+
+    Errors are caught inside the `with` block, because TRL's context leaves the model unusable when an error passes
+    through it.
+    """
+    drawn, error = [], None
+    try:
+        with unwrapped_whole(request) as model:
+            try:
+                drawn = _draw_in_batches(model, request, batch_size)
+            except Exception as caught:
+                error = caught
+    except Exception as caught:  # the weights could not be gathered
+        error = caught
+    # Without its frames, which hold the tensors that there is no memory for
+    return drawn, error.with_traceback(None) if error is not None and is_out_of_memory(error) else error
+
+
+def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
     torch.manual_seed(request.seed * 1_000_003 + request.rank)
-    generation_config = _generation_config(tokenizer, model, request)
-    prompts = [prompt for prompt in request.prompts for _ in range(request.samples)]
-    drawn = []
-    for start in range(0, len(prompts), batch_size):
-        drawn += _generate(model, tokenizer, prompts[start : start + batch_size], generation_config)
-    return drawn
-
-
-def _generation_config(tokenizer, model, request: Request) -> GenerationConfig:
-    return GenerationConfig(
+    tokenizer, prompts = request.tokenizer, request.prompt_of_each_sample
+    generation_config = GenerationConfig(
         do_sample=True,
-        temperature=request.temperature,
+        temperature=request.settings.temperature,
         # Said in full, as GRPOTrainer does: what is None here would come from the model's own generation config
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=request.settings.max_new_tokens,
         eos_token_id=stop_ids(tokenizer, model),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
+    drawn = []
+    for start in range(0, len(prompts), batch_size):
+        drawn += _generate(model, prompts[start : start + batch_size], generation_config)
+    return drawn
 
 
-def _padded(prompts: list[list[int]], pad: int, device) -> dict[str, Tensor]:
-    """Token ids and mask, padded on the left. Not `tokenizer.pad`: Llama's tokenizers have no padding token."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def _generate(model, tokenizer, prompts: list[list[int]], generation_config: GenerationConfig) -> list[Draw]:
-    """One sample for each prompt."""
-    inputs = _padded(prompts, generation_config.pad_token_id, model.device)
+def _generate(model, prompts: list[list[int]], generation_config: GenerationConfig) -> list[Draw]:
+    """Draw one sample for each prompt."""
+    input_ids, attention_mask = left_pad(prompts, generation_config.pad_token_id, model.device)
     stops = generation_config.eos_token_id
     recorder = StepRecorder(stops)
     sequences = model.generate(
-        **inputs,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         generation_config=generation_config,
         logits_processor=LogitsProcessorList([recorder]),
         synced_gpus=False,  # every rank has whole weights, and its own number of batches
     )
-    recorder.take(sequences[:, -1])
-    completions_BT = sequences[:, inputs["input_ids"].size(1) :]
+    recorder.record_sampled(sequences[:, -1])
+    completions_BT = sequences[:, input_ids.size(1) :]
     is_stop = torch.isin(completions_BT, torch.tensor(stops, device=completions_BT.device))
     stopped = is_stop.any(1)
     lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, completions_BT.size(1))
@@ -176,8 +164,8 @@ def _generate(model, tokenizer, prompts: list[list[int]], generation_config: Gen
         torch.where(stopped, last, eos_prob.amax(1)),
     )
     return [
-        Draw(ids[:length], ended, nats, neg_log_prob, end)
-        for ids, length, ended, nats, neg_log_prob, end in zip(
+        Draw(ids[:length], *figures)
+        for ids, length, *figures in zip(
             completions_BT.tolist(), *(column.tolist() for column in columns), strict=True
         )
     ]
@@ -187,9 +175,10 @@ def _generate(model, tokenizer, prompts: list[list[int]], generation_config: Gen
 
 
 @contextmanager
-def unwrapped_whole(model, request: Request):
-    """The model without its distributed wrapper, all weights gathered, and with its gradient checkpointing off."""
-    if request.accelerator is None:
+def unwrapped_whole(request: Request):
+    """Yield the model without its distributed wrapper, all weights gathered, its gradient checkpointing off."""
+    model, accelerator = request.model, request.accelerator
+    if accelerator is None:
         yield model
         return
     if any(isinstance(module, FSDP1) for module in model.modules()):
@@ -197,28 +186,28 @@ def unwrapped_whole(model, request: Request):
             "FSDP1 cannot sample while each rank has its own number of prompts: set fsdp_config to version 2, or "
             "diversity_backend to a vLLM backend"
         )
-    bare = request.accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model)
     checkpointing = bare.is_gradient_checkpointing
     with ExitStack() as stack:
         stack.callback(_restore_checkpointing, bare, checkpointing, request.gradient_checkpointing_kwargs)
         stack.enter_context(unsharded(bare))
         stack.enter_context(_without_forward_check(model))
-        unwrapped = stack.enter_context(unwrap_model_for_generation(model, request.accelerator))
-        stack.callback(unmark, bare)
+        unwrapped = stack.enter_context(unwrap_model_for_generation(model, accelerator))
+        stack.callback(release_parameters, bare)
         yield unwrapped
 
 
-def unmark(model) -> None:
-    """Let ZeRO-3 take weights back: a forward pass without a backward one leaves them marked as in use."""
+def release_parameters(model) -> None:
+    """Let ZeRO-3 take weights back: a forward pass without a backward pass leaves them marked as in use."""
     for parameter in model.parameters():
         getattr(parameter, "ds_active_sub_modules", set()).clear()
 
 
 @contextmanager
 def _without_forward_check(engine):
-    """Without the hook by which ZeRO-3 compares, at the start of a forward pass, what its ranks have run so far.
+    """Take off the hook by which ZeRO-3 compares, at the start of a forward pass, what its ranks have run so far.
 
-    TRL takes off the others; in this one a rank would wait for another that has failed, or has nothing to decode.
+    TRL takes off the other hooks. In this hook a rank would wait for a rank that failed or has nothing to decode.
     """
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if getattr(offload, "fwd_pre_hook", None) is None:
@@ -235,16 +224,19 @@ def _without_forward_check(engine):
 
 
 def _restore_checkpointing(model, was_on: bool, kwargs: dict | None) -> None:
-    """TRL turns it on again with defaults (it takes the arguments itself from 1.16 on), and not after an error."""
+    """Turn gradient checkpointing on again with its arguments.
+
+    TRL uses defaults (up to 1.15), and does not turn it on at all after an error.
+    """
     if was_on and (kwargs or not model.is_gradient_checkpointing):
         model.gradient_checkpointing_enable(kwargs)
 
 
 @contextmanager
 def unsharded(model):
-    """All units of an FSDP2 model whole until the end of the block, as TRL does with ZeRO-3; other models as they are.
+    """Keep all units of an FSDP2 model whole inside the block, as TRL does with ZeRO-3; leave other models alone.
 
-    Decoding would else gather every layer for every token, and wait for the rank with the longest samples.
+    Otherwise decoding would gather every layer for every token, and wait for the rank with the longest samples.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:
@@ -265,10 +257,3 @@ def unsharded(model):
             group.post_forward_mesh_info = mesh_info
         for unit in units:
             unit.reshard()
-
-
-def free_memory() -> None:
-    """Give back what the allocator keeps: the training has other sizes to find room for."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()

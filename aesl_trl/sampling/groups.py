@@ -1,25 +1,26 @@
-"""Completions from the model under training: prompts in, groups of samples out, the training left as it was.
+"""Groups of samples of any engine: prompts in, completions out, a training left as it was.
 
 Random states, train mode, gradient checkpointing and the tokenizer's padding side are restored, also when the draw
-fails. All samples of a prompt are drawn on one process; the draw depends on the seed and the prompt's index, not on
-what the training has drawn. The engines that draw are generate.py and vllm_synced.py.
+fails. The draw depends on the seed and the prompts' order, not on what the training has drawn.
 """
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from ..diversity.figures import Group
-from .draws import Draw, share
-from .generate import GenerateEngine, free_memory
+from ..models.loading import release_memory
+from ..models.tokens import prompt_ids
+from .draws import Draw, Engine, Piece, SamplingSettings, split_over_ranks
+from .generate import GenerateEngine
 
 
 @contextmanager
 def preserved_random_state():
-    """Python's, NumPy's and torch's random states (CPU and accelerator) after the block are those before it."""
+    """Restore the random states of Python, NumPy and torch (CPU and accelerator) at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -31,26 +32,19 @@ def preserved_random_state():
 
 
 @contextmanager
-def _evaluation(model, tokenizer):
-    """Eval mode and left padding inside, the former state of every module outside."""
+def _undisturbed(model, tokenizer):
+    """Turn on eval mode and left padding inside the block; restore them and the random states at its end."""
     training = {module: module.training for module in model.modules()}
     padding_side = tokenizer.padding_side
-    tokenizer.padding_side = "left"
-    model.eval()
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = padding_side
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _prompt_ids(processing_class, tokenizer, prompt) -> list[int]:
-    """As TRL does: text with the tokenizer's special tokens, messages with those of the template alone."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    with preserved_random_state():
+        try:
+            tokenizer.padding_side = "left"
+            model.eval()
+            yield
+        finally:
+            tokenizer.padding_side = padding_side
+            for module, mode in training.items():
+                module.training = mode
 
 
 @torch.no_grad()
@@ -58,56 +52,48 @@ def sample_groups(
     model,
     processing_class,
     rows: list[dict],
+    settings: SamplingSettings,
     *,
-    samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    seed: int = 0,
+    engine: Engine | None = None,
+    piece: Piece | None = None,
     accelerator=None,
     gradient_checkpointing_kwargs: dict | None = None,
-    engine=None,
 ) -> list[Group]:
-    """Sample `samples` completions of each row's prompt.
+    """Sample completions of each row's prompt, and return one group a row, without rewards, on every process.
 
     Args:
-        model: the model, wrapped or not; with an `accelerator` it is unwrapped as TRL does (ZeRO-3 and FSDP2 gather
-            their weights).
+        model: the model, wrapped or not; None for an engine that holds its model elsewhere. With an `accelerator` it
+            is unwrapped as TRL does (ZeRO-3 and FSDP2 gather their weights).
         rows: dicts with a `"prompt"`, a string or a list of messages.
-        samples: completions of each prompt.
-        temperature: positive; what is recorded of the distribution is that of the model at temperature 1.
-        max_new_tokens: length at which a sample is cut off.
-        batch_size: completions generated at once on each process; smaller ones are tried when memory runs out.
-        seed: of the draw, which is the same for each call with the same weights, batch size and number of processes.
-        accelerator: splits the prompts over its processes; the result, in the order of `rows`, is on each of them.
-        gradient_checkpointing_kwargs: with which gradient checkpointing is turned on again, where it was on.
-        engine: what draws, by default a [`~aesl_trl.sampling.generate.GenerateEngine`] of `batch_size`.
-
-    Returns:
-        One [`~aesl_trl.diversity.figures.Group`] a row, without rewards.
+        engine: what draws; by default a [`~aesl_trl.sampling.generate.GenerateEngine`].
+        piece: the part of all samples that `rows` are; by default all of them.
+        accelerator: splits the prompts over its processes.
+        gradient_checkpointing_kwargs: how gradient checkpointing is turned on again, where it was on.
 
     Raises:
         SamplingFailed: nothing could be drawn; on every process alike.
         InputError: FSDP1, or what an engine refuses.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    engine = engine or GenerateEngine(batch_size)
-    request = share(
-        [_prompt_ids(processing_class, tokenizer, row["prompt"]) for row in rows],
+    engine = engine or GenerateEngine(settings.batch_size)
+    piece = piece or Piece(0, len(rows), 0, settings.samples)
+    request = split_over_ranks(
+        [prompt_ids(processing_class, row["prompt"]) for row in rows],
         accelerator,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
+        settings=settings,
+        piece=piece,
+        model=model,
+        tokenizer=tokenizer,
+        is_chat=isinstance(rows[0]["prompt"], list),
         gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
     )
-    with preserved_random_state(), _evaluation(model, tokenizer):
+    with nullcontext() if model is None else _undisturbed(model, tokenizer):
         try:
-            drawn = engine.draw(model, tokenizer, request)
+            drawn = engine.draw(request)
         finally:
-            free_memory()
+            release_memory()  # the training has other sizes to find room for
     groups = [
-        (index, _group(rows[index]["prompt"], drawn[place * samples : (place + 1) * samples], tokenizer))
+        (index, _group(rows[index]["prompt"], drawn[place * piece.samples : (place + 1) * piece.samples], tokenizer))
         for place, index in enumerate(request.indices)
     ]
     if accelerator is not None and accelerator.num_processes > 1:
@@ -118,11 +104,13 @@ def sample_groups(
 def _group(prompt, drawn: list[Draw], tokenizer) -> Group:
     return Group(
         prompt=prompt,
-        completions=[tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in drawn],
+        completions=[
+            tokenizer.decode(sample.ids, skip_special_tokens=True) if sample.text is None else sample.text
+            for sample in drawn
+        ],
         num_tokens=[len(sample.ids) for sample in drawn],
         truncated=[not sample.stopped for sample in drawn],
         entropy=[sample.entropy for sample in drawn],
-        rewards=None,
         neg_log_prob=[sample.neg_log_prob for sample in drawn],
         eos_prob=[sample.eos_prob for sample in drawn],
     )

@@ -1,13 +1,13 @@
-"""Samples by vLLM, through TRL's `VLLMGeneration`: its engine, its weight syncing, its sleep mode.
+"""Samples of a model under training by vLLM, through TRL's `VLLMGeneration`: its engine, weight syncing, sleep mode.
 
-TRL brings the weights over, of FSDP2, of ZeRO-3 and of adapters, which it merges into the base for it and takes out
-again; in bf16 that changes the base by rounding, and an error in between leaves the adapters merged. Both are undone
-here: the training goes on with the bits that it had.
+TRL brings the weights over, also those of FSDP2, of ZeRO-3 and of adapters. It merges adapters into the base for that
+and takes them out again. In bf16 that changes the base by rounding, and an error in between leaves adapters merged. We
+undo both, so that the training goes on with the bits that it had.
 
-Seeds: a colocated engine runs in this process and draws from its random states, which are seeded for each rank and
-restored after. A server gets a seed with each request. One seed for all prompts of a call, which is what
-`generation_kwargs` could carry, would give sample i of every prompt the same noise, so that prompts were not
-independent and the intervals over them too narrow.
+Seeds: a colocated engine runs in this process and draws from its random states, which we seed for each rank and
+restore. A server gets a seed with each request. `generation_kwargs` could carry only one seed for all prompts of a
+call. Sample i of every prompt would then have the same noise: prompts would not be independent, and the intervals over
+them too narrow.
 
 Not handled: a rank that fails inside TRL's syncing of *sharded* weights, with the others in the same gather, is ended
 by the process group's own timeout. An engine that could not be started is not tried again.
@@ -17,7 +17,6 @@ import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,10 +27,11 @@ from torch.distributed.tensor import DTensor
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..models.loading import release_memory
 from ..models.tokens import stop_ids
 from .backends import VLLMSettings
-from .draws import Draw, Request, SamplingFailed, agree, is_out_of_memory
-from .generate import free_memory, unmark
+from .draws import Draw, Request, SamplingFailed, failure_on_any_rank, is_out_of_memory
+from .generate import release_parameters
 from .rescoring import rescore
 
 
@@ -40,14 +40,13 @@ MAX_NUM_SEQS = 256  # of a colocated engine at once: its memory does not depend 
 
 
 class SyncedVLLM:
-    """Draws with vLLM, started at the first draw.
+    """Draws with a vLLM that is started at the first draw and gets the model's weights before each draw.
 
     Out of memory is not answered by a smaller batch: a colocated engine takes its memory in advance
     (`gpu_memory_utilization`), whatever the number of prompts.
 
     Args:
         name: `"vllm_colocate"` or `"vllm_server"`.
-        settings: of the engine.
         rescore_batch_size: samples scored at once where the entropy needs it, see
             [`~aesl_trl.sampling.rescoring.rescore`].
     """
@@ -61,100 +60,94 @@ class SyncedVLLM:
         self.generation: VLLMGeneration | None = None
         self._broken: str | None = None  # why it could not be started
 
-    def draw(self, model, tokenizer, request: Request) -> list[Draw]:
-        """One draw for each of this rank's prompts times samples, in that order.
+    def draw(self, request: Request) -> list[Draw]:
+        """Draw as [`~aesl_trl.sampling.draws.Engine`] says.
 
-        At temperature 1 `neg_log_prob` is known and `entropy` is not; at another one the samples are scored by the
-        model itself, which gives both.
-
-        Raises:
-            SamplingFailed: on every rank alike.
+        At temperature 1 `neg_log_prob` is known and `entropy` is not. At another temperature the model itself scores
+        the samples, which gives both.
         """
         if self._broken:
             raise SamplingFailed(self._broken)
-        bare = request.accelerator.unwrap_model(model)
+        bare = request.accelerator.unwrap_model(request.model)
         if self.generation is None:
-            self._start(bare, tokenizer, request)
+            self._start(bare, request)
         self.generation.model = bare
         # Each step ends in an agreement: a rank must not be in the next step's collective while another has failed
         if self.name == "vllm_server":
-            self._together(request, self._check_server, request)  # gone? before ranks gather weights for it
-        self._together(request, self._sync, bare)
+            self._on_all_ranks(request, self._check_server, request)  # gone? before ranks gather weights for it
+        self._on_all_ranks(request, self._sync, bare)
         answers = self._from_server(request) if self.name == "vllm_server" else self._colocated(request)
-        stops = set(stop_ids(tokenizer, bare))
-        drawn = self._together(request, _as_draws, answers, stops, request.temperature)
-        if request.temperature != 1.0:
-            drawn = self._together(request, self._rescore, model, bare, tokenizer, drawn, request)
+        temperature, stops = request.settings.temperature, set(stop_ids(request.tokenizer, bare))
+        drawn = self._on_all_ranks(request, _as_draws, answers, stops, temperature)
+        if temperature != 1.0:
+            drawn = self._on_all_ranks(request, self._rescore, bare, drawn, request)
         return drawn
 
-    def _together(self, request: Request, function, *args):
-        """What `function` returns, or [`SamplingFailed`] on all ranks where it failed on one."""
+    def _on_all_ranks(self, request: Request, function, *args, **kwargs):
+        """Return the result of `function`, or raise [`SamplingFailed`] on all ranks where it failed on one."""
         result = error = None
         try:
-            result = function(*args)
+            result = function(*args, **kwargs)
         except Exception as caught:
             error = caught.with_traceback(None) if is_out_of_memory(caught) else caught
-        failure = agree(error, request.accelerator)
+        failure = failure_on_any_rank(error, request.accelerator)
         if failure is None:
             return result
-        self._rest()
+        generation = self.generation
+        if self.name == "vllm_colocate" and generation.enable_sleep_mode:
+            # The training needs the engine's memory; it may be asleep already, or beyond sleeping
+            with suppress(Exception):
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+        release_memory()
         hint = "; lower vllm_gpu_memory_utilization" if failure.is_memory and self.name == "vllm_colocate" else ""
         raise SamplingFailed(failure.reason + hint) from error
 
-    def _rest(self) -> None:
-        """Let a colocated engine give its memory back after an error; the training needs it."""
-        generation = self.generation
-        if generation is not None and self.name == "vllm_colocate" and generation.enable_sleep_mode:
-            with suppress(Exception):  # it may be asleep, or beyond sleeping
-                generation.llm.sleep(level=2)
-                generation._llm_weights_sleeping = True
-        free_memory()
-
     # ---- Starting
 
-    def _start(self, bare, tokenizer, request: Request) -> None:
+    def _start(self, bare, request: Request) -> None:
         request.say(f"aesl_trl: starting {self.name} for the diversity samples")
         error = None
         try:
-            self.generation = VLLMGeneration(**self._arguments(bare, tokenizer, request))
+            self.generation = VLLMGeneration(**self._arguments(bare, request))
         except Exception as caught:
             error = caught.with_traceback(None) if is_out_of_memory(caught) else caught
             # The constructor ends with a barrier, where ranks that succeeded are waiting for this one
             request.accelerator.wait_for_everyone()
-        failure = agree(error, request.accelerator)
+        failure = failure_on_any_rank(error, request.accelerator)
         if failure is not None:
             self.generation = None
             self._broken = f"{self.name} could not be started: {failure.reason}"
-            free_memory()
+            release_memory()
             raise SamplingFailed(self._broken) from error
 
-    def _arguments(self, bare, tokenizer, request: Request) -> dict:
-        """Of `VLLMGeneration`, by name; what is not here is TRL's default."""
-        settings = self.settings
-        limit = getattr(bare.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    def _arguments(self, bare, request: Request) -> dict:
+        """Return the arguments of `VLLMGeneration` by name; TRL's defaults fill in the others."""
+        settings, max_new_tokens = self.settings, request.settings.max_new_tokens
         arguments = {
             "model": bare,
             "accelerator": request.accelerator,
-            "processing_class": tokenizer,
-            "temperature": request.temperature,
+            "processing_class": request.tokenizer,
+            "temperature": request.settings.temperature,
             # Said in full: what an engine is not told comes from the model's generation config
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "max_completion_length": request.max_new_tokens,
+            "max_completion_length": max_new_tokens,
             "logprobs": 0,  # of the sampled token alone
-            "generation_kwargs": {"stop_token_ids": stop_ids(tokenizer, bare)},
+            "generation_kwargs": {"stop_token_ids": stop_ids(request.tokenizer, bare)},
         }
         if self.name == "vllm_server":
             address = {"server_base_url": settings.server, "group_port": settings.group_port}
             return {**arguments, **address, "mode": "server", "server_timeout": settings.server_timeout}
+        limit = getattr(bare.config.get_text_config(), "max_position_embeddings", None) or math.inf
         return {
             **arguments,
             "mode": "colocate",
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enable_sleep_mode": settings.enable_sleep_mode,
-            "max_model_length": int(min(request.longest + request.max_new_tokens, limit)),
+            "max_model_length": int(min(request.longest + max_new_tokens, limit)),
             "max_num_seqs": MAX_NUM_SEQS,
         }
 
@@ -165,29 +158,29 @@ class SyncedVLLM:
             self.generation.vllm_client.check_server()
 
     def _sync(self, bare) -> None:
-        unmark(bare)
+        release_parameters(bare)
         with preserved_base(bare):
             self.generation.sync_weights()
 
     def _colocated(self, request: Request) -> list[tuple]:
-        """(token ids, log-probabilities) of each sample."""
+        """Return (token ids, log-probabilities) of each sample."""
         seed = request.seed * 1_000_003 + request.rank
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         # A rank without prompts takes part with one that is thrown away
-        prompts = [prompt for prompt in request.prompts for _ in range(request.samples)] or [[0]]
-        _, completion_ids, logprobs, _ = self._together(
-            request, partial(self.generation.generate, prompts=prompts, images=None, num_generations=request.samples)
+        prompts = request.prompt_of_each_sample or [[0]]
+        _, completion_ids, logprobs, _ = self._on_all_ranks(
+            request, self.generation.generate, prompts=prompts, images=None, num_generations=request.piece.samples
         )
         answers = list(zip(completion_ids, logprobs, strict=True))
-        return answers[: len(request.prompts) * request.samples]
+        return answers[: len(request.prompt_of_each_sample)]
 
     def _from_server(self, request: Request) -> list[tuple]:
-        """The same; the first rank asks for the prompts of all ranks and hands them out."""
+        """Return the same; the first rank asks for the prompts of all ranks and hands the answers out."""
         accelerator, own = request.accelerator, list(zip(request.indices, request.prompts, strict=True))
-        everyones = gather_object(own) if accelerator.num_processes > 1 else own
-        answers = self._together(request, self._ask_all, everyones, request)
+        of_all_ranks = gather_object(own) if accelerator.num_processes > 1 else own
+        answers = self._on_all_ranks(request, self._ask_all, of_all_ranks, request)
         if accelerator.num_processes > 1:
             answers = broadcast_object_list([answers])[0]
         return [sample for index in request.indices for sample in answers[index]]
@@ -200,12 +193,12 @@ class SyncedVLLM:
             return {index: answer for (index, _), answer in zip(prompts, answers, strict=True)}
 
     def _ask(self, index: int, prompt: list[int], request: Request) -> list[tuple]:
-        generation = self.generation
+        generation, samples = self.generation, request.piece.samples
         # vLLM gives sample i of a request the seed + i
-        seed = (request.seed * 1_000_003 + index * request.samples) % 2**31
+        seed = (request.seed * 1_000_003 + index * samples) % 2**31
         output = generation.vllm_client.generate(
             prompts=[prompt],
-            n=request.samples,
+            n=samples,
             repetition_penalty=generation.repetition_penalty,
             temperature=generation.temperature,
             top_p=generation.top_p,
@@ -219,28 +212,31 @@ class SyncedVLLM:
 
     # ---- Scoring
 
-    def _rescore(self, model, bare, tokenizer, drawn: list[Draw], request: Request) -> list[Draw]:
-        """Through the wrapper where it shards: its forward gathers the weights, on all ranks as often."""
+    def _rescore(self, bare, drawn: list[Draw], request: Request) -> list[Draw]:
+        """Score the samples, through the wrapper where it shards: its forward gathers the weights on all ranks."""
         accelerator, size = request.accelerator, self.rescore_batch_size
         sharded = DistributedBackend(accelerator).is_zero3 or isinstance(bare, FSDPModule)
-        prompts = [prompt for prompt in request.prompts for _ in range(request.samples)]
         most = -(-request.num_prompts // accelerator.num_processes) if sharded else len(request.prompts)
+        prompts = request.prompt_of_each_sample
         if not drawn and sharded:  # takes part with a sample that is thrown away
             drawn, prompts = [Draw([0], False, None, None, None)], [[0]]
         scored = rescore(
-            model if sharded else bare,
+            request.model if sharded else bare,
             prompts,
             drawn,
             batch_size=size,
-            num_batches=-(-most * request.samples // size),
-            pad_id=tokenizer.eos_token_id,
+            num_batches=-(-most * request.piece.samples // size),
+            pad_id=request.tokenizer.eos_token_id,
             device=accelerator.device,
         )
-        return scored[: len(request.prompts) * request.samples]
+        return scored[: len(request.prompt_of_each_sample)]
 
 
 def _as_draws(answers: list[tuple], stops: set[int], temperature: float) -> list[Draw]:
-    """vLLM's log-probabilities are of the temperature of the sampling: taken only where that is 1."""
+    """Turn vLLM's answers into draws.
+
+    vLLM's log-probabilities are those at the temperature of the sampling, so we use them only where that is 1.
+    """
     drawn = []
     for ids, logprobs in answers:
         if not ids:
@@ -257,10 +253,10 @@ def _as_draws(answers: list[tuple], stops: set[int], temperature: float) -> list
 
 @contextmanager
 def preserved_base(model):
-    """The weights under adapters, and the adapters' state, are after the block what they were before it, bit for bit.
+    """Restore, bit for bit, the weights under adapters and the adapters' state at the end of the block.
 
-    Copies lie in the machine's memory, not the GPU's. Under ZeRO-3 merging is done in gathered copies, which are
-    dropped: there the weights are empty here, and only the state is put back.
+    Copies lie in the machine's memory, not the GPU's. ZeRO-3 merges in gathered copies, which are dropped: its weights
+    are empty here, and only the adapters' state is put back.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     kept = [
@@ -283,5 +279,6 @@ def preserved_base(model):
 
 
 def _local(parameter):
+    """Return this rank's part of a parameter."""
     tensor = parameter.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,7 @@
-"""The callbacks: they only wire. Sampling, metrics, the turning point and the selection live in files of their own."""
+"""The callbacks. They only wire: sampling, figures, the turning point, candidates and the selection live elsewhere."""
 
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +10,16 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
 from .. import files
+from ..arguments import check_bound, check_choice
 from ..data.prompts import prompt_rows
-from ..diversity.selection import EVAL_METRICS, METRICS, RULES, select_run
-from ..diversity.series import NOT_FIGURES
-from ..diversity.turning_point import find_turning_point
-from ..errors import InputError, nearest
+from ..diversity.selection import RULES, select_run
+from ..diversity.series import NOT_FIGURES, turning_point_of
+from ..errors import InputError
 from ..losses.rules import TOKEN_RULES
 from ..provenance import package_versions
-from ..sampling.backends import TRAINING_BACKENDS
-from .measurement import Measurement
+from ..sampling.backends import VLLMSettings
+from .candidates import Candidates
+from .measurement import Measurement, MeasurementSettings
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less
@@ -28,12 +28,12 @@ FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how
 class DiversityCallback(TrainerCallback):
     """
     Measures the diversity of the model's own samples during SFT, finds its turning point, keeps candidates and selects
-    one.
+    one of them.
 
-    Before step 1 and every `steps` steps, completions of a fixed set of held-out prompts are sampled. Each measurement
-    adds a line to `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through
-    `Trainer.log` as `diversity/...`. The training itself is left bit for bit as it would be without it. These are the
-    model's own samples: TRL's `entropy` is that of the demonstrations under teacher forcing, which can fall while
+    Before step 1 and every `steps` steps the model completes a fixed set of held-out prompts. Each measurement adds a
+    line to `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through
+    `Trainer.log` as `diversity/...`. The training stays bit for bit as it would be without measurements. The samples
+    are the model's own: TRL's `entropy` is that of the demonstrations under teacher forcing, which can fall while
     diversity rises.
 
     Args:
@@ -42,7 +42,7 @@ class DiversityCallback(TrainerCallback):
             need.
         steps (`int`): optimizer steps between measurements, at least 1.
         samples (`int`): completions of each prompt, at least 2.
-        temperature (`float`): of the sampling, positive.
+        temperature (`float`): sampling temperature, positive.
         max_new_tokens (`int`): length at which a sample is cut off.
         reward_funcs (`list[Callable]`, *optional*): as for GRPOTrainer; the first one giving at least 1 makes a sample
             right.
@@ -51,8 +51,8 @@ class DiversityCallback(TrainerCallback):
         patience (`int`): measurements that must confirm the fall.
         stop (`bool`): end the training at the turning point.
         batch_size (`int`): completions generated at once on each process.
-        token_budget (`int`, *optional*): completion tokens that a measurement may cost; what is asked for beyond it is
-            made smaller (see measurement.py). 0 is no limit, `None` the backend's default.
+        token_budget (`int`, *optional*): completion tokens that a measurement may cost; a larger measurement is made
+            smaller (see measurement.py). 0 is no limit, `None` the backend's default.
         vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): where vLLM's server is, and what a colocated
             one may take.
         selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are
@@ -85,28 +85,22 @@ class DiversityCallback(TrainerCallback):
         best_eval_metric="eval_nll",
         max_candidates=5,
     ):
-        for name, value, low in (
-            ("steps", steps, 1),
-            ("samples", samples, 2),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("patience", patience, 1),
-            ("batch_size", batch_size, 1),
-            ("token_budget", token_budget or 0, 0),
-            ("max_candidates", max_candidates, 2),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InputError(f"{name} is {value!r}, but must be an integer of at least {low}")
-        if not temperature > 0:
-            raise InputError(f"temperature is {temperature!r}, but must be above 0")
-        for name, value, choices in (
-            ("backend", backend, TRAINING_BACKENDS),
-            ("metric", metric, METRICS),
-            ("selection", selection, (None, *RULES)),
-            ("best_eval_metric", best_eval_metric, EVAL_METRICS),
-        ):
-            if value not in choices:
-                known = ", ".join(str(choice) for choice in choices)
-                raise InputError(f"{name} is {value!r}, but must be one of {known}{nearest(value, known.split(', '))}")
+        self.settings = MeasurementSettings(
+            steps=steps,
+            samples=samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            backend=backend,
+            metric=metric,
+            patience=patience,
+            batch_size=batch_size,
+            token_budget=token_budget,
+            vllm=vllm or VLLMSettings(),
+        )
+        self.settings.check()
+        check_bound("steps", steps, at_least=1)
+        check_choice("selection", selection, (None, *RULES))
+        self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
         if selection is not None and not _saves_whole_weights(trainer.accelerator.state.deepspeed_plugin):
             raise InputError(
                 "ZeRO-3 would save candidates that nothing can load: set stage3_gather_16bit_weights_on_model_save "
@@ -116,25 +110,9 @@ class DiversityCallback(TrainerCallback):
         rows = held_out_rows(prompts)
         if any(row.get(name) is not None for row in rows for name in ("image", "images")):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
-        self.measurement = Measurement(
-            trainer,
-            rows,
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            reward_funcs=list(reward_funcs or []),
-            backend=backend,
-            batch_size=batch_size,
-            token_budget=token_budget,
-            vllm=vllm,
-        )
-        self.steps = steps
-        self.metric = metric
-        self.patience = patience
+        self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []))
         self.stop = stop
         self.selection = selection
-        self.best_eval_metric = best_eval_metric
-        self.max_candidates = max_candidates
         self.stopped = False  # at the turning point
         self.seconds = 0.0  # wall time spent measuring
         self._began = time.perf_counter()
@@ -149,6 +127,10 @@ class DiversityCallback(TrainerCallback):
     def _folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
 
+    def measures_at(self, step: int, last_step: int) -> bool:
+        """Say whether a measurement is due at the end of `step`."""
+        return step % self.settings.steps == 0 or step == last_step
+
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure the base; on resume forget what was measured after the checkpoint."""
         self._began, self.seconds, self._measured = time.perf_counter(), 0.0, 0
@@ -160,7 +142,7 @@ class DiversityCallback(TrainerCallback):
             self._forget_after(state.global_step)
 
     def _forget_after(self, step: int) -> None:
-        """Drop what a former run in this folder left behind `step`: it would be taken for this run's."""
+        """Drop the files of a former run in this folder behind `step`: they would be taken for this run's."""
         path = self._folder / files.DIVERSITY
         rows = files.read_jsonl(path) if path.exists() and step > 0 else []
         files.write_jsonl(path, [row for row in rows if row["step"] <= step])
@@ -169,28 +151,26 @@ class DiversityCallback(TrainerCallback):
         for samples in (self._folder / files.SAMPLES).glob("step-*.jsonl"):
             if int(samples.stem.removeprefix("step-")) > step:
                 samples.unlink()
-        for candidate in (self._folder / files.CANDIDATES).glob("step-*"):
-            if step == 0 or int(candidate.name.removeprefix("step-")) > step:
-                shutil.rmtree(candidate)
-        for unfinished in (self._folder / files.CANDIDATES).glob(".step-*.tmp"):
-            shutil.rmtree(unfinished)
+        self.candidates.forget_after(step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        """Measure where a measurement is due, keep a candidate, and stop at the turning point if asked to."""
+        if self.measures_at(state.global_step, state.max_steps):
             rows = self._measure(state.global_step)
             if self.selection is not None:
-                self._keep_candidate(state.global_step, rows)
+                self.candidates.keep(state.global_step, rows)
             if self.stop and self._has_turned(rows):
                 self.stopped = control.should_training_stop = True
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Log what measuring took, and select a candidate."""
         trainer = self.trainer
         share = self.seconds / (time.perf_counter() - self._began)
         trainer.log_metrics(
             "diversity", {"diversity_seconds": round(self.seconds, 2), "diversity_time_share": round(share, 4)}
         )
-        if self.selection is None or not (self._folder / files.CANDIDATES).exists():
+        if self.selection is None or not self.candidates.folder.exists():
             return
         trainer.save_state()  # select_run reads log_history from the file
         if self.selection == "readiness":  # the candidates are probed by a process of its own, once this one is gone
@@ -202,17 +182,17 @@ class DiversityCallback(TrainerCallback):
             chosen = select_run(
                 self._folder,
                 rule=self.selection,
-                metric=self.metric,
-                patience=self.patience,
-                best_eval_metric=self.best_eval_metric,
+                metric=self.settings.metric,
+                patience=self.settings.patience,
+                best_eval_metric=self.candidates.best_eval_metric,
             )
             print(f"aesl_trl: selected step {chosen['step']} ({chosen['reason']})")
         trainer.accelerator.wait_for_everyone()
 
     def _measure(self, step: int) -> list[dict]:
-        """Measure, write and log; returns the whole series so far, the same on every process."""
+        """Measure, write and log; return the whole series so far, the same on every process."""
         start = time.perf_counter()
-        row, groups = self.measurement.take(step, self._folder)
+        row, groups = self.measurement.measure_step(step, self._folder)
         series = [self._write(row, groups, start)] if self.trainer.accelerator.is_main_process else [None]
         series = broadcast_object_list(series)[0]
         self.seconds += time.perf_counter() - start
@@ -221,6 +201,7 @@ class DiversityCallback(TrainerCallback):
         return series
 
     def _write(self, row: dict, groups: list | None, start: float) -> list[dict]:
+        """Write the row and its samples, and return the rows so far; the measurement began at `start`."""
         if row["step"] == 0:
             self._forget_after(0)
         if groups is not None:
@@ -230,7 +211,7 @@ class DiversityCallback(TrainerCallback):
         row["seconds"] = now - start
         row["time_share"] = (self.seconds + row["seconds"]) / (now - self._began)
         if self._measured == 2 and row["time_share"] > FAIR_SHARE:
-            print(_cost(row["time_share"], self.steps))
+            print(_cost(row["time_share"], self.settings.steps))
         files.append_jsonl(self._folder / files.DIVERSITY, row)
         return files.read_jsonl(self._folder / files.DIVERSITY)
 
@@ -242,54 +223,15 @@ class DiversityCallback(TrainerCallback):
         trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
 
     def _has_turned(self, series: list[dict]) -> bool:
-        found = find_turning_point(
-            [row["step"] for row in series],
-            [row[self.metric] for row in series],
-            mode=METRICS[self.metric],
-            patience=self.patience,
-            by_prompt=[row.get("by_prompt", {}).get(self.metric) for row in series],
-        )
+        found = turning_point_of(series, self.settings.metric, self.settings.patience)
         if found.step is None:
             return False
         self.trainer.accelerator.print(f"aesl_trl: diversity turned at step {found.step} ({found.reason}); stopping")
         return True
 
-    def _keep_candidate(self, step: int, series: list[dict]) -> None:
-        """Save the weights and drop the least promising candidates beyond `max_candidates`."""
-        folder = self._folder / files.CANDIDATES
-        target, saving = folder / f"step-{step}", folder / f".step-{step}.tmp"
-        self.trainer.save_model(str(saving), _internal_call=True)  # an internal call does not push to the hub
-        if self.trainer.args.should_save:
-            (saving / "training_args.bin").unlink(missing_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(saving, target)
-            saved = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
-            for dropped in set(saved) - self._worth_keeping(saved, step, series):
-                shutil.rmtree(folder / f"step-{dropped}")
-        self.trainer.accelerator.wait_for_everyone()
-
-    def _worth_keeping(self, saved: list[int], step: int, series: list[dict]) -> set[int]:
-        """The last, the best by evaluation, and then the most diverse ones."""
-        kept = {step}
-        evaluations = (
-            {row["step"]: -row["eval_nll"] for row in self.trainer.state.log_history if "eval_nll" in row}
-            if self.best_eval_metric == "eval_nll"
-            else {row["step"]: row.get(self.best_eval_metric) for row in series}
-        )
-        evaluated = [one for one in saved if evaluations.get(one) is not None]
-        if evaluated:
-            kept.add(max(evaluated, key=evaluations.get))
-        sign = 1 if METRICS[self.metric] == "max" else -1
-        diversity = {row["step"]: row[self.metric] for row in series if row[self.metric] is not None}
-        ranked = sorted((one for one in saved if one in diversity), key=lambda one: -sign * diversity[one])
-        for one in ranked:
-            if len(kept) < self.max_candidates:
-                kept.add(one)
-        return kept
-
 
 def _cost(share: float, steps: int) -> str:
-    """A line on what monitoring costs with the third measurement; the first one stood before any training."""
+    """Return the line that follows the third measurement; the first measurement stood before any training."""
     needed = math.ceil(steps * share / (1 - share) * (1 - FAIR_SHARE) / FAIR_SHARE)
     return (
         f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {needed} would make it "
@@ -298,20 +240,20 @@ def _cost(share: float, steps: int) -> str:
 
 
 def _saves_whole_weights(deepspeed_plugin) -> bool:
-    """False where DeepSpeed leaves the weights in partitions when the model is saved."""
+    """Say whether weights are saved whole; ZeRO-3 leaves them in partitions unless it is told otherwise."""
     settings = {} if deepspeed_plugin is None else deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     return settings.get("stage") != 3 or bool(settings.get("stage3_gather_16bit_weights_on_model_save"))
 
 
 def held_out_rows(prompts, num: int | None = None) -> list[dict]:
-    """The first `num` rows with a `"prompt"`: of a dataset, of rows, or of bare prompts (strings or message lists)."""
+    """Return the first `num` rows with a `"prompt"`, of a dataset, of rows, or of bare prompts."""
     if isinstance(prompts, list):
         prompts = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
     return prompt_rows(prompts, num, field="diversity_prompts")
 
 
 class RunCallback(TrainerCallback):
-    """Writes `run.json`, what this run is, before the first step, and Trainer's own state after the last."""
+    """Writes `run.json`, the description of the run, before the first step, and Trainer's own state after the last."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -336,21 +278,18 @@ class RunCallback(TrainerCallback):
 
     def _describe(self, args, state) -> dict:
         config = self.trainer.model.config
-        names = (
-            "t_scaling",
-            "min_temperature",
-            "prefix_mode",
-            "diversity_metric",
-            "diversity_patience",
-            "best_eval_metric",
-        )
+        model, quantization = getattr(config, "_name_or_path", None), getattr(config, "quantization_config", None)
+        names = ("t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience")
+        names = (*names, "best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields)
         return {
             "stage": "sft",
             "cold_start_loss": args.cold_start_loss,
-            **{name: getattr(args, name) for name in (*names, *TOKEN_RULES[args.cold_start_loss].fields)},
+            **{name: getattr(args, name) for name in names},
             "selection": args.selection_rule if args.diversity_steps else None,
-            "model": _portable(getattr(config, "_name_or_path", None), args.output_dir),
-            "quantization": _quantization(config),
+            # A hub name stays; a local folder is named relative to the run, so that the record can move with it
+            "model": os.path.relpath(model, args.output_dir) if model and os.path.isdir(model) else model,
+            # The handoff merges into, or continues on, a base that is quantized as it was in training
+            "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
             "model_type": config.model_type,
             "seed": args.seed,
             "num_processes": self.trainer.accelerator.num_processes,
@@ -360,14 +299,3 @@ class RunCallback(TrainerCallback):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "versions": package_versions(),
         }
-
-
-def _portable(model: str | None, folder: str) -> str | None:
-    """A hub name as it is; a local folder relative to the run, so that the record can move with it."""
-    return os.path.relpath(model, folder) if model and os.path.isdir(model) else model
-
-
-def _quantization(config) -> dict | None:
-    """How the base was quantized while it was trained; the handoff merges into, or continues on, the right base."""
-    quantization = getattr(config, "quantization_config", None)
-    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization

@@ -1,16 +1,29 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
-import math
 from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
+from ..arguments import check_bounds
 from ..diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
-from ..errors import InputError, nearest
+from ..errors import InputError
 from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
-from .measurement import Size, fit
+from .measurement import MeasurementSettings, fit
+
+
+# MeasurementSettings bounds the other fields. These are no metadata of theirs: HfArgumentParser, which users of the
+# config may run, hands every key of the metadata to argparse
+BOUNDS = {
+    **dict.fromkeys(("t_scaling", "min_temperature", "psft_clip_high", "eaft_alpha"), {"above": 0}),
+    "weight_threshold": {"above": 0, "below": 1},
+    "gem_beta": {"above": 0, "at_most": 1},
+    "psft_refresh_steps": {"at_least": 1},
+    "eaft_top_k": {"at_least": 2},
+    "diversity_num_prompts": {"at_least": 1},
+    "max_candidates": {"at_least": 2},
+}
 
 
 @dataclass
@@ -184,50 +197,20 @@ class AESLSFTConfig(SFTConfig):
     max_candidates: int = field(default=5, metadata={"help": "Weights-only candidates kept on disk at a time."})
 
     def __post_init__(self):
-        self._check_choice("cold_start_loss", tuple(TOKEN_RULES))
-        for name, choices in (("prefix_mode", PREFIX_MODES), ("aesl_weight", AESL_WEIGHTS), ("gem_h", GEM_H)):
-            self._check_choice(name, choices)
-        self._check_choice("diversity_backend", TRAINING_BACKENDS)
-        self._check_choice("diversity_metric", tuple(METRICS))
-        self._check_choice("best_eval_metric", tuple(EVAL_METRICS))
-        for name in (
-            *("t_scaling", "min_temperature", "weight_threshold", "gem_beta", "psft_clip_high", "eaft_alpha"),
-            "diversity_temperature",
-            *("diversity_vllm_gpu_memory_utilization", "diversity_vllm_server_timeout"),
-        ):
-            self._check_number(name, 0.0, exclusive=True)
-        for name, low in (
-            ("psft_refresh_steps", 1),
-            ("eaft_top_k", 2),
-            ("diversity_steps", 0),
-            ("diversity_num_prompts", 1),
-            ("diversity_samples", 2),
-            ("diversity_max_new_tokens", 1),
-            ("diversity_batch_size", 1),
-            ("diversity_patience", 1),
-            ("max_candidates", 2),
-            ("diversity_vllm_server_port", 1),
-            ("diversity_vllm_group_port", 1),
-            *([] if self.diversity_token_budget is None else [("diversity_token_budget", 0)]),
-        ):
-            self._check_number(name, low, integer=True)
+        check_bounds(self, bounds=BOUNDS)
+        self.measurement.check("diversity_")
         self._check_loss_fields()
-        if self.diversity_vllm_gpu_memory_utilization >= 1:
-            value = self.diversity_vllm_gpu_memory_utilization
-            raise InputError(f"diversity_vllm_gpu_memory_utilization is {value!r}, but must be below 1")
         if self.diversity_steps:
             check_backend(self.diversity_backend, self.diversity_vllm, prefix="diversity_")
-            fit(self.diversity_size, self.diversity_token_budget or None)
+            fit(self.measurement.size(self.diversity_num_prompts), self.diversity_token_budget or None)
+        elif self.selection is not None or self.stop_at_turning_point:
+            name = "selection" if self.selection is not None else "stop_at_turning_point"
+            raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
         if self.loss_type not in ("nll", "chunked_nll"):
             raise InputError(
                 f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss "
                 f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
             )
-        if self.diversity_steps == 0 and (self.selection is not None or self.stop_at_turning_point):
-            name = "selection" if self.selection is not None else "stop_at_turning_point"
-            raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
-        if self.selection is not None:
-            self._check_choice("selection", RULES)
         if (self.metric_for_best_model or "").endswith("nll"):
             # Trainer takes every metric whose name does not end in "loss" for a score, and would keep the worst model
             self.greater_is_better = False
@@ -239,9 +222,11 @@ class AESLSFTConfig(SFTConfig):
         return self.selection or default_rule(self.cold_start_loss)
 
     @property
-    def diversity_size(self) -> Size:
-        """The size of a measurement, as asked for."""
-        return Size(self.diversity_num_prompts, self.diversity_samples, self.diversity_max_new_tokens)
+    def measurement(self) -> MeasurementSettings:
+        """The fields `diversity_...` by the names that DiversityCallback has for them."""
+        return MeasurementSettings(
+            **{field.name: getattr(self, f"diversity_{field.name}") for field in fields(MeasurementSettings)}
+        )
 
     @property
     def diversity_vllm(self) -> VLLMSettings:
@@ -251,13 +236,7 @@ class AESLSFTConfig(SFTConfig):
         )
 
     def _check_loss_fields(self) -> None:
-        """A field that another loss reads, or that this one does not read as it is set, would be silently ignored."""
-        if self.gem_beta > 1:
-            raise InputError(
-                f"gem_beta is {self.gem_beta}, but must be at most 1 (1 with gem_h linear: nll's gradient)"
-            )
-        if self.weight_threshold >= 1:
-            raise InputError(f"weight_threshold is {self.weight_threshold}, but must be below 1 (1 releases nothing)")
+        """Refuse a field that another loss reads, or that this loss does not read as it is set."""
         read = TOKEN_RULES[self.cold_start_loss].fields
         for loss, row in TOKEN_RULES.items():
             for name in (name for name in row.fields if name not in read):
@@ -274,18 +253,4 @@ class AESLSFTConfig(SFTConfig):
             raise InputError(
                 f"{name} is {value!r}, but {chooser} is {getattr(self, chooser)!r}, which does not read it: set "
                 f"{chooser} to {needed!r}, or leave {name} at {default!r}"
-            )
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}{nearest(value, choices)}")
-
-    def _check_number(self, name: str, low: float, *, exclusive: bool = False, integer: bool = False) -> None:
-        value, kind = getattr(self, name), "an integer" if integer else "a number"
-        types = int if integer else (int, float)
-        right_type = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
-        if not right_type or value < low or (exclusive and value == low):
-            raise InputError(
-                f"{name} is {value!r}, but must be {kind} {'above' if exclusive else 'of at least'} {low}"
             )

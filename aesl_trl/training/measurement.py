@@ -1,32 +1,61 @@
-"""One measurement of a model under training: its size and engine, decided once; samples and a row, each time.
+"""Measures a model under training: its settings, size and engine are decided once; samples and a row come each time.
 
-Writing, logging and deciding are callback.py's.
+callback.py writes, logs and decides.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from accelerate.utils import is_peft_model
+
 from .. import files
+from ..arguments import check_bounds
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from ..diversity.selection import METRICS
 from ..diversity.series import SETTINGS, base_completions, check_settings
 from ..errors import InputError
+from ..losses.scoring import has_fused_head
 from ..rewards.functions import score_groups
-from ..sampling.backends import VLLMSettings, choose_backend
-from ..sampling.draws import SamplingFailed, agree
+from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, choose_backend
+from ..sampling.draws import SamplingFailed, SamplingSettings, failure_on_any_rank
 from ..sampling.generate import GenerateEngine
 from ..sampling.groups import sample_groups
 from ..sampling.vllm_synced import SyncedVLLM
 
 
-# Completion tokens a measurement. Of transformers' generate: 16 prompts x 8 samples x 256 tokens; vLLM decodes 4 times
-# as many tokens in the same time
+# Completion tokens a measurement. For transformers' generate: 16 prompts x 8 samples x 256 tokens; vLLM decodes 4
+# times as many tokens in the same time
 DEFAULT_BUDGETS = {"generate": 32_768, "vllm_colocate": 131_072, "vllm_server": 131_072}
 
-# What gives way, in this order, and down to where. Prompts first: their number alone does not change what a figure
-# means. Below 256 tokens most answers are cut off; below 4 samples there is no pass@4 and self-BLEU is mostly noise
+# Sizes that give way, in this order, and their floors. Prompts come first: their number alone does not change what a
+# figure means. Below 256 tokens most answers are cut off; below 4 samples there is no pass@4 and self-BLEU is noise
 FLOORS = {"num_prompts": 16, "max_new_tokens": 256, "num_samples": 4}
+
+
+@dataclass(frozen=True)
+class MeasurementSettings:
+    """How diversity is measured and its turning point sought; [`~aesl_trl.DiversityCallback`] explains each field."""
+
+    steps: int = field(metadata={"at_least": 0})
+    samples: int = field(metadata={"at_least": 2})
+    temperature: float = field(metadata={"above": 0})
+    max_new_tokens: int = field(metadata={"at_least": 1})
+    backend: str = field(metadata={"choices": TRAINING_BACKENDS})
+    metric: str = field(metadata={"choices": tuple(METRICS)})
+    patience: int = field(metadata={"at_least": 1})
+    batch_size: int = field(metadata={"at_least": 1})
+    token_budget: int | None = field(metadata={"at_least": 0})
+    vllm: VLLMSettings
+
+    def check(self, prefix: str = "") -> None:
+        """Refuse a value out of range; `prefix` opens the settings' names."""
+        check_bounds(self, prefix)
+        check_bounds(self.vllm, f"{prefix}vllm_")
+
+    def size(self, num_prompts: int) -> "Size":
+        """Return the size of a measurement of `num_prompts`, as asked for."""
+        return Size(num_prompts, self.samples, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -39,6 +68,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
+        """Completion tokens that a measurement can cost."""
         return self.num_prompts * self.num_samples * self.max_new_tokens
 
     def __str__(self) -> str:
@@ -47,49 +77,42 @@ class Size:
 
 class Measurement:
     """
-    What is sampled, by what, and what a row says about it.
+    The prompts, the engine and the size of a run's measurements.
 
     Args:
         trainer: whose model is measured.
-        rows: held-out prompts; as many are used as the token budget allows.
-        samples, temperature, max_new_tokens, reward_funcs, backend, batch_size, token_budget, vllm:
-            of [`~aesl_trl.DiversityCallback`].
+        rows: held-out prompts; the first ones are used, as far as the token budget allows.
+        reward_funcs: as for GRPOTrainer.
 
     Raises:
         InputError: a backend that cannot be used here, or a budget below the smallest measurement.
     """
 
-    def __init__(
-        self,
-        trainer,
-        rows: list[dict],
-        *,
-        samples: int,
-        temperature: float,
-        max_new_tokens: int,
-        reward_funcs: list,
-        backend: str,
-        batch_size: int,
-        token_budget: int | None,
-        vllm: VLLMSettings | None,
-    ):
-        vllm = vllm or VLLMSettings()
+    def __init__(self, trainer, rows: list[dict], settings: MeasurementSettings, reward_funcs: list):
         self.trainer = trainer
-        self.temperature = temperature
         self.reward_funcs = reward_funcs
-        self.backend, self._why = choose_backend(backend, vllm, _vllm_obstacle(trainer, temperature))
-        self.engine = (
-            GenerateEngine(batch_size)
-            if self.backend == "generate"
-            else SyncedVLLM(self.backend, vllm, trainer.args.per_device_train_batch_size)
+        self.backend, self._why = choose_backend(
+            settings.backend, settings.vllm, _vllm_obstacle(trainer.model, settings.temperature)
         )
-        self.token_budget = budget_of(self.backend, token_budget)
-        self.asked = Size(len(rows), samples, max_new_tokens)
+        self.engine = (
+            GenerateEngine(settings.batch_size)
+            if self.backend == "generate"
+            else SyncedVLLM(self.backend, settings.vllm, trainer.args.per_device_train_batch_size)
+        )
+        self.token_budget = budget_of(self.backend, settings.token_budget)
+        self.asked = settings.size(len(rows))
         self.size = fit(self.asked, self.token_budget)
         self.rows = rows[: self.size.num_prompts]
+        self.sampling = SamplingSettings(
+            self.size.num_samples,
+            settings.temperature,
+            self.size.max_new_tokens,
+            settings.batch_size,
+            trainer.args.seed,
+        )
 
     def announce(self) -> None:
-        """Say what samples, and what the budget has changed."""
+        """Say which engine samples, and what the budget has changed."""
         say = self.trainer.accelerator.print
         say(f"aesl_trl: diversity samples come from {self.backend} ({self._why})")
         if self.size != self.asked:
@@ -98,35 +121,35 @@ class Measurement:
                 f"measuring {self.size} (set diversity_token_budget, 0 is no limit)"
             )
 
-    def settings(self) -> dict:
-        """What a row says about how it was measured."""
+    def recorded_settings(self) -> dict:
+        """Return what a row says about how it was measured."""
         return {
             "num_prompts": self.size.num_prompts,
             "num_samples": self.size.num_samples,
-            "temperature": self.temperature,
+            "temperature": self.sampling.temperature,
             "max_new_tokens": self.size.max_new_tokens,
             "backend": self.backend,
-            "seed": self.trainer.args.seed,
+            "seed": self.sampling.seed,
             "token_budget": self.token_budget,
             **({"asked": asdict(self.asked)} if self.asked != self.size else {}),
         }
 
     def refuse_other_series(self, folder: Path, step: int) -> None:
-        """A series that is resumed at `step` goes on as it began, or the training does not; on every process alike."""
+        """Refuse, on every process, to resume at `step` a series that was measured with other settings."""
         path, error = folder / files.DIVERSITY, None
         if self.trainer.args.should_save and step > 0 and path.exists():
-            now = {name: value for name, value in self.settings().items() if name in SETTINGS}
+            now = {name: value for name, value in self.recorded_settings().items() if name in SETTINGS}
             before = [row for row in files.read_jsonl(path) if row["step"] <= step]
             try:
                 check_settings([*before, {"step": step, **now}], path)
             except InputError as refused:
                 error = refused
-        agree(error, self.trainer.accelerator)
+        failure_on_any_rank(error, self.trainer.accelerator)
 
-    def take(self, step: int, folder: Path) -> tuple[dict | None, list[Group] | None]:
-        """The row of `step`, without times, and the samples behind it; the row on the first process alone.
+    def measure_step(self, step: int, folder: Path) -> tuple[dict | None, list[Group] | None]:
+        """Return the row of `step`, without times, and its samples; the first process alone gets the row.
 
-        Without samples the row is a gap: figures of nan, and the reason.
+        When nothing could be drawn the row is a gap: figures of nan and the reason, without samples.
         """
         trainer = self.trainer
         try:
@@ -134,13 +157,10 @@ class Measurement:
                 trainer.model_wrapped,
                 trainer.processing_class,
                 self.rows,
-                samples=self.size.num_samples,
-                temperature=self.temperature,
-                max_new_tokens=self.size.max_new_tokens,
-                seed=trainer.args.seed,
+                self.sampling,
+                engine=self.engine,
                 accelerator=trainer.accelerator,
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-                engine=self.engine,
             )
         except SamplingFailed as error:
             return self._row(step, {**dict.fromkeys(METRICS, math.nan), "gap": str(error)}), None
@@ -154,11 +174,11 @@ class Measurement:
     def _row(self, step: int, figures: dict) -> dict:
         if "gap" in figures:
             self.trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {figures['gap']}")
-        return {"step": step, **self.settings(), "batch_size": self.engine.batch_size, **figures}
+        return {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
 
 
 def _figures(groups: list[Group], base: list[list[str]] | None) -> dict:
-    """Figures of the samples; all nan, a gap in the series, where the model's logits were not finite."""
+    """Return the figures of the samples; all are nan, a gap, where the model's logits were not finite."""
     sums = prompt_sums(groups, base_completions=base)
     figures = measure(sums)
     broken = sum(
@@ -176,24 +196,24 @@ def _figures(groups: list[Group], base: list[list[str]] | None) -> dict:
     }
 
 
-def _vllm_obstacle(trainer, temperature: float) -> str | None:
-    """Why vLLM cannot sample from the trainer's model, None where it can."""
-    if getattr(trainer.model, "is_loaded_in_8bit", False):
+def _vllm_obstacle(model, temperature: float) -> str | None:
+    """Return why vLLM cannot sample from the model; None where it can."""
+    if getattr(model, "is_loaded_in_8bit", False):
         return "8-bit weights cannot be brought into vLLM"
-    if not getattr(trainer.model, "name_or_path", None):
+    if not getattr(model, "name_or_path", None):
         return "the model has no name or folder that vLLM could load it from"
-    if temperature != 1.0 and not hasattr(trainer, "create_token_rule"):
+    if temperature != 1.0 and not has_fused_head(model.get_base_model() if is_peft_model(model) else model):
         return f"at temperature {temperature} the entropy needs AESLSFTTrainer's fused head"
     return None
 
 
 def budget_of(backend: str, token_budget: int | None) -> int | None:
-    """The budget in effect: None asks for the backend's default, 0 for no limit (None is returned)."""
+    """Return the budget in effect: None asks for the backend's default, 0 for no limit, which is None here."""
     return DEFAULT_BUDGETS[backend] if token_budget is None else token_budget or None
 
 
 def fit(asked: Size, budget: int | None) -> Size:
-    """`asked`, made smaller until it costs at most `budget` completion tokens.
+    """Return `asked`, made smaller until it costs at most `budget` completion tokens.
 
     Prompts go down to 16, then the length to 256 tokens, then samples to 4, each only as far as needed and never below
     its floor or below what is asked for.

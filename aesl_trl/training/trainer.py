@@ -88,22 +88,14 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
         self._eos_ids = stop_ids(self._tokenizer, self.model)
+        self.diversity_callback = None
         if rows is not None:
             self.diversity_callback = DiversityCallback(
                 self,
                 rows,
-                steps=args.diversity_steps,
-                samples=args.diversity_samples,
-                temperature=args.diversity_temperature,
-                max_new_tokens=args.diversity_max_new_tokens,
+                **vars(args.measurement),
                 reward_funcs=reward_funcs,
-                backend=args.diversity_backend,
-                metric=args.diversity_metric,
-                patience=args.diversity_patience,
                 stop=args.stop_at_turning_point,
-                batch_size=args.diversity_batch_size,
-                token_budget=args.diversity_token_budget,
-                vllm=args.diversity_vllm,
                 selection=args.selection_rule,
                 best_eval_metric=args.best_eval_metric,
                 max_candidates=args.max_candidates,

@@ -377,7 +377,7 @@ def test_selection_stop_and_report_hand_the_prompts_on():
     plain = [{"step": step, "entropy": value} for step, value in enumerate(means(prompts))]
     rows = [row | {"by_prompt": {"entropy": values}} for row, values in zip(plain, prompts, strict=True)]
     trainer = SimpleNamespace(accelerator=SimpleNamespace(print=lambda text: None))
-    callback = SimpleNamespace(metric="entropy", patience=3, trainer=trainer)
+    callback = SimpleNamespace(settings=SimpleNamespace(metric="entropy", patience=3), trainer=trainer)
     for measured, step in ((rows, 1), (plain, None)):
         chosen = select_checkpoint(measured, [], [1, 2, 3, 4], rule="turning_point")
         assert chosen["evidence"]["turning_point"]["entropy"]["step"] == step

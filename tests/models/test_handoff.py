@@ -17,6 +17,7 @@ from aesl_trl.models import handoff
 from aesl_trl.models.handoff import hand_off
 from aesl_trl.models.handoff_checks import check_differences, compare, log_probs
 from aesl_trl.models.loading import load_model
+from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 
 
@@ -27,7 +28,7 @@ IDS = [(list(range(40, 90)), 10), (list(range(3, 40)), 5)]
 
 def make_run(folder: Path, model, tokenizer, *, step: int = 4) -> Path:
     """An SFT folder as training leaves it: selected weights, and samples that these weights gave."""
-    groups = sample_groups(model, tokenizer, PROMPTS, samples=4, temperature=1.0, max_new_tokens=64, seed=0)
+    groups = sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 64))
     model.save_pretrained(folder / "selected")
     tokenizer.save_pretrained(folder / "selected")
     write_json(folder / "selection.json", {"rule": "last", "applied": "last", "step": step, "path": "selected"})

@@ -13,7 +13,7 @@ from tiny_models import build_model
 from aesl_trl.errors import InputError
 from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.sampling import generate as generating
-from aesl_trl.sampling.draws import Draw, SamplingFailed, is_out_of_memory
+from aesl_trl.sampling.draws import Draw, SamplingFailed, SamplingSettings, is_out_of_memory
 from aesl_trl.sampling.generate import GenerateEngine
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.rescoring import rescore
@@ -31,15 +31,15 @@ def stopping_model(tokenizer):
 
 def draw(model, tokenizer, engine=None, **changes):
     settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 12, "seed": 3, **changes}
-    return sample_groups(model, tokenizer, PROMPTS, engine=engine, **settings)
+    return sample_groups(model, tokenizer, PROMPTS, SamplingSettings(**settings), engine=engine)
 
 
 class Ids(GenerateEngine):
     """Keeps the draws, whose tokens a group does not hold."""
 
-    def draw(self, model, tokenizer, request):
-        self.prompts = [prompt for prompt in request.prompts for _ in range(request.samples)]
-        self.drawn = super().draw(model, tokenizer, request)
+    def draw(self, request):
+        self.prompts = request.prompt_of_each_sample
+        self.drawn = super().draw(request)
         return self.drawn
 
 
@@ -92,11 +92,11 @@ def no_memory_beyond(monkeypatch, most, error=torch.OutOfMemoryError):
     """`generate` of more than `most` rows runs out of memory; returns the sizes that were tried."""
     tried, original = [], generating._generate
 
-    def generate(model, tokenizer, prompts, config):
+    def generate(model, prompts, config):
         tried.append(len(prompts))
         if len(prompts) > most:
             raise error("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(model, tokenizer, prompts, config)
+        return original(model, prompts, config)
 
     monkeypatch.setattr(generating, "_generate", generate)
     return tried

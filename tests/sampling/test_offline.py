@@ -16,10 +16,9 @@ import pytest
 from tiny_models import build_tokenizer
 
 from aesl_trl.errors import InputError
-from aesl_trl.evaluation.evaluate import EvalArguments
-from aesl_trl.sampling import offline as vllm_engine
+from aesl_trl.sampling import offline
 from aesl_trl.sampling.backends import choose_engine
-from aesl_trl.sampling.draws import Piece, draw_seed
+from aesl_trl.sampling.draws import Piece, SamplingSettings, draw_seed
 from aesl_trl.sampling.offline import OfflineVLLM
 
 
@@ -41,7 +40,7 @@ def trl_source() -> ast.AST:
 
 
 def test_every_name_is_one_that_trl_uses(trl_source):
-    ours = ast.parse(inspect.getsource(vllm_engine))
+    ours = ast.parse(inspect.getsource(offline))
     imported = {
         alias.name for node in ast.walk(trl_source) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -140,9 +139,9 @@ def vllm(monkeypatch):
 
 
 def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
-    args = EvalArguments(temperature=0.6, max_new_tokens=32, seed=5, max_model_len=128)
-    engine = OfflineVLLM(tiny_model_dir, args)
-    groups = engine.draw([{"prompt": CHAT}, {"prompt": "2+2="}], Piece(3, 2, 1, 3))
+    settings = SamplingSettings(3, temperature=0.6, max_new_tokens=32, seed=5, max_model_len=128)
+    engine = OfflineVLLM(tiny_model_dir, settings)
+    groups = engine.sample([{"prompt": CHAT}, {"prompt": "2+2="}], Piece(3, 2, 1, 3))
     assert [group.prompt for group in groups] == [CHAT, "2+2="]
     for problem, group in zip((3, 4), groups, strict=True):
         assert group.completions == [str(draw_seed(5, problem, 1) + i) for i in range(3)]  # in order again
@@ -159,11 +158,11 @@ def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
     assert (params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (1.0, 0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.5, 1.0]), (0.6, None)])
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.5, 1.0]), (0.6, [None, None])])
 def test_entropy_is_estimated_where_samples_are_the_models_own(vllm, tiny_model_dir, temperature, expected):
-    engine = OfflineVLLM(tiny_model_dir, EvalArguments(temperature=temperature))
-    (group,) = engine.draw([{"prompt": CHAT}], Piece(0, 1, 0, 2))
-    assert group.neg_log_prob == expected and group.entropy == [None, None]
+    engine = OfflineVLLM(tiny_model_dir, SamplingSettings(2, temperature, max_new_tokens=8))
+    (group,) = engine.sample([{"prompt": CHAT}], Piece(0, 1, 0, 2))
+    assert group.neg_log_prob == expected and group.entropy == group.eos_prob == [None, None]
 
 
 def accelerator(num_processes=1, device="cuda"):

@@ -20,7 +20,7 @@ from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.sampling import backends
 from aesl_trl.sampling import vllm_synced as engines
 from aesl_trl.sampling.backends import VLLMSettings, check_backend, choose_backend
-from aesl_trl.sampling.draws import SamplingFailed
+from aesl_trl.sampling.draws import SamplingFailed, SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.vllm_synced import SyncedVLLM, preserved_base
 
@@ -68,7 +68,10 @@ def stopping_model(tokenizer):
 
 def draw(model, tokenizer, engine, **changes):
     settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 8, "seed": 3, **changes}
-    return sample_groups(model, tokenizer, PROMPTS, engine=engine, accelerator=Accelerator(cpu=True), **settings)
+    accelerator = Accelerator(cpu=True)
+    return sample_groups(
+        model, tokenizer, PROMPTS, SamplingSettings(**settings), engine=engine, accelerator=accelerator
+    )
 
 
 def with_logits(model, tokenizer, groups, sampled):

@@ -124,10 +124,10 @@ def inject(patch, fail, stand_in: StandIn) -> None:
     original, calls = generating._generate, []
     if fail == "memory":
 
-        def generate(model, tokenizer, prompts, config):
+        def generate(model, prompts, config):
             if len(prompts) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return original(model, tokenizer, prompts, config)
+            return original(model, prompts, config)
 
         patch.setattr(generating, "_generate", generate)
     elif fail == "second measurement":

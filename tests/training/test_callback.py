@@ -28,12 +28,13 @@ from tiny_models import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-import aesl_trl.sampling.generate
-import aesl_trl.training.callback
-import aesl_trl.training.measurement
 from aesl_trl import AESLSFTTrainer, DiversityCallback, files
 from aesl_trl.errors import InputError
+from aesl_trl.sampling import generate
+from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.training import callback, measurement
+from aesl_trl.training.candidates import Candidates
 
 
 PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
@@ -67,7 +68,7 @@ def plan(monkeypatch, entropies):
         entropy = next(planned)
         return {"entropy": entropy, "self_bleu": 1 - entropy / 10, "distinct_1": math.nan}
 
-    monkeypatch.setattr(aesl_trl.training.measurement, "measure", measure)
+    monkeypatch.setattr(measurement, "measure", measure)
 
 
 PEAKED = (1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4)  # measured at 0, 1, 2 ...: the peak is at step 4
@@ -111,7 +112,7 @@ def test_sampling_restores_what_it_changes(tokenizer):
     modes = [module.training for module in model.modules()]
     tokenizer.padding_side = "right"
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    sample_groups(model, tokenizer, PROMPTS, samples=2, temperature=1.0, max_new_tokens=4)
+    sample_groups(model, tokenizer, PROMPTS, SamplingSettings(2, 1.0, 4))
     assert [module.training for module in model.modules()] == modes
     assert tokenizer.padding_side == "right"
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
@@ -124,7 +125,7 @@ def test_sampling_restores_what_it_changes(tokenizer):
 def test_entropy_is_that_of_the_model_at_temperature_one(temperature, tokenizer):
     model = build_model(tokenizer).eval()
     prompts = [{"prompt": text} for text in ("a", "a longer prompt")]
-    groups = sample_groups(model, tokenizer, prompts, samples=2, temperature=temperature, max_new_tokens=1)
+    groups = sample_groups(model, tokenizer, prompts, SamplingSettings(2, temperature, 1))
     for group in groups:
         logits = model(**tokenizer(group.prompt, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
         expected = torch.distributions.Categorical(logits=logits).entropy().item()
@@ -134,7 +135,7 @@ def test_entropy_is_that_of_the_model_at_temperature_one(temperature, tokenizer)
 def test_samples_end_at_an_end_token_or_are_truncated(tokenizer):
     model = build_model(tokenizer)
     model.generation_config.eos_token_id = list(range(0, 256, 8))  # one token in eight ends a sample
-    (group,) = sample_groups(model, tokenizer, PROMPTS[:1], samples=64, temperature=1.0, max_new_tokens=5)
+    (group,) = sample_groups(model, tokenizer, PROMPTS[:1], SamplingSettings(64, 1.0, 5))
     assert 0 < sum(group.truncated) < 64
     assert all(tokens == 5 for tokens, truncated in zip(group.num_tokens, group.truncated, strict=True) if truncated)
     assert all(1 <= tokens <= 5 for tokens in group.num_tokens) and min(group.num_tokens) == 1
@@ -147,24 +148,21 @@ def test_settings_of_the_models_generation_config_do_not_leak(tokenizer):
     for changed in ({}, {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 5.0, "do_sample": False}):
         model = build_model(tokenizer)
         model.generation_config.update(**changed)
-        drawn.append(sample_groups(model, tokenizer, PROMPTS, samples=4, temperature=1.0, max_new_tokens=8))
+        drawn.append(sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8)))
     assert drawn[0] == drawn[1]
 
 
 def test_draws_depend_on_the_seed_alone(tokenizer):
     model = build_model(tokenizer)
-    settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 8}
-    first = sample_groups(model, tokenizer, PROMPTS, **settings, seed=1)
+    first = sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=1))
     torch.rand(7)
-    assert sample_groups(model, tokenizer, PROMPTS, **settings, seed=1) == first
-    assert sample_groups(model, tokenizer, PROMPTS, **settings, seed=2) != first
+    assert sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=1)) == first
+    assert sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=2)) != first
 
 
 def test_messages_are_rendered_with_a_generation_prompt(tokenizer):
     model = build_model(tokenizer).eval()
-    (group,) = sample_groups(
-        model, tokenizer, [{"prompt": user("hello")}], samples=1, temperature=1.0, max_new_tokens=1
-    )
+    (group,) = sample_groups(model, tokenizer, [{"prompt": user("hello")}], SamplingSettings(1, 1.0, 1))
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
     assert group.entropy[0] == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-5)
@@ -312,9 +310,9 @@ def test_measuring_without_prompts_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0, but must be an integer of at least 1"),
-        ({"samples": 1}, "samples is 1, but must be an integer of at least 2"),
-        ({"samples": 2.0}, "samples is 2.0, but must be an integer"),
+        ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"samples": 1}, "samples is 1, but must be at least 2"),
+        ({"samples": 2.0}, "samples is 2.0, but must be a whole number, at least 2"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"patience": 0}, "patience is 0"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be above 0"),
@@ -408,13 +406,13 @@ def test_goes_on_without_stop(tokenizer, tmp_path, monkeypatch):
 def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, tokenizer, tmp_path, monkeypatch):
     plan(monkeypatch, PEAKED)
     seen = []
-    original = DiversityCallback._keep_candidate
+    original = Candidates.keep
 
     def keep(self, step, rows):
         original(self, step, rows)
         seen.append(sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()))
 
-    monkeypatch.setattr(DiversityCallback, "_keep_candidate", keep)
+    monkeypatch.setattr(Candidates, "keep", keep)
     trainer_for(
         tokenizer, tmp_path, diversity_steps=1, max_steps=10, max_candidates=max_candidates, selection="turning_point"
     ).train()
@@ -561,7 +559,7 @@ def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 190), (0.1, 22), (0.2, 48)])
 def test_the_interval_that_would_cost_less(share, expected):
     """With it a measurement of the same length takes 5%: share / (1 - share) of an interval, now spread wider."""
-    line = aesl_trl.training.callback._cost(share, 10)
+    line = callback._cost(share, 10)
     assert line == (
         f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {expected} would make "
         "it 5%"
@@ -596,7 +594,7 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(aesl_trl.sampling.generate, "_generate", fail)
+    monkeypatch.setattr(generate, "_generate", fail)
     measured = trainer_for(tokenizer, tmp_path / "gaps", selection="turning_point")
     measured.train()
     weights = trained_weights(plain)

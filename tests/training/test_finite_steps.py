@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from aesl_trl import files
 from aesl_trl.errors import Diverged, exit_on_input_error
+from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.training.finite_steps import SKIPPED_STEPS
 
@@ -129,7 +130,6 @@ def test_a_measurement_of_a_broken_model_is_a_gap(tokenizer, tmp_path, capsys):
 def test_only_the_broken_samples_are_marked(tokenizer):
     model = build_model(tokenizer, tie_word_embeddings=False)
     model.get_input_embeddings().weight.data[tokenizer("x")["input_ids"][0]] = torch.nan
-    good, broken = sample_groups(
-        model, tokenizer, [{"prompt": "abc"}, {"prompt": "x"}], samples=2, temperature=1.0, max_new_tokens=2
-    )
+    rows = [{"prompt": "abc"}, {"prompt": "x"}]
+    good, broken = sample_groups(model, tokenizer, rows, SamplingSettings(2, 1.0, 2))
     assert all(math.isfinite(value) for value in good.entropy) and all(math.isnan(value) for value in broken.entropy)

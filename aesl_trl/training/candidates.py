@@ -1,0 +1,81 @@
+"""Candidates: weights of past steps, of which one is selected for RL; a bounded number of them is on disk."""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..arguments import check_bounds
+from ..diversity.selection import EVAL_METRICS, METRICS
+
+
+@dataclass
+class Candidates:
+    """The candidates of a trainer's run.
+
+    Attributes:
+        metric: diversity metric by which the most diverse candidates are kept.
+        best_eval_metric: metric whose best candidate is always kept.
+        max_candidates: candidates on disk at a time, at least 2.
+    """
+
+    trainer: Any
+    metric: str
+    best_eval_metric: str = field(metadata={"choices": tuple(EVAL_METRICS)})
+    max_candidates: int = field(metadata={"at_least": 2})
+
+    def __post_init__(self):
+        check_bounds(self)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the candidates, which exists once there is one."""
+        return Path(self.trainer.args.output_dir) / files.CANDIDATES
+
+    def keep(self, step: int, series: list[dict]) -> None:
+        """Save the weights of `step`, and drop the least promising candidates beyond `max_candidates`.
+
+        `series` are the measurements up to `step`.
+        """
+        target, saving = self.folder / f"step-{step}", self.folder / f".step-{step}.tmp"
+        self.trainer.save_model(str(saving), _internal_call=True)  # an internal call does not push to the hub
+        if self.trainer.args.should_save:
+            (saving / "training_args.bin").unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(saving, target)
+            saved = _steps(self.folder)
+            for dropped in set(saved) - self._worth_keeping(list(saved), step, series):
+                shutil.rmtree(saved[dropped])
+        self.trainer.accelerator.wait_for_everyone()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the candidates of a former run in this folder that lie behind `step`, all of them at step 0."""
+        for candidate, path in _steps(self.folder).items():
+            if step == 0 or candidate > step:
+                shutil.rmtree(path)
+        for unfinished in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(unfinished)
+
+    def _worth_keeping(self, saved: list[int], step: int, series: list[dict]) -> set[int]:
+        """Return the last step, the best step by evaluation, and then the most diverse steps."""
+        kept = {step}
+        evaluations = (
+            {row["step"]: -row["eval_nll"] for row in self.trainer.state.log_history if "eval_nll" in row}
+            if self.best_eval_metric == "eval_nll"
+            else {row["step"]: row.get(self.best_eval_metric) for row in series}
+        )
+        evaluated = [candidate for candidate in saved if evaluations.get(candidate) is not None]
+        if evaluated:
+            kept.add(max(evaluated, key=evaluations.get))
+        sign = 1 if METRICS[self.metric] == "max" else -1
+        diversity = {row["step"]: sign * row[self.metric] for row in series if row[self.metric] is not None}
+        for candidate in sorted((one for one in saved if one in diversity), key=diversity.get, reverse=True):
+            if len(kept) < self.max_candidates:
+                kept.add(candidate)
+        return kept
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    return {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}

@@ -1,11 +1,9 @@
 """Sentence BLEU of many texts at once: each against all others, or each against a set of references.
 
-The numbers are sacrebleu's, its tokenizers and its formula are called. Only the n-gram counts come about differently:
+The numbers are sacrebleu's: its tokenizers and its formula are called. Only the n-gram counts come about differently:
 one sort over all texts for each order, where sacrebleu counts every reference anew for every text.
 
 Legend for shapes: N tokens of all texts, T texts, E pairs of an n-gram and a text that has it, G different n-grams.
-
-Left out: corpus BLEU, and what the figures mean (figures.py).
 """
 
 import math
@@ -17,7 +15,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
-from ..errors import InputError, nearest
+from ..errors import InputError, in_one_line, nearest
 
 
 def self_bleu(
@@ -29,32 +27,42 @@ def self_bleu(
     effective_order: bool = True,
     max_ngram_order: int = 4,
 ) -> float:
-    """How alike the samples of one prompt are: the mean BLEU of each against all others (Texygen, arXiv 1802.01886).
+    """Return how alike the samples of one prompt are: the mean BLEU of each against all others.
+
+    The figure is Texygen's (arXiv 1802.01886), and equals
 
         mean(sacrebleu.sentence_bleu(text, the_others).score / 100)
 
-    with sacrebleu's settings of the same names, to the last bits of a float, in time that grows with the number of
-    n-grams instead of with its product with the number of samples.
+    with sacrebleu's settings of the same names, to the last bits of a float. The time grows with the number of
+    n-grams, not with its product with the number of samples.
 
-    It grows with the number of samples, since each has more others to agree with, and with their length: compare
-    figures of like numbers of samples only. An empty completion scores 0, even against another empty one: a model that
-    falls silent looks diverse by this figure, and `unique` and `length` tell.
+    Self-BLEU grows with the number of samples, since each has more others to agree with, and with their length:
+    compare figures of like numbers of samples only. An empty completion scores 0, even against another empty one: a
+    model that falls silent looks diverse by this figure, and `unique` and `length` tell.
 
     Args:
         completions: the samples of one prompt.
         tokenize: one of sacrebleu's tokenizers.
         smooth_method: `"exp"`, `"floor"`, `"add-k"` or `"none"`.
-        smooth_value: of `"floor"` (in [0, 1], 0.1 by default) and `"add-k"` (at least 0, 1 by default).
-        effective_order: leave out orders that a text is too short for.
-        max_ngram_order: longest n-grams, at least 1.
+        smooth_value: value of `"floor"` (in [0, 1], 0.1 by default) and `"add-k"` (at least 0, 1 by default).
+        effective_order: whether orders that a text is too short for are left out.
+        max_ngram_order: length of the longest n-grams, at least 1.
 
     Returns:
-        In [0, 1], 1 when all are equal (high is uniform); NaN below two completions.
+        A figure in [0, 1], 1 when all samples are equal (high is uniform); NaN below two completions.
 
     Raises:
-        InputError: a setting that sacrebleu does not have, or a completion that is no text.
+        InputError: sacrebleu does not have a setting, or a completion is no text.
     """
-    _check_settings(smooth_method, smooth_value, max_ngram_order)
+    if smooth_method not in BLEU.SMOOTH_DEFAULTS:
+        options = list(BLEU.SMOOTH_DEFAULTS)
+        raise InputError(f"smooth_method={smooth_method!r} is not one of {options}{nearest(smooth_method, options)}")
+    high = 1 if smooth_method == "floor" else math.inf  # a floor above 1 is a precision above 1
+    if smooth_value is not None and not (0 <= smooth_value <= high and math.isfinite(smooth_value)):
+        allowed = "between 0 and 1" if high == 1 else "at least 0 and finite"
+        raise InputError(f"smooth_value must be {allowed} for {smooth_method!r}, got {smooth_value}")
+    if max_ngram_order < 1:
+        raise InputError(f"max_ngram_order must be at least 1, got {max_ngram_order}")
     return self_bleu_of_tokens(
         tokenized(completions, tokenize),
         smooth_method=smooth_method,
@@ -65,23 +73,24 @@ def self_bleu(
 
 
 def self_bleu_of_tokens(texts: Sequence[Sequence[Hashable]], **settings) -> float:
-    """[`self_bleu`] of what [`tokenized`] returns."""
+    """Return [`self_bleu`] of texts that [`tokenized`] has split."""
     return mean_score(sentence_bleus(texts, **settings)) if len(texts) > 1 else math.nan
 
 
 def mean_score(scores: Sequence[float]) -> float:
+    """Return the mean of BLEU scores as a share in [0, 1]; NaN without any."""
     # sacrebleu's perfect score is 100.00000000000004
     return min(1.0, math.fsum(scores) / len(scores) / 100) if scores else math.nan
 
 
 def tokenized(texts: Sequence[str], tokenize: str = "13a") -> list[list[str]]:
-    """The words of each text, as sacrebleu takes them."""
+    """Return the words of each text, as sacrebleu splits them."""
     tokenizer = _tokenizer(tokenize)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"completions[{index}] is of type {type(text).__name__}, but must be a string")
     words = [tokenizer(text.rstrip()).split() for text in texts]  # sacrebleu strips the right end too
-    for kind in (type(tokenizer), TokenizerRegexp):  # it keeps 65,536 texts in memory, which long ones do not fit into
+    for kind in (type(tokenizer), TokenizerRegexp):  # each keeps 65,536 texts, which do not fit into memory if long
         getattr(kind.__call__, "cache_clear", lambda: None)()
     return words
 
@@ -93,19 +102,7 @@ def _tokenizer(name: str):
     try:
         return BLEU(tokenize=name).tokenizer
     except (ImportError, RuntimeError) as error:  # some need a package of their own
-        raise InputError(f"tokenize={name!r} is not installed: {' '.join(str(error).split())}") from None
-
-
-def _check_settings(smooth_method: str, smooth_value: float | None, max_ngram_order: int) -> None:
-    if smooth_method not in BLEU.SMOOTH_DEFAULTS:
-        options = list(BLEU.SMOOTH_DEFAULTS)
-        raise InputError(f"smooth_method={smooth_method!r} is not one of {options}{nearest(smooth_method, options)}")
-    high = 1 if smooth_method == "floor" else math.inf  # a floor above 1 is a precision above 1
-    if smooth_value is not None and not (0 <= smooth_value <= high and math.isfinite(smooth_value)):
-        allowed = "between 0 and 1" if high == 1 else "at least 0 and finite"
-        raise InputError(f"smooth_value must be {allowed} for {smooth_method!r}, got {smooth_value}")
-    if max_ngram_order < 1:
-        raise InputError(f"max_ngram_order must be at least 1, got {max_ngram_order}")
+        raise InputError(f"tokenize={name!r} is not installed: {in_one_line(error)}") from None
 
 
 def sentence_bleus(
@@ -117,7 +114,7 @@ def sentence_bleus(
     effective_order: bool = True,
     max_ngram_order: int = 4,
 ) -> list[float]:
-    """sacrebleu's sentence BLEU of each text, in [0, 100], against `references` or, without them, all other texts.
+    """Return sacrebleu's sentence BLEU, in [0, 100], of each text against `references`, by default all other texts.
 
     Texts are lists of words or ids. At least two texts, or one reference, are needed.
     """
@@ -146,7 +143,7 @@ def sentence_bleus(
 
 
 def _closest_of_others(lengths_T: np.ndarray) -> np.ndarray:
-    """For each text the length nearest to its own among the others, the shorter one of two as near."""
+    """Return for each text the nearest length among the other texts; of two equally near, the shorter."""
     order = np.argsort(lengths_T)
     ordered = lengths_T[order].astype(float)
     below = np.concatenate([[-np.inf], ordered[:-1]])
@@ -157,6 +154,7 @@ def _closest_of_others(lengths_T: np.ndarray) -> np.ndarray:
 
 
 def _closest(lengths_T: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray:
+    """Return for each text the nearest length among the references; of two equally near, the shorter."""
     ordered = np.sort(reference_lengths).astype(float)
     bounded = np.concatenate([[-np.inf], ordered, [np.inf]])
     place = np.searchsorted(ordered, lengths_T)  # ordered[place - 1] < length <= ordered[place]
@@ -167,9 +165,9 @@ def _closest(lengths_T: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray
 def _matches(
     texts: Sequence[Sequence[Hashable]], lengths_T: np.ndarray, num_scored: int, max_ngram_order: int
 ) -> np.ndarray:
-    """BLEU's clipped counts [order, T].
+    """Return BLEU's clipped counts [order, T] of each text against all others, where all texts are scored.
 
-    All texts are scored, each against all others, or the first `num_scored`, each against the rest.
+    Where only the first `num_scored` texts are scored, the rest are the references of each.
     """
     num_texts, num_tokens = len(texts), int(lengths_T.sum())
     ids: dict[Hashable, int] = {}
@@ -177,14 +175,14 @@ def _matches(
     owner_N = np.repeat(np.arange(num_texts), lengths_T)
     to_end_N = np.repeat(np.cumsum(lengths_T), lengths_T) - np.arange(num_tokens)
     matched = np.zeros((max_ngram_order, num_texts), dtype=int)
-    # Where n-grams that may still match begin, and a number for the n-gram of the last order that begins there
+    # Places where n-grams begin that may still match, and a number for the n-gram of the last order at each place
     starts, prefixes = np.arange(num_tokens), np.zeros(num_tokens, dtype=int)
     for order in range(1, max_ngram_order + 1):
         fits = to_end_N[starts] >= order
         starts, prefixes = starts[fits], prefixes[fits]
         if starts.size == 0:
             break
-        # below 2^58 for a thousand texts of 16,000 different words
+        # The keys stay below 2^58 for a thousand texts of 16,000 different words
         keys = (prefixes * len(ids) + words_N[starts + order - 1]) * num_texts + owner_N[starts]
         by_key = np.argsort(keys)
         keys = keys[by_key]
@@ -198,7 +196,7 @@ def _matches(
         else:
             clip_E = np.maximum.reduceat(np.where(owners_E < num_scored, 0, counts_E), first_G)[ngrams_E]
         matched[order - 1] = np.bincount(owners_E, np.minimum(counts_E, clip_E), num_texts)
-        # An n-gram of one text only matches nothing, nor does a longer one that begins with it
+        # An n-gram that only one text has matches nothing, nor does a longer n-gram that begins with it
         is_shared_E = (np.diff(first_G, append=ngrams_E.size) > 1)[ngrams_E]
         kept = np.repeat(is_shared_E, counts_E)
         starts, prefixes = starts[by_key][kept], np.repeat(ngrams_E, counts_E)[kept]
@@ -206,7 +204,7 @@ def _matches(
 
 
 def _largest_of_others(counts_E: np.ndarray, first_G: np.ndarray, ngrams_E: np.ndarray) -> np.ndarray:
-    """For each n-gram of each text, its largest count in any other text."""
+    """Return for each n-gram of each text its largest count in any other text."""
     largest_E = np.maximum.reduceat(counts_E, first_G)[ngrams_E]
     is_largest_E = counts_E == largest_E
     is_alone_E = is_largest_E & (np.add.reduceat(is_largest_E.astype(int), first_G) == 1)[ngrams_E]

@@ -4,10 +4,7 @@ Everything is measured on completions that the model sampled itself. The same fi
 surprising the data is, not how varied the model is, and their course has no bearing on where reinforcement learning
 should start (docs/entropy.md).
 
-Every figure is a sum over prompts divided by another one, which is how prompts are resampled for its interval.
-
-Left out: sampling (sampling/groups.py), grading (rewards/functions.py), BLEU itself (bleu.py), and what to conclude
-(turning_point.py, selection.py).
+Every figure is a sum over prompts divided by another such sum, so its interval comes from resampling the prompts.
 """
 
 import math
@@ -19,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from .bleu import mean_score, self_bleu_of_tokens, sentence_bleus, tokenized
-from .intervals import is_number, ratio_intervals
+from .intervals import LEVEL, is_number, ratio_intervals
 from .passk import group_signal, pass_at_k, powers_of_two
 
 
@@ -79,24 +76,21 @@ class Group:
         return asdict(self)
 
 
-@dataclass
-class PromptSums:
-    """For each figure the (numerator, denominator) that each prompt adds; (0, 0) from one that cannot give it."""
+class PromptSums(dict[str, list[tuple[float, float]]]):
+    """For each figure the (numerator, denominator) of each prompt; (0, 0) of a prompt that cannot give the figure."""
 
-    sums: dict[str, list[tuple[float, float]]]
 
-    def __len__(self) -> int:
-        return len(next(iter(self.sums.values())))
+# ---- Figures of one prompt
 
 
 def distinct_n(completions: Iterable[str], n: int) -> float:
-    """Different n-grams over all n-grams in the samples of one prompt (Li et al., arXiv 1510.03055).
+    """Return the number of different n-grams over that of all n-grams in the samples of one prompt.
 
-    Words are those of [`self_bleu`] (13a) and no n-gram crosses from one sample into the next. Longer samples repeat
-    more n-grams by chance: compare only at like length.
+    The figure is that of Li et al. (arXiv 1510.03055). Words are those of [`~bleu.self_bleu`] (13a), and no n-gram
+    crosses from one sample into the next. Longer samples repeat more n-grams by chance: compare only at like length.
 
     Returns:
-        In (0, 1]; NaN when no sample has `n` words.
+        A share in (0, 1]; NaN when no sample has `n` words.
     """
     if n < 1:
         raise InputError(f"n must be at least 1, got {n}")
@@ -112,19 +106,20 @@ def _distinct_share(texts: list[list[str]], n: int) -> float:
 
 
 def unique_share(completions: Sequence[str]) -> float:
-    """Different texts over all texts, in (0, 1]; NaN without completions."""
+    """Return the number of different texts over that of all texts, in (0, 1]; NaN without completions."""
     return len(set(completions)) / len(completions) if completions else math.nan
 
 
-# What a backslash escapes is read with it: an escaped brace closes nothing, an escaped backslash escapes none
+# The pattern reads a backslash with what it escapes: an escaped brace closes nothing, an escaped backslash escapes
+# nothing.
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\(?:[{}]|\\(?!boxed))|\{|\}")
 
 
 def final_answer(completion: str) -> str:
-    """What a completion gives as its answer, stripped; "" when it has none.
+    """Return what a completion gives as its answer, stripped; "" when it has none.
 
-    The content of the last `\\boxed{...}` whose braces balance, else the last line that is not empty. Equal answers
-    written differently (1/2 and 0.5) are different here: this counts what the model writes, a reward judges it.
+    The answer is the content of the last `\\boxed{...}` whose braces balance, else the last line that is not empty.
+    Equal answers written differently (1/2 and 0.5) count as different: a reward is there to judge them.
     """
     last, content, opened = -1, "", []
     for match in _BRACES.finditer(completion):
@@ -138,20 +133,23 @@ def final_answer(completion: str) -> str:
     return content.strip() if last >= 0 else next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+# ---- Figures of all prompts
+
+
 def measure(
     groups: Sequence[Group] | PromptSums,
     *,
     success_threshold: float = 1.0,
     base_completions: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, float]:
-    """The figures of one line of diversity.jsonl. NaN stands for a figure that these samples cannot give.
+    """Return the figures of one line of diversity.jsonl. NaN stands for a figure that these samples cannot give.
 
     Self-BLEU, distinct-n, the share of different samples, BLEU to the base and pass@k are taken per prompt and
-    averaged over prompts, leaving out prompts that have none (a single sample has no self-BLEU; pass@k needs k graded
-    samples). Entropy is a mean over tokens; length, truncation and `eos_prob` are means over samples.
+    averaged over the prompts that have them (a single sample has no self-BLEU; pass@k needs k graded samples).
+    Entropy is a mean over tokens; length, truncation and `eos_prob` are means over samples.
 
     Args:
-        groups: the samples of each prompt, or their [`prompt_sums`], made once for all that is computed from them.
+        groups: the samples of each prompt; or their [`prompt_sums`], so that several functions share them.
         success_threshold: a sample is right when its first reward function gives at least this. A sample to which that
             function does not apply (None) is left out of its group.
         base_completions: the base model's samples of each prompt.
@@ -159,20 +157,24 @@ def measure(
     Returns:
         - `entropy`, nats per token: the exact one where every sample has it, else `entropy_sampled`
           ([`entropy_estimator`] tells which); `entropy_sampled`: the mean of `-log p` of the sampled tokens;
-        - `self_bleu`, `distinct_1` .. `distinct_4`, `unique`: these depend on the number of samples, and are to be
-          compared at the same number only;
+        - `self_bleu`, `distinct_1` .. `distinct_4`, `unique`: these depend on the number of samples; compare them only
+          at the same number;
         - `length` (tokens), `truncated` (share), `eos_prob`;
         - with `base_completions` also `bleu_to_base`: the mean BLEU, in [0, 1], of each sample against all base
           samples of its prompt, with the settings of `self_bleu`;
-        - for graded groups `reward` (mean over samples of the sum over functions, what TRL logs with unit weights),
+        - for graded groups `reward` (mean over samples of the sum over functions, as TRL logs with unit weights),
           `pass@1`, `pass@2`, `pass@4` ... up to the largest group, the shares `groups_all_right`, `groups_all_wrong`
           and `groups_mixed`, and `distinct_answers` (different final answers in a group, see [`final_answer`]).
 
     Raises:
-        InputError: no groups, or `base_completions` of another number of prompts.
+        InputError: there are no groups, or `base_completions` has another number of prompts.
     """
     sums = _as_sums(groups, success_threshold, base_completions)
-    return {name: _ratio(pairs) for name, pairs in sums.sums.items()}
+    figures = {}
+    for name, pairs in sums.items():
+        part, whole = map(math.fsum, zip(*pairs, strict=True))
+        figures[name] = part / whole if whole else math.nan
+    return figures
 
 
 def intervals(
@@ -180,34 +182,34 @@ def intervals(
     *,
     success_threshold: float = 1.0,
     base_completions: Sequence[Sequence[str]] | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """[low, high] of every figure of [`measure`]: percentile bootstrap over prompts.
+    """Return the percentile bootstrap interval [low, high] over prompts of every figure of [`measure`].
 
-    Prompts are resampled with all their samples, and a figure that weighs tokens or samples is taken anew as the ratio
-    that it is. The interval covers the choice of prompts together with the draw of their samples; a figure that
-    depends on the number of samples (self-BLEU) is meant at that number. With few prompts it is too narrow.
+    Prompts are resampled with all their samples, and every figure is taken anew as a ratio. The interval covers the
+    choice of prompts together with the draw of their samples. A figure that depends on the number of samples
+    (self-BLEU) is meant at that number. With few prompts the interval is too narrow.
 
     Returns:
-        One pair a figure; NaN twice where the figure is NaN.
+        One pair for each figure; NaN twice where the figure is NaN.
     """
     sums = _as_sums(groups, success_threshold, base_completions)
-    pairs = np.array(list(sums.sums.values()), dtype=float)  # [figure, prompt, 2]
+    pairs = np.array(list(sums.values()), dtype=float)  # [figure, prompt, 2]
     ends = ratio_intervals(pairs[..., 0].T, pairs[..., 1].T, level=level, resamples=resamples, seed=seed)
-    return {name: list(pair) for name, pair in zip(sums.sums, ends, strict=True)}
+    return {name: list(pair) for name, pair in zip(sums, ends, strict=True)}
 
 
 def by_prompt(
     groups: Sequence[Group] | PromptSums, *, success_threshold: float = 1.0
 ) -> dict[str, list[float | None]]:
-    """`entropy`, `self_bleu` and, of graded groups, every `pass@k`, one value a prompt; None where it has none.
+    """Return `entropy`, `self_bleu` and, of graded groups, every `pass@k` of each prompt; None where it has none.
 
-    For [`~aesl_trl.diversity.intervals.paired_interval`]: steps measured on the same prompts differ by less than their
-    intervals suggest.
+    They serve [`~intervals.paired_interval`]: steps measured on the same prompts differ by less than their intervals
+    suggest.
     """
-    sums = _as_sums(groups, success_threshold, None).sums
+    sums = _as_sums(groups, success_threshold, None)
     kept = [name for name in sums if name in ("entropy", "self_bleu") or name.startswith("pass@")]
     return {name: [part / whole if whole else None for part, whole in sums[name]] for name in kept}
 
@@ -224,7 +226,7 @@ def prompt_sums(
     success_threshold: float = 1.0,
     base_completions: Sequence[Sequence[str]] | None = None,
 ) -> PromptSums:
-    """What [`measure`], [`intervals`] and [`by_prompt`] are computed from; arguments and errors are theirs."""
+    """Return the sums that [`measure`], [`intervals`] and [`by_prompt`] share; arguments and errors are theirs."""
     if not groups:
         raise InputError("there are no samples to measure: the list of groups is empty")
     if base_completions is not None and len(base_completions) != len(groups):
@@ -235,28 +237,25 @@ def prompt_sums(
     sums = {
         "entropy": exact if entropy_estimator(groups) == "exact" else sampled,
         "entropy_sampled": sampled,
-        "self_bleu": [_one(self_bleu_of_tokens(words)) for words in texts],
-        **{f"distinct_{n}": [_one(_distinct_share(words, n)) for words in texts] for n in (1, 2, 3, 4)},
-        "unique": [_one(unique_share(group.completions)) for group in groups],
+        "self_bleu": [_once(self_bleu_of_tokens(words)) for words in texts],
+        **{f"distinct_{n}": [_once(_distinct_share(words, n)) for words in texts] for n in (1, 2, 3, 4)},
+        "unique": [_once(unique_share(group.completions)) for group in groups],
         "length": [_sample_sums(group.num_tokens) for group in groups],
         "truncated": [_sample_sums(group.truncated) for group in groups],
         "eos_prob": [_sample_sums(group.eos_prob) for group in groups],
     }
     if base_completions is not None:
-        sums["bleu_to_base"] = [_one(_bleu_to(*pair)) for pair in zip(texts, base_completions, strict=True)]
+        sums["bleu_to_base"] = [
+            _once(mean_score(sentence_bleus(words, tokenized(base))) if words and base else math.nan)
+            for words, base in zip(texts, base_completions, strict=True)
+        ]
     if any(group.rewards is not None for group in groups):
         sums |= _reward_sums(groups, success_threshold)
     return PromptSums(sums)
 
 
-def _bleu_to(texts: list[list[str]], base_completions: Sequence[str]) -> float:
-    if not texts or not base_completions:
-        return math.nan
-    return mean_score(sentence_bleus(texts, tokenized(base_completions)))
-
-
 def _reward_sums(groups: Sequence[Group], success_threshold: float) -> dict[str, list[tuple[float, float]]]:
-    """Of graded groups; the others add nothing."""
+    """Return the sums of graded groups; a group without rewards adds nothing."""
     rewards = [group.rewards or [] for group in groups]
     totals = [[[value for value in sample if is_number(value)] for sample in samples] for samples in rewards]
     counts = right_counts(groups, success_threshold)
@@ -265,15 +264,15 @@ def _reward_sums(groups: Sequence[Group], success_threshold: float) -> dict[str,
     return {
         "reward": [_sample_sums([math.fsum(values) for values in samples if values]) for samples in totals],
         **{
-            f"pass@{k}": [_one(pass_at_k(num, right, k)) if num >= k else (0.0, 0.0) for num, right in counts]
+            f"pass@{k}": [_once(pass_at_k(num, right, k) if num >= k else math.nan) for num, right in counts]
             for k in powers_of_two(max(map(len, rewards)))
         },
         **{
-            f"groups_{name}": [_one(signal.get(name, math.nan)) for signal in signals]
+            f"groups_{name}": [_once(signal.get(name, math.nan)) for signal in signals]
             for name in ("all_right", "all_wrong", "mixed")
         },
         "distinct_answers": [
-            _one(len(different)) if group.rewards is not None and group.completions else (0.0, 0.0)
+            _once(len(different) if group.rewards is not None and group.completions else math.nan)
             for group, different in zip(groups, answers, strict=True)
         ],
     }
@@ -289,9 +288,9 @@ def right_counts(groups: Iterable[Group], success_threshold: float = 1.0) -> lis
 
 
 def entropy_estimator(groups: Iterable[Group]) -> str:
-    """Which estimate `entropy` is: `"exact"`, or `"sampled"` as soon as one sample has only its `neg_log_prob`.
+    """Return which estimate `entropy` is: `"exact"`, or `"sampled"` when a sample has only its `neg_log_prob`.
 
-    Never a mixture, and a sample without either (its logits were not finite) decides nothing.
+    The two are never mixed. A sample without either (its logits were not finite) decides nothing.
     """
     only_sampled = (
         is_number(sampled) and not is_number(exact)
@@ -303,7 +302,7 @@ def entropy_estimator(groups: Iterable[Group]) -> str:
 
 
 def _token_sums(group: Group, values: Sequence[float | None] | None) -> tuple[float, float]:
-    """Sum over the tokens of the samples whose value is known, and their number; a value is a mean over a sample."""
+    """Return the sum of `values` (means over a sample) over all tokens whose sample has one, and their number."""
     if values is None:
         return 0.0, 0.0
     pairs = zip(group.num_tokens, values, strict=True)
@@ -316,11 +315,6 @@ def _sample_sums(values: Sequence[float | None] | None) -> tuple[float, float]:
     return math.fsum(known), float(len(known))
 
 
-def _one(value: float) -> tuple[float, float]:
-    """A figure of which a prompt has one."""
+def _once(value: float) -> tuple[float, float]:
+    """Return the sums of a prompt that counts once, or not at all where its figure is not known."""
     return (float(value), 1.0) if is_number(value) else (0.0, 0.0)
-
-
-def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
-    whole = math.fsum(pair[1] for pair in pairs)
-    return math.fsum(pair[0] for pair in pairs) / whole if whole else math.nan

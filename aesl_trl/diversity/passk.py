@@ -1,4 +1,4 @@
-"""From counts of right samples to pass@k, avg@k, the signal left for a group-relative reward, and intervals.
+"""From counts of right samples to pass@k, avg@k, and the signal that is left for a group-relative reward.
 
 A problem (a prompt) has `num_samples` samples of which `num_correct` are right. Nothing here samples or grades.
 """
@@ -19,18 +19,18 @@ def _check_counts(num_samples: int, num_correct: int) -> None:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of `k` samples is right, estimated without bias from `num_samples` of them.
+    """Return the chance that at least one of `k` samples is right, estimated without bias from `num_samples` samples.
 
         1 - C(num_samples - num_correct, k) / C(num_samples, k)
 
-    the share of all k-subsets that hold a right sample (Chen et al., arXiv 2107.03374). It differs from `1 - (1 -
-    p)^k`, which is biased low. Whole numbers up to the last division, so a tiny share keeps its digits.
+    This is the share of all k-subsets that hold a right sample (Chen et al., arXiv 2107.03374). The estimate `1 - (1 -
+    p)^k` is biased low. Numbers stay whole up to the last division, so a tiny share keeps its digits.
 
     Returns:
         A probability in [0, 1].
 
     Raises:
-        InputError: `k` outside 1..num_samples, or `num_correct` outside 0..num_samples.
+        InputError: `k` lies outside 1..num_samples, or `num_correct` outside 0..num_samples.
     """
     _check_counts(num_samples, num_correct)
     if not 1 <= k <= num_samples:
@@ -41,27 +41,27 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def avg_at_k(num_samples: int, num_correct: int) -> float:
-    """Share of one problem's samples that are right: avg@k for `k = num_samples`, equal to pass@1."""
+    """Return the share of one problem's samples that are right: avg@k for `k = num_samples`, equal to pass@1."""
     _check_counts(num_samples, num_correct)
     return num_correct / num_samples
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to `limit`: the values of k that are reported."""
+    """Return 1, 2, 4, ... up to `limit`: the values of k that are reported."""
     return [2**exponent for exponent in range(int(limit).bit_length())]
 
 
 def group_signal(num_samples: int | Sequence[int], num_correct: Sequence[int]) -> dict[str, float]:
-    """How many groups can teach a group-relative method (GRPO) anything.
+    """Return how many groups can teach a group-relative method (GRPO) anything.
 
     The advantages of a group whose samples all earn the same reward are zero, so only mixed groups have a gradient.
 
     Args:
-        num_samples: samples in each group, or one number for all of them.
-        num_correct: right samples in each group.
+        num_samples: number of samples in each group, or one number for all groups.
+        num_correct: number of right samples in each group.
 
     Returns:
-        `{"all_right", "all_wrong", "mixed"}`: shares of groups, summing to 1; NaN without groups.
+        `{"all_right", "all_wrong", "mixed"}`: shares of groups, which sum to 1; NaN without groups.
     """
     if isinstance(num_samples, int | np.integer):
         num_samples = [num_samples] * len(num_correct)
@@ -82,11 +82,11 @@ def group_signal(num_samples: int | Sequence[int], num_correct: Sequence[int]) -
 
 
 def expected_group_variance(success_rate: float, group_size: int) -> float:
-    """Expected variance of the 0/1 rewards inside a group, `p (1 - p) (g - 1) / g` (arXiv 2606.18487).
+    """Return the expected variance of the 0/1 rewards inside a group, `p (1 - p) (g - 1) / g` (arXiv 2606.18487).
 
     Args:
-        success_rate: p, chance in [0, 1] that one sample is right.
-        group_size: g, samples in a group; the variance divides by g. Zero for a group of one.
+        success_rate: p, the chance in [0, 1] that a sample is right.
+        group_size: g, the number of samples in a group. The variance divides by g, and is zero for a group of one.
     """
     if not 0 <= success_rate <= 1:
         raise InputError(f"success_rate must lie between 0 and 1, got {success_rate}")

@@ -4,20 +4,20 @@ Works on the files of a finished or running SFT folder, so a selection can be re
 patience without training. Writes `selection.json` and `selected/`.
 """
 
-import argparse
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import files
-from ..errors import InputError, exit_on_input_error, nearest
-from ..files import RunFolder, read_log, read_rows, read_settings
+from ..arguments import ArgumentParser, check_choice
+from ..errors import InputError, exit_on_input_error
+from ..files import RunFolder
 from ..provenance import __version__
+from .intervals import is_number
 from .readiness import rank
 from .series import METRICS, by_step, check_settings, turning_point_of
 
 
-EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # where the model is best
+EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # on which side of the figure the model is best
 RULES = ("turning_point", "last", "best_eval", "readiness")
 
 
@@ -38,41 +38,37 @@ def select_checkpoint(
       it falls back to "best_eval" where candidates were evaluated, else to "last".
     - "last": the end of training, for a loss that does the early stopping itself.
     - "best_eval": the best evaluation among the candidates, for comparison: the paper finds it too late for RL.
-      Without any it falls back to "last".
+      Without any evaluation it falls back to "last".
     - "readiness": the best of the candidates that `aesl probe` found ready ([`~readiness.rank`]): by the reward after
-      its short RL runs where it made them, else by the share of groups with signal. With none that is ready it falls
-      back to "turning_point".
+      its short RL runs where it made them, else by the share of groups with signal. Where no candidate is ready it
+      falls back to "turning_point".
 
-    The candidate nearest to the step wanted is taken when that step was not saved (the base model, step 0, never is);
-    of two as near, the earlier.
+    The step that a rule wants may not be saved (the base model, step 0, never is). Then the nearest candidate is
+    taken, and the earlier of two that are equally near.
 
     Args:
         diversity_rows: lines of diversity.jsonl. Of a step measured twice (a resumed run), the later line counts.
         eval_rows: rows with `step` and `eval_nll`, such as Trainer's log_history.
         candidates: steps of the saved candidates.
         rule: one of the above.
-        metric: "entropy" or "self_bleu". The other one's turning point goes into the evidence.
-        patience: of [`~turning_point.find_turning_point`].
+        metric: "entropy" or "self_bleu". The turning point of the other metric goes into the evidence.
+        patience: as in [`~turning_point.find_turning_point`].
         best_eval_metric: "eval_nll" (lowest) or "pass@1" of the diversity rows (highest).
         readiness: the contents of readiness.json, which the rule "readiness" needs.
 
     Returns:
-        The contents of selection.json except `path`: `rule` (asked), `applied`, `step`, `reason`, `evidence`,
+        The contents of selection.json except `path`: `rule` (asked for), `applied`, `step`, `reason`, `evidence`,
         `candidates`, `metric`. The evidence has `turning_point` (by metric: `step`, `reason` and the numbers),
-        `evaluation` (`metric`, and its `values` by step), `measured` (the diversity row of the chosen step, or None),
-        by readiness `verdicts` (by step) and, where it was not saved, `wanted_step`.
+        `evaluation` (`metric`, and its `values` by step) and `measured` (the diversity row of the chosen step, or
+        None). It has `verdicts` (by step) under the rule "readiness", and `wanted_step` where that was not saved.
 
     Raises:
-        InputError: no candidates, an unknown rule or metric, one that was not measured, candidates not probed, or rows
-            that were measured with different settings.
+        InputError: there are no candidates; the rule or a metric is unknown; the metric was not measured; no candidate
+            was probed; or the rows were measured with different settings.
     """
-    for name, value, options in (
-        ("rule", rule, RULES),
-        ("metric", metric, METRICS),
-        ("best_eval_metric", best_eval_metric, EVAL_METRICS),
-    ):
-        if value not in options:
-            raise InputError(f"{name}={value!r} is not one of {', '.join(options)}{nearest(value, options)}")
+    check_choice("rule", rule, RULES)
+    check_choice("metric", metric, METRICS)
+    check_choice("best_eval_metric", best_eval_metric, EVAL_METRICS)
     candidates = sorted(set(candidates))
     if not candidates:
         raise InputError("there are no saved candidates to select from: train with diversity_steps above 0")
@@ -83,19 +79,20 @@ def select_checkpoint(
             f"no row of {files.DIVERSITY} has {metric!r}: another version wrote it (this is aesl_trl {__version__}); "
             "measure again, or select by --rule last"
         )
-    found = {name: turning_point_of(measured.values(), name, patience) for name in METRICS}
-    turning_points = {name: {"step": at.step, "reason": at.reason, **at.evidence} for name, at in found.items()}
-    evaluations = _evaluations(measured, eval_rows, best_eval_metric)
+    points = {name: turning_point_of(measured.values(), name, patience) for name in METRICS}
+    turning_points = {name: {"step": it.step, "reason": it.reason, **it.evidence} for name, it in points.items()}
+    evaluated = measured.values() if best_eval_metric == "pass@1" else eval_rows
+    evaluations = {row["step"]: row[best_eval_metric] for row in evaluated if is_number(row.get(best_eval_metric))}
     probed = _probed(readiness, candidates) if rule == "readiness" else []
     applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed)
-    step = min(candidates, key=lambda candidate: (abs(candidate - wanted), candidate))
+    step = _nearest(wanted, candidates)
     evidence = {
         "turning_point": turning_points,
         "evaluation": {"metric": best_eval_metric, "values": evaluations},
         "measured": measured.get(step),
     }
     if probed:
-        evidence["verdicts"] = {one["step"]: one["text"] for one in probed}
+        evidence["verdicts"] = {entry["step"]: entry["text"] for entry in probed}
     if step != wanted:
         evidence["wanted_step"] = wanted
         reason += f"; step {wanted} was not saved, step {step} is the nearest candidate"
@@ -110,15 +107,13 @@ def select_checkpoint(
     }
 
 
-def _evaluations(measured: dict[int, dict], eval_rows: Iterable[dict], metric: str) -> dict[int, float]:
-    rows = measured.values() if metric == "pass@1" else eval_rows
-    known = [row for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
-    return {row["step"]: row[metric] for row in known}
+def _nearest(step: int, candidates: Iterable[int]) -> int:
+    return min(candidates, key=lambda candidate: (abs(candidate - step), candidate))
 
 
 def _probed(readiness: dict | None, candidates: list[int]) -> list[dict]:
-    """What readiness.json says of the saved candidates."""
-    entries = [one for one in (readiness or {}).get("checkpoints", []) if one.get("step") in candidates]
+    """Return the entries of readiness.json that belong to the saved candidates."""
+    entries = [entry for entry in (readiness or {}).get("checkpoints", []) if entry.get("step") in candidates]
     if not entries:
         raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
     return entries
@@ -133,7 +128,7 @@ def _apply(
     candidates: list[int],
     probed: list[dict],
 ) -> tuple[str, int, str]:
-    """The rule in effect after fallbacks, the step it wants and why."""
+    """Return the rule in effect after fallbacks, the step that it wants, and why."""
     reason = ""
     if rule == "readiness":
         best, reason = rank(probed)
@@ -142,14 +137,17 @@ def _apply(
         if best is not None:
             return rule, best["step"], reason
         rule, reason = "turning_point", f"{reason}; falls back to turning_point: "
-    if rule == "turning_point":
-        found = turning_points[metric]
-        reason += f"{metric}: {found['reason']}"
-        if found["step"] is not None:
-            return rule, found["step"], reason + _disagreement(metric, turning_points)
-        rule = "best_eval" if any(step in evaluations for step in candidates) else "last"
-        reason += f"; falls back to {rule}: "
     evaluated = [step for step in candidates if step in evaluations]
+    if rule == "turning_point":
+        step = turning_points[metric]["step"]
+        reason += f"{metric}: {turning_points[metric]['reason']}"
+        if step is not None:
+            others = {name: found["step"] for name, found in turning_points.items() if found["step"] != step}
+            for name, other in others.items():
+                reason += f"; {name} says " + ("undetermined" if other is None else f"step {other}")
+            return rule, step, reason
+        rule = "best_eval" if evaluated else "last"
+        reason += f"; falls back to {rule}: "
     if rule == "best_eval" and evaluated:
         best = (min if EVAL_METRICS[eval_metric] == "min" else max)(evaluated, key=evaluations.get)
         where = f"best {eval_metric} among {len(evaluated)} evaluated candidates"
@@ -157,14 +155,6 @@ def _apply(
     if rule == "best_eval":
         reason = f"no candidate has {eval_metric}; falls back to last: "
     return "last", candidates[-1], f"{reason}the last candidate, step {candidates[-1]}"
-
-
-def _disagreement(metric: str, turning_points: dict[str, dict]) -> str:
-    """A clause on the other metrics' turning points where they lie elsewhere."""
-    step = turning_points[metric]["step"]
-    others = {name: found["step"] for name, found in turning_points.items() if found["step"] != step}
-    texts = {name: "undetermined" if other is None else f"step {other}" for name, other in others.items()}
-    return "".join(f"; {name} says {text}" for name, text in texts.items())
 
 
 def select_run(
@@ -180,52 +170,55 @@ def select_run(
     """Select from the candidates of a run and write `selection.json` and `selected/`.
 
     Args:
-        run: an SFT folder or a chain's.
-        out: where to write, by default `run`: several chains can select from one SFT folder, each by its own rule.
-        rule, metric, patience, best_eval_metric: by default what the run's run.json says; without one "turning_point"
-            on entropy with patience 3.
+        run: an SFT folder, or a chain's folder.
+        out: where to write, by default `run`. Several chains can select from one SFT folder, each by its own rule.
+        rule, metric, patience, best_eval_metric: by default as recorded in the run's run.json. Without a record the
+            rule is "turning_point" on entropy with patience 3.
         step: take this candidate, by no rule.
 
     Returns:
         The contents of selection.json; `path` is relative to its folder.
 
     Raises:
-        InputError: `run` is no run, has no candidates or not the one asked for, or a file in it is unreadable.
+        InputError: `run` is no run, it has no candidates or not the one asked for, or a file in it is unreadable.
     """
-    if not Path(run).is_dir():
-        siblings = [item.name for item in Path(run).absolute().parent.glob("*") if item.is_dir()]
-        raise InputError(f"{run} is not a folder{nearest(Path(run).name, siblings)}")
-    sft = files.sft_dir(run)
-    out = Path(run if out is None else out)
-    recorded = read_settings(sft)
+    folder = RunFolder(run)
+    out, recorded = Path(run if out is None else out), folder.settings
     if recorded.get("stage", "sft") != "sft":
-        raise InputError(f"{sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's")
+        raise InputError(
+            f"{folder.sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's"
+        )
     rule = rule or recorded.get("selection") or default_rule(recorded.get("cold_start_loss"))
-    candidates = RunFolder(sft).candidates
+    candidates = folder.candidates
     if step is not None:
-        candidates, rule = [_one_of(candidates, step, sft)], "last"
+        if step not in candidates:
+            raise InputError(
+                f"{folder.sft / files.CANDIDATES} holds no step {step}, the nearest is {_nearest(step, candidates)}; "
+                "raise max_candidates to keep more"
+            )
+        candidates, rule = [step], "last"
     selection = select_checkpoint(
-        read_rows(sft / files.DIVERSITY) if (sft / files.DIVERSITY).exists() else [],
-        read_log(sft),
+        folder.rows(files.DIVERSITY),
+        folder.log,
         candidates,
         rule=rule,
         metric=metric or recorded.get("diversity_metric") or "entropy",
         patience=recorded.get("diversity_patience", 3) if patience is None else patience,
         best_eval_metric=best_eval_metric or recorded.get("best_eval_metric") or "eval_nll",
-        readiness=_readiness(sft) if rule == "readiness" else None,
+        readiness=_read_readiness(folder.sft) if rule == "readiness" else None,
     )
     if step is not None:
         selection |= {"rule": "step", "applied": "step", "reason": f"step {step} was asked for"}
     out.mkdir(parents=True, exist_ok=True)
-    # the weights first: a kill in between leaves a selection.json that is stale, never one that points nowhere
-    files.replace_dir(sft / files.CANDIDATES / f"step-{selection['step']}", out / files.SELECTED)
+    # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere
+    files.replace_dir(folder.candidate(selection["step"]), out / files.SELECTED)
     selection["path"] = files.SELECTED
     files.write_json(out / files.SELECTION, selection)
     return selection
 
 
-def _readiness(sft: Path) -> dict:
-    """readiness.json of the run's candidates. Raises [`InputError`] where there is none, or another file."""
+def _read_readiness(sft: Path) -> dict:
+    """Read the readiness.json of the SFT folder's own candidates; that of a chain's folder is about its handoff."""
     path = sft / files.READINESS
     if not path.exists():
         raise InputError(
@@ -234,47 +227,32 @@ def _readiness(sft: Path) -> dict:
         )
     found = files.read_json(path)
     entries = found.get("checkpoints") if isinstance(found, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(one, dict) and "verdict" in one for one in entries):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "verdict" in entry for entry in entries):
         raise InputError(f"{path} is not what aesl probe writes: run aesl probe {sft} again")
     return found
 
 
 def default_rule(cold_start_loss: str | None) -> str:
-    """AESL stops early token by token and needs no early stop; any other loss does."""
+    """Return "last" for AESL, which stops early token by token, and "turning_point" for any other loss."""
     return "last" if cold_start_loss == "aesl" else "turning_point"
 
 
-def _one_of(steps: list[int], step: int, sft: Path) -> int:
-    if step not in steps:
-        near = min(steps, key=lambda saved: (abs(saved - step), saved))
-        raise InputError(
-            f"{sft / files.CANDIDATES} holds no step {step}, the nearest is {near}; raise max_candidates to keep more"
-        )
-    return step
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see aesl select --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """`aesl select`: apply a rule to a run's saved candidates."""
+    """Run `aesl select`: apply a rule to the saved candidates of a run."""
     exit_on_input_error("aesl select", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = _Parser(
-        prog="aesl select",
-        description="Choose which saved candidate of a cold start goes to RL; writes selection.json and selected/.",
-        allow_abbrev=False,
+    parser = ArgumentParser(
+        "aesl select",
+        "Choose which saved candidate of a cold start goes to RL; write selection.json and selected/.",
     )
-    parser.add_argument("run", metavar="RUN", help="an SFT output folder, or a chain's")
+    parser.add_argument("run", metavar="RUN", help="an SFT output folder, or a chain's folder")
     parser.add_argument("--rule", help=f"{', '.join(RULES)}; default: as the run was configured")
-    parser.add_argument("--metric", help=f"diversity of the model's own samples: {', '.join(METRICS)}")
-    parser.add_argument("--patience", type=int, help="measurements that must follow the peak")
+    parser.add_argument("--metric", help=f"the figure whose turning point counts: {', '.join(METRICS)}")
+    parser.add_argument("--patience", type=int, help="number of measurements that must follow the peak")
     parser.add_argument("--step", type=int, help="take this candidate, by no rule")
-    parser.add_argument("--best_eval_metric", help=f"what best_eval looks at: {', '.join(EVAL_METRICS)}")
+    parser.add_argument("--best_eval_metric", help=f"the figure that best_eval compares: {', '.join(EVAL_METRICS)}")
     parser.add_argument("--out", help="folder to write to (default: RUN)")
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)

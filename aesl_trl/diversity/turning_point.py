@@ -9,13 +9,11 @@ The method is a test against a flat series, made to be asked after every measure
 curve that first only rises and then only falls and is nearest in least squares (no smoothing width to choose). The
 fit gives the rise from the first level to the peak and the fall from the peak to the last level. A peak counts when
 both exceed what noise makes of a flat series. Two noises are known:
-- what the fit leaves over and the roughness of the values: all noise, of sampling and of training, but a short series
-  follows its noise and hides it, so that few values need a large multiple;
-- the standard error of the rise and of the fall over prompts, where every measurement used the same ones and their
-  values are given: known from the second value on, and blind to what training does to all prompts alike.
+- what the fit leaves over, with the roughness of the values: it holds all noise, of sampling and of training, but a
+  short series follows its noise and hides it, so that few values need a large multiple;
+- the standard error of the rise and of the fall over prompts, where every measurement used the same prompts and their
+  values are given: it is known from the second value on, and blind to what training does to all prompts alike.
 With per-prompt values a smaller multiple of the first is enough in short series, and the second is added to it.
-
-Left out: which metric to follow and what to do when there is no turning point (selection.py).
 """
 
 import math
@@ -29,18 +27,18 @@ from .intervals import is_number, t_quantile
 
 
 MINIMUM = 6  # values, without per-prompt values: with fewer a random order is too often a rise and a fall
-MINIMUM_BY_PROMPT = 4  # with them
-MINIMUM_PROMPTS = 16  # complete ones: with fewer the standard error is too rough
+MINIMUM_BY_PROMPT = 4  # values, with per-prompt values
+MINIMUM_PROMPTS = 16  # complete prompts: with fewer the standard error is too rough
 
-# Multiple of the residual noise that `min(rise, fall)` has to exceed, by the number of values. For sequential use: the
-# chance that a flat Gaussian series whose neighbours correlate by 0.5, asked after each value with patience 3, exceeds
-# it for the first time at the n-th value is spent in proportion to 1 / n^2, 5% within 40 values; from there on the
-# threshold stays. Rounded from scripts/simulate_turning_point.py --calibrate 20000.
+# Multiple of the residual noise that `min(rise, fall)` has to exceed, by the number of values. Asked after each value
+# with patience 3, a flat Gaussian series whose neighbours correlate by 0.5 exceeds it within 40 values with chance 5%,
+# spent in proportion to 1 / n^2; from there on the threshold stays. Rounded from
+# scripts/simulate_turning_point.py --calibrate 20000.
 THRESHOLD_COUNTS = (6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40)
 THRESHOLDS = (38.0, 32.0, 31.0, 29.5, 26.5, 20.0, 16.2, 13.6, 12.0, 10.2, 9.0, 8.2)
 
 # With per-prompt values `hypot(STANDARD_ERRORS * error, MULTIPLE * noise)` is enough, where that is less: in short
-# series, whose residuals say too little by themselves. Both found by simulation, see `find_turning_point`.
+# series, whose residuals say too little by themselves. Both were found by simulation (docs/turning_point.md).
 STANDARD_ERRORS = 3.0
 MULTIPLE = 20.0
 
@@ -49,7 +47,7 @@ ROUGHNESS_SHARE = 0.2  # of the second differences in the noise: keeps it above 
 
 @dataclass(frozen=True)
 class Selection:
-    """A step, or None where none is justified, with the reason in words and the numbers behind it."""
+    """A step, or None where no step is justified, with the reason in words and the numbers behind it."""
 
     step: int | None
     reason: str
@@ -64,33 +62,28 @@ def find_turning_point(
     patience: int = 3,
     by_prompt: Sequence[Sequence[float | None] | None] | None = None,
 ) -> Selection:
-    """The step at which `values` peak before they fall, or undetermined.
+    """Return the step at which `values` peak before they fall, or an undetermined selection.
 
-    A series that is still growing may be asked after each measurement: a step is returned only once `patience` later
-    values confirm the fall, and the first call that returns one is the moment to stop.
+    The rule may be asked after each measurement of a series that still grows: it names a step only once `patience`
+    later values confirm the fall, and the first call that names one is the moment to stop. On a run whose diversity
+    does not change, it is wrong in 1 of 20 within 40 measurements; docs/turning_point.md has the error rates.
 
-    False stops: of flat Gaussian series asked after each of 40 values with patience 3, 5% name a step at some time
-    where neighbours correlate by 0.5 (5.2%, standard error 0.6), 0.9% with white noise, 17% at a correlation of 0.8.
-    Patience 1: 6.6%. With `by_prompt` it depends on how much of the noise is training, which moves all prompts alike
-    (correlation 0.5): 2.3% where it is as large as the standard error over prompts, 3.7% at twice that (6.2% with
-    patience 1), 7.1% at four times, 12% where there is hardly any other noise. By scripts/simulate_turning_point.py;
-    docs/turning_point.md has the rest, and what is missed.
-
-    Undetermined, step None, are
-    - fewer than 6 values (4 with `by_prompt`);
-    - a series that only falls. Its highest value is the first, usually the model before training, but no turning point
+    The selection is undetermined, its step None, where
+    - there are fewer than 6 values (4 with `by_prompt`);
+    - the series only falls. Its highest value is the first, usually the model before training, but no turning point
       was seen: measure more often early on, or this cold start only narrows the model;
-    - a series that still rises, or whose peak has fewer than `patience` later values;
-    - a rise or a fall within noise. A dip before the peak is read as noise and asks for a clearer peak.
+    - the series still rises, or its peak has fewer than `patience` later values;
+    - the rise or the fall is within noise. A dip before the peak is read as noise and asks for a clearer peak.
 
     Args:
         steps: optimiser steps, strictly increasing.
-        values: one a step; None, NaN and infinity are gaps, left out. Spacing between steps plays no part.
-        mode: "max" when high is diverse (entropy), "min" when low is diverse (self-BLEU), the exact mirror.
-        patience: values that have to follow the peak, at least 1.
-        by_prompt: a list a step, the metric of each prompt in the same order at every step; None where unknown. A
-            prompt counts when it is known at every step used. It is left out, and the evidence says why, where a
-            measured step has none, the numbers of prompts differ, or fewer than 16 prompts are complete.
+        values: one value for each step; None, NaN and infinity are gaps and left out. The spacing between steps does
+            not matter.
+        mode: "max" when high is diverse (entropy); "min" when low is diverse (self-BLEU), the exact mirror.
+        patience: number of values that have to follow the peak, at least 1.
+        by_prompt: for each step the metric of each prompt, in the same order at every step; None where unknown. A
+            prompt counts when it is known at every step used. All of it is left out, and the evidence says why, where
+            a measured step has none, the numbers of prompts differ, or fewer than 16 prompts are complete.
 
     Returns:
         A [`Selection`]. Its evidence: `mode`, `patience`, `steps` and `values` as used, `missing` (steps of gaps),
@@ -102,9 +95,20 @@ def find_turning_point(
         unit.
 
     Raises:
-        InputError: lengths differ, steps do not increase, unknown `mode`, `patience` below 1, `by_prompt` not numbers.
+        InputError: lengths differ, steps do not increase, `mode` is unknown, `patience` is below 1, or `by_prompt`
+            holds something other than numbers.
     """
-    _check(steps, values, mode, patience, by_prompt)
+    if mode not in ("max", "min"):
+        raise InputError(f"mode must be 'max' or 'min', got {mode!r}{nearest(mode, ('max', 'min'))}")
+    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        raise InputError(f"patience must be a whole number of at least 1, got {patience!r}")
+    if len(steps) != len(values):
+        raise InputError(f"{len(steps)} steps but {len(values)} values")
+    if by_prompt is not None and len(steps) != len(by_prompt):
+        raise InputError(f"{len(steps)} steps but {len(by_prompt)} lists of per-prompt values (by_prompt)")
+    for before, after in zip(steps, steps[1:], strict=False):
+        if not before < after:
+            raise InputError(f"steps must increase, but {after} follows {before}")
     places = [place for place, value in enumerate(values) if is_number(value)]
     evidence = {
         "mode": mode,
@@ -118,27 +122,12 @@ def find_turning_point(
     least = MINIMUM if prompts is None else MINIMUM_BY_PROMPT
     if len(places) < least:
         return Selection(None, f"undetermined: {len(places)} measurements, at least {least} are needed", evidence)
-    sign = 1.0 if mode == "max" else -1.0
-    evidence |= _shape([sign * value for value in evidence["values"]], prompts, sign, evidence["steps"])
+    evidence |= _shape(evidence["values"], prompts, 1.0 if mode == "max" else -1.0, evidence["steps"])
     return _decide(evidence)
 
 
-def _check(steps, values, mode, patience, by_prompt) -> None:
-    if mode not in ("max", "min"):
-        raise InputError(f"mode must be 'max' or 'min', got {mode!r}{nearest(mode, ('max', 'min'))}")
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise InputError(f"patience must be a whole number of at least 1, got {patience!r}")
-    if len(steps) != len(values):
-        raise InputError(f"{len(steps)} steps but {len(values)} values")
-    if by_prompt is not None and len(steps) != len(by_prompt):
-        raise InputError(f"{len(steps)} steps but {len(by_prompt)} lists of per-prompt values (by_prompt)")
-    for before, after in zip(steps, steps[1:], strict=False):
-        if not before < after:
-            raise InputError(f"steps must increase, but {after} follows {before}")
-
-
 def _paired(by_prompt, places: list[int], steps: list[int]) -> tuple[np.ndarray | None, str | None]:
-    """Values of the complete prompts, [step, prompt], or None; and why given ones were left out."""
+    """Return the values of the complete prompts, [step, prompt], or None; and why given values were left out."""
     rows = [by_prompt[place] for place in places] if by_prompt is not None else []
     if all(row is None for row in rows):
         return None, None
@@ -157,12 +146,31 @@ def _paired(by_prompt, places: list[int], steps: list[int]) -> tuple[np.ndarray 
     return table, None
 
 
-def _shape(heights: list[float], prompts: np.ndarray | None, sign: float, steps: list[int]) -> dict:
-    """Peak, rise, fall and noise of `heights`, of which high is diverse; times `sign` they are the caller's values."""
+def _shape(values: list[float], prompts: np.ndarray | None, sign: float, steps: list[int]) -> dict:
+    """Return peak, rise, fall and noise of `values`, and how large rise and fall have to be.
+
+    Values times `sign` are heights: high is diverse.
+    """
+    heights = [sign * value for value in values]
     fit = unimodal_fit(heights)
     top = max(fit)
-    peak = fit.index(top)  # a measured value or the first of equal ones: nothing is pooled at the top
+    peak = fit.index(top)  # a measured value, or the first of equal values: nothing is pooled at the top
     noise = _noise(heights, fit, peak)
+    threshold = float(np.interp(len(fit), THRESHOLD_COUNTS, THRESHOLDS))
+    levels = {
+        "rise": [place for place in range(peak) if fit[place] == fit[0]],
+        "fall": [place for place in range(peak + 1, len(fit)) if fit[place] == fit[-1]],
+    }
+    errors, needed = {}, {}
+    for name, level in levels.items():
+        errors[name], needed[name] = 0.0, threshold * noise
+        if prompts is not None:
+            errors[name] = _error(prompts, peak, level)
+            # Few prompts know their own spread less well: Student's quantile at the level of the normal one
+            confidence = math.erf(STANDARD_ERRORS / math.sqrt(2))
+            sampling = t_quantile(prompts.shape[1] - 1, confidence) * errors[name]
+            by_noise = needed[name] if len(fit) >= MINIMUM else math.inf
+            needed[name] = min(by_noise, math.hypot(sampling, MULTIPLE * noise))
     return {
         "fit": [sign * level for level in fit],
         "peak_step": steps[peak],
@@ -173,32 +181,20 @@ def _shape(heights: list[float], prompts: np.ndarray | None, sign: float, steps:
         "fall": top - fit[-1],
         "later": len(heights) - 1 - peak,
         "noise": noise,
-        **_needed(fit, peak, noise, prompts),
+        "rise_error": errors["rise"],
+        "needed_rise": needed["rise"],
+        "fall_error": errors["fall"],
+        "needed_fall": needed["fall"],
+        "threshold": threshold,
+        "needed": max(needed.values()),
     }
 
 
-def _needed(fit: list[float], peak: int, noise: float, prompts: np.ndarray | None) -> dict:
-    """What rise and fall have to exceed, with the standard errors of both."""
-    count = len(fit)
-    threshold = float(np.interp(count, THRESHOLD_COUNTS, THRESHOLDS))
-    starts = [place for place in range(peak) if fit[place] == fit[0]]
-    ends = [place for place in range(peak + 1, count) if fit[place] == fit[-1]]
-    found = {}
-    for name, level in (("rise", starts), ("fall", ends)):
-        error, needed = 0.0, threshold * noise
-        if prompts is not None:
-            error = _error(prompts, peak, level)
-            # Few prompts know their own spread less well: Student's quantile at the level of a normal one
-            level = math.erf(STANDARD_ERRORS / math.sqrt(2))
-            sampling = t_quantile(prompts.shape[1] - 1, level) * error
-            needed = min(needed if count >= MINIMUM else math.inf, math.hypot(sampling, MULTIPLE * noise))
-        found |= {f"{name}_error": error, f"needed_{name}": needed}
-    return found | {"threshold": threshold, "needed": max(found["needed_rise"], found["needed_fall"])}
-
-
 def _error(prompts: np.ndarray, peak: int, level: list[int]) -> float:
-    """Standard error over prompts of the peak against the mean of the steps in `level`, paired: prompts are their own
-    control, so that what measurements share (hard prompts, the sampling seed) cancels."""
+    """Return the standard error over prompts of the peak against the mean of the steps in `level`.
+
+    Each prompt is its own control, so what measurements share (hard prompts, the sampling seed) cancels.
+    """
     if not level:
         return 0.0  # no rise, or no fall: nothing to judge
     differences = prompts[peak] - prompts[level].mean(axis=0)
@@ -229,10 +225,10 @@ def _decide(evidence: dict) -> Selection:
 
 
 def unimodal_fit(values: Sequence[float]) -> list[float]:
-    """The least-squares fit to `values` that does not fall up to some place and does not rise after it.
+    """Return the least-squares fit to `values` that does not fall up to some place and does not rise after it.
 
-    The errors of the best rising fit to every beginning and of the best falling fit to every end come out of one
-    sweep each, so the place costs no more than the fit.
+    One sweep each gives the errors of the best rising fit to every beginning and of the best falling fit to every
+    end, so finding the place costs no more than the fit.
     """
     rising = _sweep(values)[1]
     falling = _sweep(values[::-1])[1][::-1] + [0.0]
@@ -241,7 +237,7 @@ def unimodal_fit(values: Sequence[float]) -> list[float]:
 
 
 def _sweep(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Non-decreasing least-squares fit by pooling neighbours that fall; its squared error at each beginning."""
+    """Pool neighbours that fall. Return the non-decreasing least-squares fit, and its error at each beginning."""
     blocks, errors, error = [], [], 0.0  # blocks of (mean, count)
     for value in values:
         mean, count = value, 1
@@ -255,11 +251,11 @@ def _sweep(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def _noise(heights: list[float], fit: list[float], peak: int) -> float:
-    """Scale of the noise in one value: what the fit leaves over, and a share of the roughness away from the peak.
+    """Return the scale of the noise in one value: what the fit leaves over, and a share of the roughness.
 
-    Below the true standard deviation in short series, where the fit follows the noise: the thresholds allow for it.
-    Second differences are blind to a slope; divided by the root of 6 they have the spread of one value. The one
-    centred on the peak measures the peak itself.
+    In short series it is below the true standard deviation, since the fit follows the noise: the thresholds allow for
+    that. Second differences are blind to a slope; divided by the root of 6 they have the spread of one value. The
+    difference centred on the peak measures the peak itself and is left out.
     """
     residual = np.subtract(heights, fit)
     bends = [bend for place, bend in enumerate(np.diff(heights, 2), start=1) if place != peak]

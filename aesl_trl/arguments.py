@@ -16,6 +16,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -45,10 +46,14 @@ TRL_BOUNDS = {
     **dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size lora_r".split(), {"at_least": 1}),
     **dict.fromkeys("gradient_accumulation_steps max_length max_completion_length".split(), {"at_least": 1}),
     "num_generations": {"at_least": 2},
-    **dict.fromkeys("num_train_epochs temperature logging_steps eval_steps save_steps".split(), {"above": 0}),
+    **dict.fromkeys(("num_train_epochs", "temperature"), {"above": 0}),
+    **{
+        f"{kind}_steps": {"above": 0, "hint": f"{kind}_strategy: 'no' turns it off"}
+        for kind in ("logging", "eval", "save")
+    },
 }
-# A field's metadata may hold these keys, each with the bound of the field's number.
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+IN_METADATA = (*BOUNDS, "hint")  # what a field's metadata may say of its number, see check_bounds
 # TRL takes booleans here although its annotations do not say so.
 ALSO_BOOL = {"scale_rewards", "resume_from_checkpoint"}
 # A dataclass's __post_init__ raises one of these for a value that it cannot use, or a package that is not installed.
@@ -115,6 +120,25 @@ def load_config(path: str | Path, dataclass_types: Sequence[type], to_come: Coll
     return {**config, "env": env}
 
 
+def without_defaults(config: Mapping[str, Any], dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """Return the values of `config` as their fields type them, without those that equal their field's default.
+
+    A value that no field can take, and a key without a field, stay as they are: only another run may have known them.
+    """
+    fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind)}
+    hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    found = {}
+    for key, value in config.items():
+        if field := fields.get(key):
+            with suppress(InputError):
+                value = _check_value(value, hints[key], field, "")
+            is_made = field.default_factory is not dataclasses.MISSING
+            if value == (field.default_factory() if is_made else field.default):
+                continue
+        found[key] = value
+    return found
+
+
 def _check_env(env: Any, path: Path) -> dict[str, str]:
     if not isinstance(env, dict):
         raise InputError(f"{path}: env must be a mapping of variables, got {_shown(env)}")
@@ -151,9 +175,11 @@ def load_yaml(path: str | Path) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name the config file in it{_nearest_config(path / 'config.yaml')}")
+        raise InputError(
+            f"{path} is a folder: name the config file in it{nearest_sibling(path / 'config.yaml', '*.y*ml')}"
+        )
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist{_nearest_config(path)}")
+        raise InputError(f"config file {path} does not exist{nearest_sibling(path, '*.y*ml')}")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -165,10 +191,6 @@ def load_yaml(path: str | Path) -> dict:
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold a mapping (key: value), got {_shown(config)}")
     return config
-
-
-def _nearest_config(path: Path) -> str:
-    return nearest(path.name, [item.name for item in path.absolute().parent.glob("*.y*ml")])
 
 
 # ---- A mapping becomes a dataclass
@@ -203,19 +225,14 @@ def check_fields(mapping: Any, kind: type, where: str) -> dict:
     """Return `mapping` with each value of the type that the dataclass `kind` declares; see [`read_dataclass`]."""
     if not isinstance(mapping, dict):
         raise InputError(f"{where} must be a mapping (key: value), got {_shown(mapping)}")
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    hints = get_type_hints(kind)
+    fields, hints = {field.name: field for field in dataclasses.fields(kind) if field.init}, get_type_hints(kind)
     for key in mapping:
         if key not in fields:
             raise InputError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
-    required = [name for name, field in fields.items() if _has_no_default(field) and name not in mapping]
-    if required:
-        raise InputError(f"{where}: {required[0]} is missing")
+    for name, field in fields.items():
+        if name not in mapping and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: {name} is missing")
     return {key: _check_value(value, hints[key], fields[key], where) for key, value in mapping.items()}
-
-
-def _has_no_default(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
@@ -224,7 +241,10 @@ def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str) ->
     try:
         value = _convert(value, hint, f"{where}: {field.name}")
     except _Mismatch:
-        wanted = f"must be {_kind_name(hint)}, got {_shown(value)}{_hint(value, hint)}{_default(value, field)}"
+        wanted = f"must be {_kind_name(hint)}, got {_shown(value)}{_hint(value, hint)}"
+        if value is None and field.default is not dataclasses.MISSING:  # often meant as "leave it alone"
+            default = field.default.value if isinstance(field.default, Enum) else field.default
+            wanted += f"; leave the line out for the default, {default!r}"
         raise InputError(f"{where}: {field.name} {wanted}") from None
     choices = field.metadata.get("choices")
     if choices and value is not None and value not in choices:
@@ -235,73 +255,62 @@ def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str) ->
 
 def _convert(value: Any, hint: Any, where: str = "") -> Any:
     """Return `value` as the type `hint`: numeric strings become floats, a lone value becomes a list of one."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin, args = get_origin(hint) or hint, get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(value, args, where)
-    if origin is Literal:
-        return _only_if(any(value == option and type(value) is type(option) for option in args), value)
-    if origin is list or hint is list:
+    if origin is list:
         # A lone value, as in `lora_target_modules: all-linear`, means on the command line what a list of one means.
         item_hint, items = (args or (Any,))[0], value if isinstance(value, list) else [value]
-        _only_if(value is not None and (dataclasses.is_dataclass(item_hint) or not isinstance(value, dict)), value)
-        return [_convert(item, item_hint, f"{where}[{place}]") for place, item in enumerate(items)]
-    if origin is dict or hint is dict:
-        _only_if(isinstance(value, dict), value)
+        if value is not None and (dataclasses.is_dataclass(item_hint) or not isinstance(value, dict)):
+            return [_convert(item, item_hint, f"{where}[{place}]") for place, item in enumerate(items)]
+    elif origin is dict:
         key_hint, item_hint = args or (Any, Any)
-        return {_convert(key, key_hint): _convert(item, item_hint, f"{where}.{key}") for key, item in value.items()}
-    if hint is float:
-        return _convert_float(value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return _only_if(isinstance(value, str) and value in _enum_values(hint), value)
-    if dataclasses.is_dataclass(hint):
-        return read_dataclass(hint, _only_if(isinstance(value, dict), value), where)
-    # type(), not isinstance: a bool is an int to isinstance.
-    return _only_if(type(value) is hint, value)
-
-
-def _only_if(fits: bool, value: Any) -> Any:
-    if not fits:
-        raise _Mismatch
-    return value
-
-
-def _convert_union(value: Any, hints: Sequence[Any], where: str) -> Any:
-    if any(isinstance(hint, type) and issubclass(hint, Enum) for hint in hints):
-        # `SchedulerType | str` means the enum's values; str is there for the command line.
-        hints = [hint for hint in hints if hint is not str]
-    # float and list last: they convert, the others only compare.
-    for hint in sorted(hints, key=lambda hint: (hint is float) + 2 * (get_origin(hint) is list)):
-        try:
-            return _convert(value, hint, where)
-        except _Mismatch:
-            continue
+        if isinstance(value, dict):
+            return {_convert(k, key_hint): _convert(item, item_hint, f"{where}.{k}") for k, item in value.items()}
+    elif dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return read_dataclass(hint, value, where)
+    elif hint is float:
+        if type(value) in (int, float, str):  # YAML 1.1 reads 1e-5, without a point, as a string
+            with suppress(ValueError, OverflowError):
+                if not math.isnan(number := float(value)):
+                    return number
+    elif options := _options(hint):
+        if any(value == option and type(value) is type(option) for option in options):
+            return value
+    elif type(value) is hint:  # not isinstance, to which a bool is an int
+        return value
     raise _Mismatch
 
 
-def _convert_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-5, without a point, as a string.
-    _only_if(type(value) in (int, float, str), value)
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise _Mismatch from None
-    return _only_if(not math.isnan(number), number)
+def _convert_union(value: Any, hints: Sequence[Any], where: str) -> Any:
+    # float and list last: they convert, the others only compare.
+    for hint in sorted(_meant(hints), key=lambda hint: (hint is float) + 2 * (get_origin(hint) is list)):
+        with suppress(_Mismatch):
+            return _convert(value, hint, where)
+    raise _Mismatch
 
 
-def _enum_values(kind: type[Enum]) -> list[str]:
-    return [member.value for member in kind]
+def _meant(hints: Sequence[Any]) -> list[Any]:
+    """Drop str beside an enum: `SchedulerType | str` means the enum's values, and str is for the command line."""
+    has_enum = any(isinstance(hint, type) and issubclass(hint, Enum) for hint in hints)
+    return [hint for hint in hints if not (has_enum and hint is str)]
+
+
+def _options(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [member.value for member in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
 
 
 def _kind_name(hint: Any) -> str:
     """Return `hint` in words, such as `float or null`."""
     if get_origin(hint) in (Union, types.UnionType):
-        hints = get_args(hint)
-        enums = [item for item in hints if isinstance(item, type) and issubclass(item, Enum)]
-        return " or ".join(dict.fromkeys(_kind_name(item) for item in hints if not (enums and item is str)))
+        return " or ".join(dict.fromkeys(map(_kind_name, _meant(get_args(hint)))))
     if options := _options(hint):
-        return "one of " + ", ".join(options)
+        return "one of " + ", ".join(map(str, options))
     if get_origin(hint) is list:
         return f"a list of {_kind_name(get_args(hint)[0])}"
     if dict in (get_origin(hint), hint) or dataclasses.is_dataclass(hint):
@@ -309,29 +318,15 @@ def _kind_name(hint: Any) -> str:
     return {type(None): "null", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _options(hint: Any) -> list[str]:
-    if get_origin(hint) is Literal:
-        return [str(option) for option in get_args(hint)]
-    return _enum_values(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
-
-
 def _hint(value: Any, hint: Any) -> str:
     """Name the nearest valid value, where there is one."""
-    options = [option for item in (hint, *get_args(hint)) for option in _options(item)]
+    options = [str(option) for item in (hint, *get_args(hint)) for option in _options(item)]
     if isinstance(value, bool):
         # YAML 1.1 reads no, off, yes and on as booleans.
         meant = ("yes", "on", "true") if value else ("no", "off", "none", "false")
         words = [word for word in meant if word in options]
         return f"; write {words[0]!r} in quotes" if words else ""
-    return nearest(value, options) if options and isinstance(value, str) else ""
-
-
-def _default(value: Any, field: dataclasses.Field) -> str:
-    """Say how to get the default, since null is often meant as "leave it alone"."""
-    if value is not None or field.default is dataclasses.MISSING:
-        return ""
-    default = field.default.value if isinstance(field.default, Enum) else field.default
-    return f"; leave the line out for the default, {default!r}"
+    return nearest(value, options) if isinstance(value, str) else ""
 
 
 def _shown(value: Any) -> str:
@@ -344,21 +339,29 @@ def _shown(value: Any) -> str:
 # ---- Bounds and choices
 
 
-def check_bound(name: str, value: float, **bounds: float) -> None:
-    """Refuse the number `value` of the setting `name` where it lies outside of `bounds`.
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field with its help, and the bounds or choices of its value as `metadata`."""
+    source = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**source, metadata={"help": help, **metadata})
+
+
+def check_bound(name: str, value: float, *, whole: bool = False, hint: str = "", **bounds: float) -> None:
+    """Refuse `value` for the setting `name` where it is no finite number, or lies outside of `bounds`.
 
     Args:
+        whole: only whole numbers are accepted.
+        hint: what else the message says, such as why, or what to do.
         bounds: any of `at_least`, `above`, `at_most` and `below`.
 
     Raises:
-        InputError: such as `patience is 0, but must be at least 1`. NaN lies outside of every bound.
+        InputError: such as `patience is 0, but must be at least 1`.
     """
-    if not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
-        raise InputError(f"{name} is {value}, but must be {_bounds_in_words(bounds)}")
-
-
-def _bounds_in_words(bounds: Mapping[str, float]) -> str:
-    return " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds.items())
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    is_number = is_number and (isinstance(value, int) or math.isfinite(value))
+    if not is_number or not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
+        kind = "" if is_number else f"a {'whole' if whole else 'finite'} number, "
+        asked = " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds.items())
+        raise InputError(f"{name} is {value!r}, but must be {kind}{asked}" + (f"; {hint}" if hint else ""))
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
@@ -368,13 +371,13 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}{nearest(value, known)}")
 
 
-def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping] | None = None) -> None:
     """Refuse a dataclass's numbers outside of the bounds, and values outside of the choices, that its fields declare.
 
-    A field declares them in its metadata: `field(default=8, metadata={"at_least": 2})`, with the keys of [`BOUNDS`],
-    or `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it, and the items of a list
-    are checked one by one. [`parse`] and [`read_dataclass`] do this by themselves; a `__post_init__` that calls it
-    also guards those who build the dataclass in Python.
+    A field declares them in its metadata, such as `{"at_least": 2, "hint": "why"}` (see [`check_bound`]) or
+    `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it. The items of a list are
+    checked one by one. [`parse`] and [`read_dataclass`] do this by themselves; a `__post_init__` that calls it also
+    guards those who build the dataclass in Python.
 
     Args:
         prefix: what a message begins with, before the field's name.
@@ -384,22 +387,17 @@ def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping[s
     """
     hints = get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
-        name, value, hint = prefix + field.name, getattr(instance, field.name), hints[field.name]
+        name, value = prefix + field.name, getattr(instance, field.name)
         if "choices" in field.metadata and value is not None:
             check_choice(name, value, field.metadata["choices"])
-        limits = (bounds or {}).get(field.name) or _bounds_of(field)
-        kinds = _leaf_types(hint)
+        limits, kinds = (bounds or {}).get(field.name) or _bounds_of(field), _leaf_types(hints[field.name])
         if limits and not (value is None and type(None) in kinds):
-            wanted = "a finite number" if float in kinds else "a whole number"
             for number in value if isinstance(value, list) else [value]:
-                is_number = type(number) is int or (type(number) is float and float in kinds and math.isfinite(number))
-                if not is_number:
-                    raise InputError(f"{name} is {number!r}, but must be {wanted}, {_bounds_in_words(limits)}")
-                check_bound(name, number, **limits)
+                check_bound(name, number, whole=float not in kinds, **limits)
 
 
-def _bounds_of(field: dataclasses.Field) -> dict[str, float]:
-    return {key: bound for key, bound in field.metadata.items() if key in BOUNDS}
+def _bounds_of(field: dataclasses.Field) -> dict[str, Any]:
+    return {key: bound for key, bound in field.metadata.items() if key in IN_METADATA}
 
 
 def _leaf_types(hint: Any) -> set:
@@ -481,7 +479,9 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
 
         def add_argument(self, *names, **options):
             # TrlParser hands on a field's metadata as it is, and argparse knows nothing of bounds.
-            return super().add_argument(*names, **{key: value for key, value in options.items() if key not in BOUNDS})
+            return super().add_argument(
+                *names, **{key: value for key, value in options.items() if key not in IN_METADATA}
+            )
 
         def error(self, message):
             raise InputError(message)
@@ -508,29 +508,24 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
                     if name in ALSO_BOOL and isinstance(value, str):
                         value = {"true": True, "false": False}.get(value.lower(), value)
                     values[name] = resolve(name, value, Path.cwd())
-            _check_ranges(values, dataclass_types)
+            _check_numbers(values, dataclass_types)
             _check_output_dir(values)
             return namespace, rest
 
     return StrictParser(dataclass_types, prog=prog, allow_abbrev=False)
 
 
-def _check_ranges(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
+def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
     """Check the parsed numbers before a dataclass is built, whose own messages tell less."""
     own = {field.name: _bounds_of(field) for kind in dataclass_types for field in dataclasses.fields(kind)}
+    if values.get("max_steps", -1) != -1:
+        check_bound("max_steps", values["max_steps"], at_least=1, hint="-1 trains for num_train_epochs")
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            if name == "max_steps" and number != -1 and number < 1:
-                raise InputError(f"max_steps is {number}, but must be at least 1, or -1 to train for num_train_epochs")
-            bounds = TRL_BOUNDS.get(name, {}) | own.get(name, {})
-            try:
-                check_bound(name, number, **bounds)
-            except InputError as error:
-                turns_off = name.endswith("_steps") and "above" in bounds
-                hint = f"; {name.removesuffix('_steps')}_strategy: 'no' turns it off" if turns_off else ""
-                raise InputError(f"{error}{hint}") from None
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if bounds := own.get(name) or (number != math.inf and TRL_BOUNDS.get(name)):  # inf: max_grad_norm takes it
+                if is_number:
+                    check_bound(name, number, **bounds)
 
 
 def _check_output_dir(values: dict[str, Any]) -> None:

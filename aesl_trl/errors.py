@@ -27,9 +27,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def nearest_sibling(path: Path) -> str:
-    """Return [`nearest`] for the name of a missing `path` among the files beside it."""
-    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+def nearest_sibling(path: Path, pattern: str = "*") -> str:
+    """Return [`nearest`] for the name of a missing `path` among the files beside it that match `pattern`."""
+    return nearest(path.name, [item.name for item in path.parent.glob(pattern)])
 
 
 def in_one_line(error: Exception | str, limit: int = 300) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -360,6 +361,242 @@ def test_int_takes_ints_only(value):
     else:
         with pytest.raises(arguments._Mismatch):
             arguments._convert(value, int)
+
+
+# ---- Nested dataclasses
+
+
+@dataclass
+class Inner:
+    size: int = field(metadata={"at_least": 1})
+    rate: float = field(default=0.5, metadata={"above": 0, "below": 1, "hint": "1 keeps nothing"})
+    sizes: list[int] | None = field(default=None, metadata={"at_least": 1})
+    side: str = field(default="left", metadata={"choices": ("left", "right")})
+    limit: int | None = field(default=None, metadata={"at_least": 1, "at_most": 9})
+
+
+@dataclass
+class Outer:
+    needed: Inner
+    name: str = "x"
+    maybe: Inner | None = None
+    filled: Inner = field(default_factory=lambda: Inner(size=7))
+    several: list[Inner] = field(default_factory=list)
+    named: dict[str, Inner | None] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.name == "bad":
+            raise ValueError("name\nis bad")
+
+
+def test_nested_dataclasses_are_built():
+    one, two = {"size": 1}, {"size": 2, "rate": "1e-1"}
+    outer = arguments.read_dataclass(
+        Outer, {"needed": one, "maybe": two, "several": [one, two], "named": {"a": one, "b": None}}, "x.yaml"
+    )
+    built = Inner(size=2, rate=0.1)
+    assert outer == Outer(Inner(1), maybe=built, several=[Inner(1), built], named={"a": Inner(1), "b": None})
+    assert arguments.read_dataclass(Outer, {"needed": one}, "x.yaml") == Outer(Inner(1))
+    assert arguments.read_dataclass(Outer, {"needed": one, "several": one}, "x.yaml").several == [Inner(1)]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ([], "x.yaml must be a mapping (key: value), got the list []"),
+        ({}, "x.yaml: needed is missing"),
+        ({"needed": {}}, "x.yaml: needed: size is missing"),
+        ({"needed": None}, "x.yaml: needed must be a mapping, got null"),
+        ({"needed": {"size": 1}, "mabye": {}}, "x.yaml: unknown key 'mabye'; did you mean 'maybe'?"),
+        ({"needed": {"size": 1}, "maybe": 3}, "x.yaml: maybe must be a mapping or null, got the int 3"),
+        ({"needed": {"sise": 1}}, "x.yaml: needed: unknown key 'sise'; did you mean 'size'?"),
+        ({"needed": {"size": True}}, "x.yaml: needed: size must be int, got true"),
+        ({"needed": {"size": 0}}, "x.yaml: needed: size is 0, but must be at least 1"),
+        (
+            {"needed": {"size": 1, "rate": 1}},
+            "x.yaml: needed: rate is 1.0, but must be above 0 and below 1; 1 keeps nothing",
+        ),
+        ({"needed": {"size": 1, "sizes": [1, 0]}}, "x.yaml: needed: sizes is 0, but must be at least 1"),
+        ({"needed": {"size": 1, "limit": 10}}, "x.yaml: needed: limit is 10, but must be at least 1 and at most 9"),
+        (
+            {"needed": {"size": 1, "side": "rigt"}},
+            "x.yaml: needed: side must be one of left, right, got the str 'rigt'; did you mean 'right'?",
+        ),
+        ({"needed": {"size": 1}, "several": [{"size": 1}, {}]}, "x.yaml: several[1]: size is missing"),
+        ({"needed": {"size": 1}, "named": {"a": {"size": "1"}}}, "x.yaml: named.a: size must be int, got the str '1'"),
+        ({"needed": {"size": 1}, "name": "bad"}, "x.yaml: name is bad"),
+    ],
+)
+def test_nested_refusals_say_where(mapping, message):
+    with pytest.raises(InputError) as error:
+        arguments.read_dataclass(Outer, mapping, "x.yaml")
+    assert str(error.value) == message
+
+
+INNERS = st.builds(
+    Inner,
+    size=st.integers(1),
+    rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    sizes=st.none() | st.lists(st.integers(1)),
+    side=st.sampled_from(["left", "right"]),
+    limit=st.none() | st.integers(1, 9),
+)
+
+
+@given(st.builds(Outer, INNERS, maybe=st.none() | INNERS, several=st.lists(INNERS, max_size=3), filled=INNERS))
+def test_a_nested_dataclass_survives_yaml(outer):
+    text = yaml.safe_dump(dataclasses.asdict(outer))
+    assert arguments.read_dataclass(Outer, yaml.safe_load(text), "x.yaml") == outer
+
+
+# ---- Bounds
+
+
+@given(st.floats() | st.integers(), st.integers(-3, 3), st.integers(-3, 3))
+def test_a_number_within_its_bounds_passes_and_no_other(number, low, high):
+    fits = math.isfinite(number) if isinstance(number, float) else True
+    for bounds, is_inside in [
+        ({"at_least": low}, number >= low),
+        ({"above": low, "below": high}, low < number < high),
+        ({"at_least": low, "at_most": high}, low <= number <= high),
+    ]:
+        if fits and is_inside:
+            arguments.check_bound("size", number, **bounds)
+        else:
+            with pytest.raises(InputError, match="^size is .*, but must be "):
+                arguments.check_bound("size", number, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (0, {"at_least": 1}, "size is 0, but must be at least 1"),
+        (0.5, {"at_least": 1, "whole": True}, "size is 0.5, but must be a whole number, at least 1"),
+        (True, {"at_least": 1, "whole": True}, "size is True, but must be a whole number, at least 1"),
+        ("3", {"above": 0}, "size is '3', but must be a finite number, above 0"),
+        (None, {"above": 0}, "size is None, but must be a finite number, above 0"),
+        (math.inf, {"above": 0}, "size is inf, but must be a finite number, above 0"),
+        (math.nan, {"below": 1}, "size is nan, but must be a finite number, below 1"),
+        (2, {"below": 1, "hint": "1 releases nothing"}, "size is 2, but must be below 1; 1 releases nothing"),
+    ],
+)
+def test_a_refused_number_is_told(value, options, message):
+    with pytest.raises(InputError) as error:
+        arguments.check_bound("size", value, **options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "message"),
+    [
+        ({"size": 0}, {}, "own_size is 0, but must be at least 1"),
+        ({"size": None}, {}, "own_size is None, but must be a whole number, at least 1"),
+        ({"size": 2.0}, {}, "own_size is 2.0, but must be a whole number, at least 1"),
+        ({"size": 1, "side": "up"}, {}, "own_side is 'up', but must be one of left, right"),
+        ({"size": 1}, {"size": {"at_least": 2}}, "own_size is 1, but must be at least 2"),
+    ],
+)
+def test_a_dataclass_made_in_python_is_checked(values, bounds, message):
+    arguments.check_bounds(Inner(size=3, limit=9, sizes=[1, 2]))
+    with pytest.raises(InputError) as error:
+        arguments.check_bounds(Inner(**values), "own_", bounds)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "flags", [["--size", "0"], ["--size", "1", "--sizes", "3", "0"], ["--size", "1", "--rate", "1"]]
+)
+def test_bounds_in_metadata_hold_on_the_command_line(flags, config):
+    with pytest.raises(InputError, match="but must be"):
+        arguments.parse([Inner], flags, prog="aesl test")
+    with pytest.raises(InputError, match="size is 0, but must be at least 1"):
+        arguments.parse([Inner], ["--config", str(config("size: 0"))], prog="aesl test")
+    assert arguments.parse([Inner], ["--size", "1", "--sizes", "3"], prog="aesl test") == (Inner(1, sizes=[3]),)
+
+
+def test_infinity_is_refused_save_where_trl_takes_it(config):
+    with pytest.raises(InputError, match="learning_rate is -inf, but must be a finite number, at least 0"):
+        arguments.parse([SFTConfig], ["--learning_rate=-inf"], prog="aesl test")
+    path = config(yaml.safe_dump({"max_grad_norm": math.inf, **CPU}))
+    (args,) = arguments.parse([SFTConfig], ["--config", str(path)], prog="aesl test")
+    assert args.max_grad_norm == math.inf
+
+
+# ---- Folders
+
+
+def test_a_folder_may_be_replaced_when_it_is_new_empty_or_our_own(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ours").mkdir()
+    for name in ("handoff.json", "model.safetensors"):
+        (tmp_path / "ours" / name).write_text("{}")
+    for name in ("new/deep", "empty", "ours"):
+        arguments.check_replaceable("output", tmp_path / name, "handoff.json", [tmp_path / "run"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("run", "output: {0}/run is read from, and would be replaced; name a new folder"),
+        (".", "output: {0} holds {0}/run, which is read from, and would be replaced; name a new folder"),
+        ("notes", "output: {0}/notes holds other files, and would be replaced; name a new folder"),
+        ("notes/a.txt", "output: {0}/notes/a.txt is a file; name another folder"),
+    ],
+)
+def test_a_folder_that_may_not_be_replaced(target, message, tmp_path):
+    for name in ("run", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("")
+    with pytest.raises(InputError) as error:
+        arguments.check_replaceable("output", tmp_path / target, "handoff.json", [tmp_path / "run"])
+    assert str(error.value) == message.format(tmp_path)
+
+
+# ---- Parsers and functions by name
+
+
+def test_the_argument_parser_refuses_in_one_line(capsys):
+    parser = arguments.ArgumentParser("aesl test", "Test.")
+    parser.add_argument("--patience", type=int)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("copy").add_argument("target")
+    assert parser.parse_args(["--patience", "3"]).patience == 3
+    for argv, message in [
+        (["--pat", "3"], "unrecognized arguments: --pat 3 (see aesl test --help)"),
+        (["--patience", "x"], "argument --patience: invalid int value: 'x' (see aesl test --help)"),
+        (["copy"], "the following arguments are required: target (see aesl test copy --help)"),
+    ]:
+        with pytest.raises(InputError) as error:
+            parser.parse_args(argv)
+        assert str(error.value).endswith(message)
+    assert capsys.readouterr() == ("", "")
+
+
+@given(st.lists(st.text()))
+def test_positionals_are_the_arguments_before_the_first_flag(argv):
+    names, rest = arguments.positionals(argv)
+    assert names + rest == argv
+    assert not any(name.startswith("-") for name in names) and (not rest or rest[0].startswith("-"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_functions.rigth", "own_functions has no function 'rigth'; did you mean 'right'?"),
+        ("own_functions.LIMIT", "own_functions holds a int, not a function, as 'LIMIT'"),
+        ("no_such_module.right", "cannot import 'no_such_module.right': No module named 'no_such_module'"),
+        ("own_broken.right", "own_broken cannot be imported: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_functions_by_import_path(name, message, tmp_path, monkeypatch):
+    (tmp_path / "own_functions.py").write_text("LIMIT = 1\ndef right():\n    return 5\n")
+    (tmp_path / "own_broken.py").write_text("1 / 0\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert arguments.import_function("own_functions.right", tmp_path, field="reward_funcs")() == 5
+    with pytest.raises(InputError) as error:
+        arguments.import_function(name, tmp_path, field="reward_funcs", known=["accuracy_reward"])
+    assert str(error.value) == f"reward_funcs: {message}"
+    monkeypatch.delitem(sys.modules, "own_functions")
 
 
 def test_reading_a_config_does_not_import_trl():

@@ -99,7 +99,7 @@ CONFIGS = {
     "misspelt flag": (sft("--max_step", "3"), "unknown flag --max_step", "did you mean '--max_steps'"),
     "misspelt config": (lambda p: [w.replace("sft.", "stf.") for w in sft()(p)], "stf.yaml does not", "'sft.yaml'"),
     "negative rate": (sft(learning_rate=-1e-4), "learning_rate is -0.0001, but must be at least 0"),
-    "no steps": (sft(max_steps=0), "max_steps is 0, but must be at least 1, or -1 to train for num_train_epochs"),
+    "no steps": (sft(max_steps=0), "max_steps is 0, but must be at least 1; -1 trains for num_train_epochs"),
     "no epochs": (sft(max_steps=..., num_train_epochs=0), "num_train_epochs is 0.0, but must be above 0"),
     "max_length -1": (sft(max_length=-1), "max_length is -1, but must be at least 1"),
     "save_steps 0": (sft(save_steps=0), "save_steps is 0.0, but must be above 0", "save_strategy: 'no' turns it off"),

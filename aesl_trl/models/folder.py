@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError, in_one_line
-from ..files import RUN, read_json
+from ..files import read_json
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,8 +37,8 @@ class ModelFolder:
 
         A name on the hub counts as full weights. `name` is the setting that an error message opens with.
         """
-        path = str(path)
-        return cls(path, base_of(path, name) if (Path(path) / ADAPTER_CONFIG).is_file() else None)
+        is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
+        return cls(str(path), base_of(str(path), name) if is_adapter else None)
 
     @property
     def folder(self) -> Path:
@@ -46,37 +47,34 @@ class ModelFolder:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether these are an adapter's weights, which are of use on a base alone."""
+        """Whether the weights are those of an adapter."""
         return self.base is not None
 
     @property
     def config_at(self) -> str:
-        """Where the network's config lies: in the base's folder for an adapter."""
+        """Where the network's config lies: for an adapter, in the base's folder."""
         return self.base or self.weights
 
     @property
     def tokenizer_at(self) -> str:
         """Where the tokenizer lies: beside the weights, else in the base's folder."""
-        return self._beside_weights_or_base(TOKENIZER_CONFIG)
+        return self.weights if (self.folder / TOKENIZER_CONFIG).is_file() else self.config_at
 
     @property
     def generation_config_at(self) -> str:
         """Where the generation config lies: beside the weights, else in the base's folder."""
-        return self._beside_weights_or_base(GENERATION_CONFIG)
+        return self.weights if (self.folder / GENERATION_CONFIG).is_file() else self.config_at
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the full weights, or the base of the adapter, are quantized on disk."""
-        return is_quantized(self.config_at)
-
-    def _beside_weights_or_base(self, name: str) -> str:
-        return self.weights if self.base is None or (self.folder / name).is_file() else self.base
+        """Whether the full weights, or those of the adapter's base, are quantized on disk."""
+        config = Path(self.config_at) / CONFIG
+        return config.is_file() and bool(read_json(config).get("quantization_config"))
 
     def identity(self) -> dict:
-        """Return what distinguishes these weights from others, and from themselves after more training.
+        """Return what tells these weights from others: the commit of a name on the hub, or a folder's file times.
 
-        For a name on the hub that is its commit, for a folder the sizes and times of its files. Contents are not read,
-        so a copy with other times counts as another model.
+        Contents are not read, so a copy with other times counts as another model.
         """
         if not self.folder.is_dir():
             from transformers import AutoConfig
@@ -92,9 +90,9 @@ class ModelFolder:
 
 
 def base_of(adapter: str, field: str) -> str:
-    """Return the base that an adapter names, and refuse a base that is a folder which is not there.
+    """Return the base that `adapter`, a folder or a name on the hub, names; refuse one whose folder is not there.
 
-    `adapter` is a folder or a name on the hub, `field` the setting that names it.
+    `field` is the setting that names the adapter.
     """
     from peft import PeftConfig
 
@@ -114,28 +112,11 @@ def base_of(adapter: str, field: str) -> str:
     return base
 
 
-def is_quantized(model: str) -> bool:
-    """Say whether the folder `model` holds quantized weights."""
-    config = Path(model) / CONFIG
-    return config.is_file() and bool(read_json(config).get("quantization_config"))
-
-
-def quantization_of(base: str, folders: list[Path | None]) -> dict | None:
-    """Return how `base` was quantized in training: its own config, else `quantization` in a run.json of `folders`."""
-    if is_quantized(base):
-        return read_json(Path(base) / CONFIG)["quantization_config"]
-    runs = [read_json(folder / RUN) for folder in folders if folder and (folder / RUN).is_file()]
-    return next((run["quantization"] for run in runs if run.get("quantization")), None)
-
-
 # ---- Weight files
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder whose weights are missing or cut off, as an interrupted download or copy leaves them.
-
-    Only the header of each file is read.
-    """
+    """Refuse a folder whose weights are missing or cut off, as an interrupted copy leaves them; read headers alone."""
     shards = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else set()
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
@@ -163,37 +144,26 @@ def safetensors_problem(path: Path) -> str | None:
         return f"is cut off or no weights ({error}): download or copy it again"
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Map the name of each tensor in `folder` to the safetensors file that holds it."""
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """Map the name of each tensor in `folder` to its slice in a safetensors file, of which an index reads a part."""
     from safetensors import safe_open
 
-    files = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = safe_open(path, "pt")
+        tensors |= {name: file.get_slice(name) for name in file.keys()}
+    return tensors
 
 
 def first_difference(one: Path, other: Path) -> str | None:
-    """Return the first tensor in which two model folders differ: in name, shape, or values.
-
-    Of a vector all values are compared, of a matrix the first 4 rows.
-    """
-    left, right = (tensor_files(folder) for folder in (one, other))
+    """Return the first tensor whose name, shape or first 4 rows differ between two model folders."""
+    left, right = open_tensors(one), open_tensors(other)
     for name in sorted(left.keys() | right.keys()):
-        if name not in left or name not in right:
+        if name not in left or name not in right or left[name].get_shape() != right[name].get_shape():
             return name
-        a, b = (_shape_and_first_rows(files[name], name) for files in (left, right))
-        if a[0] != b[0] or not torch.equal(a[1], b[1]):
+        is_matrix = len(left[name].get_shape()) > 1
+        # bfloat16: a float32 copy of a bfloat16 model is the same model.
+        a, b = ((tensor[:4] if is_matrix else tensor[...]).to(torch.bfloat16) for tensor in (left[name], right[name]))
+        if not torch.equal(a, b):
             return name
     return None
-
-
-def _shape_and_first_rows(path: Path, name: str) -> tuple[list[int], torch.Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        tensor = file.get_slice(name)
-        shape = tensor.get_shape()
-        # bfloat16: a float32 copy of a bfloat16 model is the same model.
-        return shape, (tensor[:4] if len(shape) > 1 else tensor[:]).to(torch.bfloat16)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ..arguments import check_folder, leading_names, parse
-from ..errors import InputError, exit_on_input_error, nearest
+from ..arguments import check_choice, check_replaceable, parse, positionals
+from ..errors import InputError, exit_on_input_error
 from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, link_or_copy, read_json, swapped, write_json
-from .folder import ADAPTER_CONFIG, CONFIG, is_quantized
+from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
 from .loading import check_model, load_model, load_tokenizer, put_adapter, release_memory
 from .source import Source, find_source
@@ -34,43 +34,34 @@ NOT_MODEL = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 class HandoffArguments:
     """`aesl handoff RUN`: make the folder that GRPO starts from."""
 
-    run: str | None = field(
-        default=None, metadata={"help": "Chain run, SFT output folder, or a model or adapter folder."}
-    )
+    run: str | None = field(default=None, metadata={"help": "Folder of a chain run, an SFT, a model or an adapter."})
     mode: str = field(
         default="auto",
         metadata={
-            "help": "What happens to an adapter: merge it into its base, or continue (RL trains that adapter). auto "
-            "merges; full weights are copied.",
+            "help": "What to do with an adapter: merge it into its base, or continue (RL trains that adapter). auto "
+            "merges an adapter and copies full weights.",
             "choices": list(MODES),
         },
     )
-    base: str | None = field(
-        default=None, metadata={"help": "Base of the adapter, by default the one that the adapter names."}
-    )
+    base: str | None = field(default=None, metadata={"help": "Base of the adapter; by default the adapter names it."})
     output: str | None = field(default=None, metadata={"help": f"Folder to write, by default RUN/{HANDOFF_DIR}."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that lies in the model's repository."}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    names, flags = leading_names(sys.argv[1:] if argv is None else argv)
+    names, flags = positionals(sys.argv[1:] if argv is None else argv)
     given = [argument for name in names[:1] for argument in ("--run", name)]
     (args,) = parse((HandoffArguments,), [*given, *names[1:], *flags], prog="aesl handoff")
     if args.run is None:
         raise InputError("which run? aesl handoff RUN")
     settings = {name: getattr(args, name) for name in ("mode", "base", "output", "trust_remote_code")}
-    print(summary(hand_off(args.run, **settings)))
-
-
-def summary(result: dict) -> str:
-    """Say in one line what was handed over and how well it agrees with its source."""
+    result = hand_off(args.run, **settings)
     samples, eos = result["samples"], ", ".join(map(str, result["eos_token_id"]))
-    stopped = (
-        f"{samples['stopped']} of {samples['num']} samples stopped" if samples["num"] else "no prompts to sample from"
+    stopped = f"{samples['stopped']} of {samples['num']} samples stopped"
+    print(
+        f"{result['mode']}: log-probs within {result['log_probs_max_difference']:.2g} nats, "
+        f"{stopped if samples['num'] else 'no prompts to sample from'}, eos {eos}"
     )
-    return f"{result['mode']}: log-probs within {result['log_probs_max_difference']:.2g} nats, {stopped}, eos {eos}"
 
 
 def hand_off(
@@ -91,7 +82,7 @@ def hand_off(
     source = find_source(run, base, trust_remote_code)
     mode = choose_mode(mode, source)
     target = Path(output) if output else run / HANDOFF_DIR
-    check_target(target, source, run)
+    check_replaceable("output", target, HANDOFF, [source.folder, run])
     field = f"the base of {source.weights}" if source.is_adapter else "run"
     check_model(source.config_at, field, trust_remote_code=trust_remote_code)
     with swapped(target) as folder:
@@ -104,20 +95,9 @@ def hand_off(
     return result
 
 
-def check_target(target: Path, source: Source, run: Path) -> None:
-    """Refuse a folder that the handoff may not replace: it is swapped as a whole, and what was in it is gone."""
-    check_folder("output", target)
-    for kept in (source.folder, run):
-        if kept.resolve().is_relative_to(target.resolve()):
-            raise InputError(f"output: {target} holds what is handed over, and would be replaced; name a new folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / HANDOFF).is_file():
-        raise InputError(f"output: {target} holds other files, and would be replaced; name a new folder")
-
-
 def choose_mode(asked: str, source: Source) -> str:
     """Return full, merge or continue; refuse a mode that the source does not allow."""
-    if asked not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}, got {asked!r}{nearest(asked, MODES)}")
+    check_choice("mode", asked, MODES)
     if not source.is_adapter:
         if asked != "auto":
             raise InputError(f"mode {asked} is for adapters, and {source.weights} holds full weights: use mode auto")
@@ -172,7 +152,7 @@ def _load_adapter(source: Source, adapter: Path, *, as_trained: bool = False):
     """Load the adapter in the folder `adapter` on its base, quantized as in training when `as_trained`."""
     name = source.trained_on if as_trained else source.base
     # Quantized weights bring their own config.
-    quantization = source.quantization if as_trained and not is_quantized(name) else None
+    quantization = source.quantization if as_trained and not ModelFolder(name).is_quantized else None
     base = load_model(name, quantization, trust_remote_code=source.trust_remote_code)
     return put_adapter(base, str(adapter), name).eval()
 
@@ -185,17 +165,12 @@ def write_full(source: Source, folder: Path, texts: list) -> tuple:
     """Copy full weights."""
     reference = log_probs(load_model(source.weights, trust_remote_code=source.trust_remote_code), texts)
     release_memory()
-    for path in source.folder.iterdir():
+    for path in source.folder.iterdir():  # weights alone are linked: other files are rewritten
         if path.name.endswith(WEIGHTS) and path.name not in NOT_MODEL:
-            _link_weights(path, folder)
+            link_or_copy(path.resolve(), folder / path.name)
         elif path.suffix == ".py" or path.name == CONFIG:
             shutil.copy2(path, folder)
     return reference, None, None
-
-
-def _link_weights(path: Path, folder: Path) -> None:
-    # Weights alone are linked: a file that is rewritten here must not be the source's. The hub's cache holds symlinks.
-    link_or_copy(path.resolve(), folder / path.name)
 
 
 def write_merged(source: Source, folder: Path, texts: list) -> tuple:
@@ -225,7 +200,7 @@ def write_continued(source: Source, folder: Path, texts: list) -> tuple:
     reference = log_probs(_load_adapter(source, source.folder, as_trained=True), texts)
     release_memory()
     for path in source.folder.glob("adapter_model*"):
-        _link_weights(path, folder)
+        link_or_copy(path.resolve(), folder / path.name)
     config = read_json(source.folder / ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**config, "base_model_name_or_path": source.base})
     return reference, None, None

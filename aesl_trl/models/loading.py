@@ -1,8 +1,4 @@
-"""Load a model, its tokenizer and its generation config from a folder, in the dtype of its files.
-
-PEFT leaves out what finds no place in a base, with a warning at most; here that is refused. What a model or a
-tokenizer lacks is refused before any weights are read.
-"""
+"""Load a model, a tokenizer or an adapter; refuse what cannot be loaded, before any weights are read."""
 
 import gc
 from collections.abc import Iterable
@@ -14,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
-from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_weights, tensor_files
+from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_weights, open_tensors
 from .tokens import check_ids, prompt_ids, turn_end_id, without_none
 
 
@@ -152,36 +148,28 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
     A generation config beside the adapter replaces the base's, which does not know what ends a turn after training.
 
     Raises:
-        InputError: the base has another shape than the base that the adapter was trained on.
+        InputError: the base has other shapes, or more or fewer layers, than the base that the adapter was trained on.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    misfit = f"{adapter} does not fit the base {name}, it was trained on another one"
     try:
         model = PeftModel.from_pretrained(base, adapter, **kwargs)
     except (RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if "size mismatch" in line]
         if isinstance(error, RuntimeError) and not lines:  # out of memory, say
             raise
-        reason = in_one_line(lines[0] if lines else error)
-        raise InputError(f"{adapter} does not fit the base {name}, it was trained on another one: {reason}") from None
+        raise InputError(f"{misfit}: {in_one_line(lines[0] if lines else error)}") from None
     if Path(adapter).is_dir():
-        check_adapter_keys(model, Path(adapter), name)
+        saved, placed = (
+            {key for key in keys if "embed" not in key and "lm_head" not in key}
+            for keys in (open_tensors(Path(adapter)), get_peft_model_state_dict(model))
+        )
+        if saved and saved != placed:  # PEFT leaves tensors out, with a warning at most
+            raise InputError(f"{misfit}: {sorted(saved ^ placed)[0]} is only in one of the two")
     if (Path(adapter) / GENERATION_CONFIG).is_file():
         try:
             model.base_model.model.generation_config = GenerationConfig.from_pretrained(adapter)
         except OSError as error:
             raise InputError(f"{adapter}: {GENERATION_CONFIG} cannot be read: {in_one_line(error)}") from None
     return model
-
-
-def check_adapter_keys(model, adapter: Path, base: str) -> None:
-    """Refuse a base with more or fewer layers than the adapter has: PEFT would leave tensors out."""
-    from peft import get_peft_model_state_dict
-
-    saved = {name for name in tensor_files(adapter) if "embed" not in name and "lm_head" not in name}
-    placed = {name for name in get_peft_model_state_dict(model) if "embed" not in name and "lm_head" not in name}
-    if saved and saved != placed:
-        raise InputError(
-            f"{adapter} does not fit the base {base}, it was trained on another one: {sorted(saved ^ placed)[0]} is "
-            "only in one of the two"
-        )

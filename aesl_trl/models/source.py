@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import CHAIN, DIVERSITY, SELECTION, RunFolder, read_json, read_object, read_rows, stays_inside
-from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, check_weights, first_difference, is_quantized, quantization_of
+from ..files import CHAIN, DIVERSITY, RUN, SELECTION, RunFolder, read_json, read_object, read_rows, stays_inside
+from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, check_weights, first_difference
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -44,19 +44,22 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     if base and not is_adapter:
         raise InputError(f"--base is for adapters: {folder} holds full weights")
     samples, max_new_tokens = _samples(found if sft else None, step)
-    from_run = {"step": step, "samples": samples, "max_new_tokens": max_new_tokens}
-    from_run["trust_remote_code"] = trust_remote_code
+    rest = {"step": step, "samples": samples, "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
     if not is_adapter:
-        return Source(str(folder), **from_run)
+        return Source(str(folder), **rest)
     recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     base = check_base(base, recorded, folder)
-    trained_on = recorded if recorded and is_quantized(recorded) else base
-    quantization = quantization_of(trained_on, [folder, folder.parent, sft])
+    trained_on = recorded if recorded and ModelFolder(recorded).is_quantized else base
+    if ModelFolder(trained_on).is_quantized:
+        quantization = read_json(Path(trained_on) / CONFIG)["quantization_config"]
+    else:  # a run.json says how the base was quantized in training
+        runs = [read_object(place / RUN) for place in (folder, folder.parent, sft) if place]
+        quantization = next((run["quantization"] for run in runs if run.get("quantization")), None)
     if quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"{folder} was trained on a quantized base, which needs the package bitsandbytes: it is not installed"
         )
-    return Source(str(folder), base, trained_on=trained_on, quantization=quantization, **from_run)
+    return Source(str(folder), base, trained_on=trained_on, quantization=quantization, **rest)
 
 
 def _selected(run: RunFolder) -> tuple[Path, int | None, Path | None]:
@@ -108,9 +111,9 @@ def check_base(given: str | None, recorded: str | None, adapter: Path) -> str:
     if (os.path.isabs(base) or base.startswith(".")) and not Path(base).is_dir():
         hint = "" if given else "; it has moved: give it with --base"
         raise InputError(f"the base of {adapter} is {base}, which is not a folder{hint}")
-    if given and recorded and Path(given).is_dir() and Path(recorded).is_dir() and not is_quantized(recorded):
-        tensor = first_difference(Path(given), Path(recorded))
-        if tensor:
+    can_compare = given and recorded and Path(given).is_dir() and Path(recorded).is_dir()
+    if can_compare and not ModelFolder(recorded).is_quantized:
+        if tensor := first_difference(Path(given), Path(recorded)):
             raise InputError(
                 f"--base {given} is another model than {recorded}, on which the adapter was trained: {tensor} differs"
             )

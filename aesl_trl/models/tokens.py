@@ -26,10 +26,7 @@ CONVERSATION = [
 
 
 def prompt_ids(processing_class, prompt: str | list[dict]) -> list[int]:
-    """Encode a prompt as TRL does: text with the tokenizer's special tokens, messages with the template's alone.
-
-    `processing_class` is a tokenizer, or a processor that holds one.
-    """
+    """Encode a prompt as TRL does: text with the tokenizer's special tokens, messages with the template's alone."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -40,10 +37,7 @@ def prompt_ids(processing_class, prompt: str | list[dict]) -> list[int]:
 
 
 def without_none(prompt: Any) -> Any:
-    """Drop the keys of messages that hold None.
-
-    Arrow gives each message the keys of all, so a template would see `tool_calls: None` where there are none.
-    """
+    """Drop the keys of messages that hold None, which Arrow adds: a template would see `tool_calls: None`."""
     if not isinstance(prompt, list):
         return prompt
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
@@ -61,10 +55,7 @@ def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor
 
 
 def check_ids(tokenizer, ids: Iterable[int], num_rows: int, where: str = "") -> None:
-    """Refuse a token for which a model with `num_rows` embeddings has none: on a GPU a kernel would fail an assertion.
-
-    `where` opens the message.
-    """
+    """Refuse a token without one of the model's `num_rows` embeddings: on a GPU it would fail a kernel's assertion."""
     highest = max(ids, default=0)
     if highest >= num_rows:
         token = tokenizer.convert_ids_to_tokens(highest)
@@ -95,18 +86,17 @@ def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
     """
     if tokenizer.chat_template is None:
         return None
+    answer = CONVERSATION[1]["content"]
     try:
         text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    except (TemplateError, TypeError):
+        if answer not in text:
+            raise InputError("the chat template does not show the assistant's text")
+    except (InputError, TemplateError, TypeError):
         if strict:
             raise
         return None
-    _, found, after = text.rpartition(CONVERSATION[1]["content"])
-    if not found:
-        if strict:
-            raise InputError("the chat template does not show the assistant's text")
-        return None
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+    after = text.rpartition(answer)[2].lstrip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
 
 

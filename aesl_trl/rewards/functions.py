@@ -1,12 +1,11 @@
-"""Reward functions by name, and samples scored as GRPOTrainer would score them.
+"""Load reward functions by name, and score samples as GRPOTrainer would.
 
-TRL's rewards that read completions are graded in child processes (grading.py). A function of the user's own is code
-and runs here; what it does wrong becomes one line.
+TRL's rewards that read completions run in child processes (grading.py). A function of the user's own is trusted code
+and runs in this process; each of its mistakes becomes one line.
 """
 
 import asyncio
 import functools
-import importlib
 import importlib.util
 import inspect
 import logging
@@ -26,32 +25,30 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..arguments import load_function
+from ..arguments import import_function, load_function
 from ..errors import InputError, nearest
-from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Graders
+from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders
 
 
 TRL_REWARDS = (*GRADERS, "get_soft_overlong_punishment")
-# What GRPOTrainer passes to every reward function, besides the dataset's columns.
+# Keywords that GRPOTrainer passes to every reward function, besides the dataset's columns.
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
-# A function of the user's own that takes longer hangs. As `ddp_timeout`: other processes would not wait longer.
+# A user's function that takes longer counts as hung. Other processes would not wait longer either (`ddp_timeout`).
 HANG_S = 1800.0
 
 logger = logging.getLogger(__name__)
 
 
 def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None = None) -> list[Callable]:
-    """The reward functions that `names` mean, in that order.
+    """Return the reward functions that `names` stand for, in that order and [`guarded`].
 
     A name is one of TRL's own (`accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`,
     `get_soft_overlong_punishment` with the values of TRL's script: 1280 and 256 tokens), a dotted import path, or
     `path/file.py:function`, relative to `base_dir` (default: the current folder).
 
-    The functions are [`guarded`].
-
     Raises:
-        InputError: a name that means nothing, is not callable, or two functions that TRL would log under one name.
+        InputError: an unknown name, a name of no function, or two functions that TRL would log under one name.
     """
     functions = [guarded(_load(name, Path(base_dir or os.getcwd()))) for name in names or ()]
     labels = [reward_name(function) for function in functions]
@@ -64,54 +61,32 @@ def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None =
 
 
 def reward_name(function: Callable) -> str:
-    """The name under which TRL logs `function`."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    """Return the name under which TRL logs `function`."""
+    function = _unwrapped(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
+def _unwrapped(function: Callable) -> Callable:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _load(name: str, base_dir: Path) -> Callable:
+    from trl import rewards
+
+    if name == "get_soft_overlong_punishment":  # counts tokens and reads no text, so it needs no child
+        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     if name in TRL_REWARDS:
-        return _trl_reward(name)
+        return getattr(rewards, name)
     if ".py:" in name:
         return load_function(name, base_dir, field="reward_funcs")
     if "." in name:
-        return _from_module(name, base_dir)
+        return import_function(name, base_dir, field="reward_funcs", known=TRL_REWARDS)
     raise InputError(
         f"reward_funcs: unknown reward {name!r}{nearest(name, TRL_REWARDS)}; valid are {', '.join(TRL_REWARDS)}, "
         "a dotted import path, or path/file.py:function"
     )
-
-
-def _trl_reward(name: str) -> Callable:
-    from trl import rewards
-
-    if name == "get_soft_overlong_punishment":  # it counts tokens and reads no text: no child is needed
-        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    return getattr(rewards, name)
-
-
-def _from_module(name: str, base_dir: Path) -> Callable:
-    module, _, function = name.rpartition(".")
-    for folder in (str(base_dir), os.getcwd()):  # TRL's script does so for the current folder
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(f"reward_funcs: cannot import {name!r}: {error}{nearest(name, TRL_REWARDS)}") from None
-    except Exception as error:
-        raise InputError(f"reward_funcs: {module} cannot be imported: {type(error).__name__}: {error}") from error
-    return _callable(found, function, where=module)
-
-
-def _callable(module: Any, name: str, *, where: str) -> Callable:
-    function = getattr(module, name, None)
-    if callable(function):
-        return function
-    options = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-    problem = "has no" if function is None else f"holds a {type(function).__name__}, not a function, as"
-    raise InputError(f"reward_funcs: {where} {problem} {name!r}{nearest(name, options)}")
 
 
 def check_columns(
@@ -121,7 +96,7 @@ def check_columns(
 
     Args:
         columns: the dataset's columns; `prompt`, `completion` and `completion_ids` are not passed on.
-        where: what the rows are, for the message.
+        where: a name for the rows, for the message.
         absent: keywords of [`TRL_KEYWORDS`] that the caller cannot give.
 
     Raises:
@@ -131,13 +106,13 @@ def check_columns(
     given = {*columns, *TRL_KEYWORDS} - set(absent)
     for function in reward_funcs:
         parameters = inspect.signature(function).parameters.values()
-        named = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
-        for name in (
-            name for name, parameter in named.items() if parameter.default is parameter.empty and name not in given
-        ):
-            have = ", ".join(columns) or "none"
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        named = {parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds}
+        lacking = [name for name, default in named.items() if default is inspect.Parameter.empty and name not in given]
+        if lacking:
             raise InputError(
-                f"{where}: reward {reward_name(function)!r} needs {name!r}{nearest(name, columns)}; columns: {have}"
+                f"{where}: reward {reward_name(function)!r} needs {lacking[0]!r}{nearest(lacking[0], columns)}; "
+                f"columns: {', '.join(columns) or 'none'}"
             )
         refused = sorted(given - set(named))
         if refused and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -146,25 +121,22 @@ def check_columns(
             )
 
 
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
 def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *, trainer_state: Any = None) -> list:
-    """`groups` with `rewards` filled: for each group, each sample, one float per function (nan where a function gave
-    None, as in TRL).
+    """Return `groups` with `rewards` filled: for each group, each sample, one float per function.
+
+    A function that gives None for a sample gives nan here, as in TRL. The functions get all completions in one call
+    each, by keyword: `prompts`, `completions` (a list of one assistant message where the prompt is a list of messages,
+    else text), the columns, `trainer_state`, and `log_extra` and `log_metric` that drop what they are given.
+    `completion_ids` is absent, because saved samples are text.
 
     Args:
         groups: [`~aesl_trl.diversity.figures.Group`]s; `groups[i]` was sampled from `rows[i]`.
         rows: the dataset's rows; their columns reach the functions repeated, one entry per completion.
-        trainer_state: what a function that follows the training's progress reads; a fresh state by default.
-
-    The functions get all completions in one call each, by keyword: `prompts`, `completions` (a list of one assistant
-    message where the prompt is a list of messages, else text), the columns, `trainer_state`, and `log_extra` and
-    `log_metric` that drop what they are given. `completion_ids` is absent: saved samples are text.
+        trainer_state: for a function that follows the training's progress; a fresh state by default.
 
     Raises:
-        InputError: groups and rows of different length, a function that needs what is not there, that returns another
-            number of rewards than completions, or something that is no number.
+        InputError: groups and rows of different length, a function that needs an absent argument, that returns another
+            number of rewards than completions, or something that is not a number.
     """
     if len(groups) != len(rows):
         raise InputError(
@@ -172,36 +144,28 @@ def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *
         )
     if not groups or not reward_funcs:
         return [replace(group, rewards=[[] for _ in group.completions]) for group in groups]
+    from transformers import TrainerState
+
     columns = [key for key in rows[0] if key not in NOT_PASSED_ON]
     check_columns(reward_funcs, columns, where="scoring samples", absent=("completion_ids",))
-    pairs = [(group, row, text) for group, row in zip(groups, rows, strict=True) for text in group.completions]
-    keywords = {key: [row[key] for _, row, _ in pairs] for key in columns}
-    keywords["prompts"] = [row["prompt"] for _, row, _ in pairs]
-    keywords["completions"] = [_as_completion(row["prompt"], text) for _, row, text in pairs]
-    keywords |= {"trainer_state": trainer_state or _fresh_state(), "log_extra": _drop, "log_metric": _drop}
-    scores = [_call(function, keywords) for function in reward_funcs]
+    pairs = [(row, text) for group, row in zip(groups, rows, strict=True) for text in group.completions]
+    keywords = {key: [row[key] for row, _ in pairs] for key in columns}
+    keywords["prompts"] = [row["prompt"] for row, _ in pairs]
+    keywords["completions"] = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in pairs
+    ]
+    keywords |= {"trainer_state": trainer_state or TrainerState(), "log_extra": _drop, "log_metric": _drop}
+    scores = []
+    for function in reward_funcs:
+        values = guarded(function)(**keywords)
+        values = asyncio.run(values) if inspect.isawaitable(values) else values
+        scores.append([math.nan if value is None else value for value in values])
     per_sample = iter(zip(*scores, strict=True))
     return [replace(group, rewards=[list(next(per_sample)) for _ in group.completions]) for group in groups]
 
 
-def _as_completion(prompt: str | list, text: str) -> str | list[dict]:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def _fresh_state() -> Any:
-    from transformers import TrainerState
-
-    return TrainerState()
-
-
 def _drop(*_args, **_kwargs) -> None:
-    """Stands where GRPOTrainer would add a column or a figure to its own log."""
-
-
-def _call(function: Callable, keywords: dict) -> list[float]:
-    result = guarded(function)(**keywords)
-    result = asyncio.run(result) if inspect.isawaitable(result) else result
-    return [math.nan if value is None else value for value in result]
+    """Stand where GRPOTrainer would add a column or a figure to its own log."""
 
 
 # ---- TRL's rewards, in child processes
@@ -211,8 +175,8 @@ class GradedReward:
     """TRL's reward `name`, one of those that compare with a solution, computed in child processes.
 
     A completion that takes longer than `deadline_s` seconds, that breaks the grader or is too long to be parsed gets
-    0.0, as an answer that cannot be read; `failures` counts them by reason, a warning tells, and TRL logs their share
-    as `<name>/not_graded`. Completions may be text or messages. TRL's `log_extra` columns are not filled.
+    0.0, as an answer that cannot be read does. Such failures are counted by reason, logged as a warning, and TRL logs
+    their share as `<name>/not_graded`. Completions may be text or messages. TRL's `log_extra` columns are not filled.
 
     Args:
         graders: the child processes; by default those that all rewards of this process share.
@@ -232,16 +196,24 @@ class GradedReward:
                     "column solution must hold text"
                 )
         answers = [Answer(self.__name__, _text(item), gold) for item, gold in zip(completions, solution, strict=True)]
-        grades = self.graders.grade(answers, self.deadline_s)
-        self._report(Counter(grade.failure for grade in grades if grade.failure), len(grades), **kwargs)
-        return [grade.reward for grade in grades]
-
-    def _report(self, failures: Counter, num: int, log_metric: Callable = _drop, **kwargs) -> None:
+        grades = self.grade(answers)
+        failures = Counter(grade.failure for grade in grades if grade.failure)
         self.failures += failures
         if failures:
             reasons = ", ".join(f"{reason} {count}" for reason, count in failures.most_common())
-            logger.warning(f"{self.__name__}: {failures.total()} of {num} answers not graded, scored 0.0: {reasons}")
-        log_metric(f"{self.__name__}/not_graded", failures.total() / max(num, 1))
+            lost = f"{failures.total()} of {len(grades)} answers not graded, scored 0.0"
+            logger.warning(f"{self.__name__}: {lost}: {reasons}")
+        kwargs.get("log_metric", _drop)(f"{self.__name__}/not_graded", failures.total() / max(len(grades), 1))
+        return [grade.reward for grade in grades]
+
+    def grade(self, answers: Iterable[Answer]) -> list[Grade]:
+        """Return one grade per answer, in their order; an answer may name another grader than this reward's."""
+        return self.graders.grade(answers, self.deadline_s)
+
+    def take_failures(self) -> dict[str, int]:
+        """Return how many completions could not be graded since the last call, by reason."""
+        failures, self.failures = self.failures, Counter()
+        return dict(failures)
 
 
 class GradedFormat(GradedReward):
@@ -252,7 +224,7 @@ class GradedFormat(GradedReward):
 
 
 def _text(completion: str | list[dict]) -> str:
-    """As TRL's rewards read it: the first message; what is no text (a tool call) cannot be read."""
+    """Read the first message, as TRL's rewards do; content that is not text (a tool call) reads as empty."""
     content = completion if isinstance(completion, str) else completion[0]["content"]
     return content if isinstance(content, str) else ""
 
@@ -261,18 +233,21 @@ def _text(completion: str | list[dict]) -> str:
 
 
 def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
-    """`function` with TRL's graders replaced by [`GradedReward`], and any other one checked at each call.
+    """Return a [`GradedReward`] for one of TRL's graders, and for any other function one that checks each call of it.
 
     An exception, another number of rewards than completions, and a reward that is neither a finite number nor None
     raise an InputError that names the function. A function that has not returned after `hang_s` seconds cannot be
-    stopped from within its process: one line says where it is, and the process leaves with exit code 2.
+    stopped from within its process: one line says where it is, and the process ends with exit code 2.
     """
     if isinstance(function, GradedReward) or hasattr(function, "_guards"):
         return function
     name = reward_name(function)
     if name in GRADERS and str(getattr(function, "__module__", None)).startswith("trl.rewards"):
-        return _graded(name)
-    if _is_async(function):
+        if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
+            raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
+        return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)
+    inner = _unwrapped(function)
+    if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__):  # as TRL decides it
 
         @functools.wraps(function)
         async def guard(*args, **kwargs) -> list[float | None]:
@@ -289,23 +264,10 @@ def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
     return guard
 
 
-def _graded(name: str) -> GradedReward:
-    if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
-        raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
-    return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)
-
-
-def _is_async(function: Callable) -> bool:
-    """As TRL decides it."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
-
-
 @contextmanager
 def _one_line(name: str, hang_s: float) -> Iterator[None]:
-    """What a reward function raises as an InputError; leave the process when it hangs."""
-    watchdog = threading.Timer(hang_s, _leave, [name, hang_s, threading.get_ident()])
+    """Turn an exception of a reward function into an InputError; end the process when the function hangs."""
+    watchdog = threading.Timer(hang_s, _end_process, [name, hang_s, threading.get_ident()])
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -322,7 +284,7 @@ def _one_line(name: str, hang_s: float) -> Iterator[None]:
         watchdog.cancel()
 
 
-def _leave(name: str, hang_s: float, thread: int) -> None:
+def _end_process(name: str, hang_s: float, thread: int) -> None:
     where = _in_function(traceback.extract_stack(sys._current_frames()[thread]))
     print(
         f"aesl_trl: reward {name!r} has not returned for {hang_s:g} s{where}; give what it waits for a time limit",
@@ -333,7 +295,7 @@ def _leave(name: str, hang_s: float, thread: int) -> None:
 
 
 def _in_function(frames: list[traceback.FrameSummary]) -> str:
-    """` at file:line`, the line of the function that a guard called; empty where the guard called none."""
+    """Return ` at file:line`, where the function that a guard called stands; empty if the guard called none."""
     inner = list(takewhile(lambda frame: frame.filename != __file__, reversed(frames)))
     return f" at {inner[-1].filename}:{inner[-1].lineno}" if 0 < len(inner) < len(frames) else ""
 
@@ -350,17 +312,13 @@ def _checked(result: Any, name: str, keywords: dict) -> list[float | None]:
         raise InputError(
             f"reward {name!r} returned {len(values)} rewards for {num} completions: one per completion is needed"
         )
-    return [_checked_value(value, name, index) for index, value in enumerate(values)]
-
-
-def _checked_value(value: Any, name: str, index: int) -> float | None:
-    if value is None:
-        return None
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a scalar of numpy or torch
-        value = value.item()
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
-    raise InputError(
-        f"reward {name!r} returned {reprlib.repr(value)} for completion {index}: a finite number is needed, or None "
-        "where it does not apply"
-    )
+    for index, value in enumerate(values):
+        if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a scalar of numpy or torch
+            value = value.item()
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise InputError(
+                f"reward {name!r} returned {reprlib.repr(value)} for completion {index}: a finite number is needed, "
+                "or None where it does not apply"
+            )
+        values[index] = None if value is None else float(value)
+    return values

@@ -1,15 +1,15 @@
-"""Untrusted answers, graded by TRL's own reward functions in child processes (Linux).
+"""Grade untrusted answers with TRL's own reward functions, in child processes (Linux).
 
 A completion such as `5^(5^(5^(5^5)))` keeps sympy inside one long multiplication, where neither an alarm nor a thread
-can stop it; another takes all memory. Here an answer that hangs, crashes or eats memory costs itself alone: it scores
+can stop it; another takes all memory. Here an answer that hangs, crashes or eats memory costs only itself: it scores
 0.0 with the reason, its child is replaced, and the others are graded.
 
-The parent kills a child at its answer's deadline. The child itself, once its imports are done, gives up what an answer
-must not have: memory beyond a margin, CPU time beyond the deadline, the standard streams, files to write, other
-processes, the network. It dies with its parent, even inside a long multiplication.
+The parent kills a child at its answer's deadline. The child, once its imports are done, gives up everything that an
+answer must not have: memory beyond a margin, CPU time beyond the deadline, the standard streams, files to write, other
+processes, the network. A child dies with its parent, even inside a long multiplication.
 
-math-verify runs no text as code: of a completion, sympy's `eval` sees only what the grammar took for a number. So this
-is a second fence, against a parser that changes, and no sandbox for code that is meant to run.
+math-verify runs no text as code: sympy's `eval` sees only the parts of a completion that the grammar took for numbers.
+So this is a second fence, against a parser that changes, and no sandbox for code that is meant to run.
 """
 
 import fcntl
@@ -35,41 +35,42 @@ from typing import NamedTuple
 from ..errors import InputError
 
 
-EXTRACT = "extracted_answer"  # the name by which grading.py knows it
-
-
 MATH_GRADERS = ("accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
 GRADERS = (*MATH_GRADERS, "think_format_reward")
+EXTRACT = "extracted_answer"  # a grader of our own, which returns the answer instead of a reward
 MAX_CHILDREN = 4  # of one training process
-MAX_CHARS = 1_000_000  # of a completion or a solution; longer ones are not parsed
+MAX_CHARS = 1_000_000  # of a completion or a solution; longer texts are not parsed
 MEMORY_MB = 512  # beyond the imports; ordinary answers take a few MB, most of it sympy's caches
-READS = ("os.listdir", "os.scandir")  # what an import does
+READS = ("os.listdir", "os.scandir")  # audit events that imports cause
 START_S = 300.0  # for the imports, which a slow disk delays
 SELF_TEST = ("<think>\n1+1\n</think>\n\\boxed{2}", "$2$")  # worth 1.0 to every grader
 
 
 class Answer(NamedTuple):
-    grader: str  # one of GRADERS, or extraction.EXTRACT
+    """A completion to grade, and the solution to grade it by."""
+
+    grader: str  # one of GRADERS, or EXTRACT
     completion: str
     solution: str | None
 
 
 class Grade(NamedTuple):
+    """A grader's verdict on an answer."""
+
     reward: float | str | None  # text where an answer is extracted; None where the grader does not apply, as in TRL
-    # Why there was no verdict: too long, timeout, memory, crash, or the name of an exception
-    failure: str | None = None
+    failure: str | None = None  # why there was no verdict: too long, timeout, memory, crash, an exception's name
 
 
 class Graders:
     """Child processes that grade a batch side by side, each answer under its own deadline.
 
-    From any thread: batches take turns. A forked process starts children of its own. The first batch waits for the
+    Any thread may call: batches take turns. A forked process starts children of its own. The first batch waits for the
     imports.
 
     Args:
-        size: children at most; by default the cores that this process may use, divided by the training processes of
-            this machine, [`MAX_CHILDREN`] at most. A smaller batch starts fewer.
-        memory_mb: what a child may take beyond its imports.
+        size: the most children; by default the cores that this process may use, divided by the training processes of
+            this machine, but no more than [`MAX_CHILDREN`]. A smaller batch starts fewer.
+        memory_mb: the memory that a child may take beyond its imports.
     """
 
     def __init__(self, size: int | None = None, memory_mb: int = MEMORY_MB):
@@ -81,19 +82,22 @@ class Graders:
         weakref.finalize(self, _kill, self._children)
 
     def grade(self, answers: Iterable[Answer], deadline_s: float) -> list[Grade]:
-        """One grade per answer, in their order.
+        """Return one grade per answer, in their order.
 
         Raises:
             InputError: a child cannot start.
         """
         answers = list(answers)
-        grades = [Grade(0.0, "too long") if _is_too_long(answer) else None for answer in answers]
+        lengths = [max(len(answer.completion), len(answer.solution or "")) for answer in answers]
+        grades = [Grade(0.0, "too long") if length > MAX_CHARS else None for length in lengths]
         pending = deque(index for index, grade in enumerate(grades) if grade is None)
         with self._lock:
             self._drop(lambda child: child.process.poll() is not None)
             try:
                 while pending or any(child.is_busy for child in self._children):
-                    self._start(len(pending))
+                    num_busy = sum(child.is_busy for child in self._children)
+                    while len(self._children) < min(self.size or _default_size(), num_busy + len(pending)):
+                        self._children.append(_Child(self.memory_mb))
                     for child in self._children:
                         if pending and child.is_idle:
                             index = pending.popleft()
@@ -107,16 +111,12 @@ class Graders:
                 self._drop(lambda child: child.is_busy or child.is_spent)
         return grades
 
-    def __reduce__(self) -> str | tuple:
-        return "SHARED_GRADERS" if self is SHARED_GRADERS else (Graders, (self.size, self.memory_mb))
-
-    def _start(self, num_pending: int) -> None:
-        num_busy = sum(child.is_busy for child in self._children)
-        while len(self._children) < min(self.size or _default_size(), num_busy + num_pending):
-            self._children.append(_Child(self.memory_mb))
+    def __reduce__(self) -> tuple:
+        """Pickle the settings alone, for children cannot travel; the shared graders stay the shared graders."""
+        return (_shared_graders, ()) if self is SHARED_GRADERS else (Graders, (self.size, self.memory_mb))
 
     def _wait(self) -> list[tuple["_Child", bool]]:
-        """The children that said something or are past their deadline, and whether they are."""
+        """Wait for the children that said something or are past their deadline; say of each whether it is late."""
         waiting = [child for child in self._children if not child.is_idle]
         with selectors.DefaultSelector() as selector:
             for child in waiting:
@@ -143,10 +143,6 @@ def _default_size() -> int:
     return max(1, min(cores, MAX_CHILDREN))
 
 
-def _is_too_long(answer: Answer) -> bool:
-    return max(len(answer.completion), len(answer.solution or "")) > MAX_CHARS
-
-
 # ---- The parent's end
 
 
@@ -164,7 +160,7 @@ class _Child:
                 stdin=theirs,
                 stdout=theirs,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C in the terminal is the parent's affair
+                start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone
             )
         self._lines = self.socket.makefile("rb")
         self._index = None
@@ -182,13 +178,15 @@ class _Child:
     def send(self, index: int, answer: Answer, deadline_s: float) -> None:
         self._index, self.deadline = index, time.monotonic() + deadline_s
         self.socket.settimeout(deadline_s)
-        with suppress(OSError):  # it died: what it does not answer tells
+        with suppress(OSError):  # it died, which its missing answer will show
             self.socket.sendall(json.dumps([*answer, deadline_s]).encode("ascii") + b"\n")
 
     def hear(self, is_late: bool) -> tuple[int | None, Grade | None]:
-        """The answer's index and grade; nothing when all it said is that its imports are done."""
+        """Return the answer's index and grade, or two None if the child only said that its imports are done."""
         index, self._index = self._index, None
-        line = b"" if is_late else self._readline()
+        line = b""
+        with suppress(OSError):  # reset by a child that died before it had read its request
+            line = b"" if is_late else self._lines.readline()
         if line and not self.is_ready:
             self.is_ready = True
             return None, None
@@ -204,12 +202,6 @@ class _Child:
                 "alone: python -m aesl_trl.rewards.grading < /dev/null"
             )
         return index, Grade(0.0, "timeout" if is_late or code == -signal.SIGXCPU else "crash")
-
-    def _readline(self) -> bytes:
-        try:
-            return self._lines.readline()
-        except OSError:  # reset by a child that died before it had read its request
-            return b""
 
     def kill(self) -> None:
         self.process.kill()
@@ -230,14 +222,18 @@ _alive: weakref.WeakSet[Graders] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
-    """In a forked process: the children answer the process that started them."""
+    """Drop the children in a forked process: they answer the process that started them."""
     for graders in _alive:
         graders._forget()
 
 
 os.register_at_fork(after_in_child=_forget_all)
 
-SHARED_GRADERS = Graders()  # of all rewards in this process; starts nothing before the first batch
+SHARED_GRADERS = Graders()  # of all rewards in this process; they start nothing before the first batch
+
+
+def _shared_graders() -> Graders:
+    return SHARED_GRADERS
 
 
 # ---- The child
@@ -251,7 +247,7 @@ def main() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     graders = _load()
     channel.sendall(b"ready\n")
-    full = _address_space() + memory_mb * 2**19  # half of it: sympy's caches grow, and must not fail an answer
+    full = _address_space() + memory_mb * 2**19  # half the margin: sympy's caches grow, and must not fail an answer
     _give_up(memory_mb)
     fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
     for line in requests:
@@ -265,20 +261,16 @@ def main() -> None:
 
 
 def _load() -> dict[str, Callable]:
-    """The graders that can run here, each warm from one answer."""
+    """Return the graders that can run here, each warmed up by one answer."""
     from trl import rewards
 
-    pass
-
-    names = GRADERS if importlib.util.find_spec("math_verify") else set(GRADERS) - set(MATH_GRADERS)
-    graders = {name: getattr(rewards, name) for name in names}
+    has_math_verify = importlib.util.find_spec("math_verify") is not None
+    graders = {name: getattr(rewards, name) for name in GRADERS if has_math_verify or name not in MATH_GRADERS}
     for name, function in graders.items():
         grade = _grade(function, *SELF_TEST)
         if grade != Grade(1.0):
             sys.exit(f"{name} gave {grade} for the answer {SELF_TEST[0]!r} to {SELF_TEST[1]!r}: reinstall math-verify")
-    if len(names) == len(GRADERS):  # math-verify is there
-        graders[EXTRACT] = extracted_answer
-    return graders
+    return {**graders, EXTRACT: extracted_answer} if has_math_verify else graders
 
 
 def _grade(function: Callable, completion: str, solution: str | None) -> Grade:
@@ -311,7 +303,7 @@ def _cap(limit: int, value: int) -> None:
 
 
 def _refuse(event: str, args: tuple) -> None:
-    """An audit hook: no other process, no network, nothing written. Imports still read."""
+    """Refuse, as an audit hook, other processes, the network and writing. Imports can still read."""
     if event == "open":
         is_refused = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     else:
@@ -321,7 +313,7 @@ def _refuse(event: str, args: tuple) -> None:
 
 
 def _limit_cpu(deadline_s: float) -> None:
-    """For a child whose parent is stopped and cannot kill it; soft, as the next answer needs more."""
+    """Limit the CPU time, in case the parent is stopped and cannot kill; the limit is soft, for the next answer's."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(used + deadline_s) + 1
@@ -329,8 +321,7 @@ def _limit_cpu(deadline_s: float) -> None:
 
 
 def _die_with_parent(channel: socket.socket, is_on: bool) -> None:
-    """Have the kernel send SIGIO when the parent's end of the channel closes. While an answer is graded nothing else
-    comes through it; between answers its end is read as usual."""
+    """Let the kernel end this process by SIGIO once the parent's end closes; on while an answer is graded."""
     flags = fcntl.fcntl(channel, fcntl.F_GETFL)
     fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC if is_on else flags & ~os.O_ASYNC)
 
@@ -341,10 +332,7 @@ def _address_space() -> int:
 
 
 def extracted_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:
-    """The normalised LaTeX of the answer in each completion, with math-verify; None where it finds none.
-
-    The settings are those of `trl.rewards.accuracy_reward`.
-    """
+    """Return the normalised LaTeX of each completion's answer or None, with the settings of TRL's accuracy_reward."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
@@ -353,10 +341,8 @@ def extracted_answer(completions: list[list[dict]], **kwargs) -> list[str | None
         boxed_match_priority=0,
         try_extract_without_anchor=False,
     )
-    texts = [completion[0]["content"] for completion in completions]
-    found = [
-        parse(text, extraction_config=[config], extraction_mode="first_match", parsing_timeout=10) for text in texts
-    ]
+    settings = {"extraction_config": [config], "extraction_mode": "first_match", "parsing_timeout": 10}
+    found = [parse(completion[0]["content"], **settings) for completion in completions]
     # The last item is the text, whether or not math-verify could read it as mathematics
     return [" ".join(str(items[-1]).split()) or None if items else None for items in found]
 

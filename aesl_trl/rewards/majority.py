@@ -1,9 +1,9 @@
-r"""maj@k: the answer that most of k samples gave, from answers that math-verify extracted and compared.
+"""maj@k: how often the majority of k samples is right, from answers that math-verify extracted and compared.
 
-A sample votes with the answer that math-verify finds in its completion, the same that the grader sees. Two votes are
-for the same answer when their normalised texts are equal, or when math-verify finds one equal to the other. Those
-that are graded right are one answer, the gold one. A tie counts as won in the share of its winners that are right,
-which is what a fair draw among them would give. A sample without an answer votes for nothing.
+A sample votes with the answer that math-verify finds in its completion, which is also the answer that the grader sees.
+Two votes are for the same answer when their normalised texts are equal, or when math-verify finds one equal to the
+other. All votes that are graded right are for one answer, the gold one. When k samples tie, maj@k counts the share of
+the tied answers that are right, as a fair draw among them would. A sample without an answer does not vote.
 
 Completions and extracted answers are untrusted: both are parsed in child processes only (grading.py).
 """
@@ -11,19 +11,22 @@ Completions and extracted answers are untrusted: both are parsed in child proces
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from .grading import EXTRACT, Answer, Graders
+from .grading import EXTRACT, Answer, Grade
 
 
 COMPARE = "accuracy_reward"  # compares two answers, each in a box
-CANONICAL = re.compile(r"-?[1-9]\d{0,30}|0")  # two different such texts are two numbers
-MAX_CHARS = 10_000  # of an extracted answer; a longer one is no answer
+CANONICAL = re.compile(r"-?[1-9]\d{0,30}|0")  # whole numbers: two of them are equal only if their texts are
+MAX_CHARS = 10_000  # a longer extracted text counts as no answer
+
+GradeAnswers = Callable[[list[Answer]], list[Grade]]  # such as GradedReward.grade
 
 
 class Votes(NamedTuple):
-    """Of one problem: samples that are right, those of each wrong answer, and those without an answer."""
+    """The samples of one problem: how many are right, how many gave each wrong answer, how many gave none."""
 
     right: int
     wrong: tuple[int, ...]
@@ -34,30 +37,25 @@ class Votes(NamedTuple):
         return self.right + sum(self.wrong) + self.silent
 
 
-def extract(texts: list[str], graders: Graders, deadline_s: float) -> list[str | None]:
-    """The answer in each text; None where there is none, or where looking for it failed."""
+def extract(texts: list[str], grade: GradeAnswers) -> list[str | None]:
+    """Return the answer in each text; None where there is none, or where looking for it failed."""
     different = list(dict.fromkeys(texts))
-    grades = graders.grade([Answer(EXTRACT, text, None) for text in different], deadline_s)
-    answers = {
-        text: grade.reward if not grade.failure and len(grade.reward or "") <= MAX_CHARS else None
-        for text, grade in zip(different, grades, strict=True)
-    }
-    return [answers[text] for text in texts]
+    grades = zip(different, grade([Answer(EXTRACT, text, None) for text in different]), strict=True)
+    answers = {text: None if found.failure else found.reward for text, found in grades}
+    return [None if len(answers[text] or "") > MAX_CHARS else answers[text] for text in texts]
 
 
-def count_votes(
-    answers: list[list[str | None]], right: list[list[bool]], graders: Graders, deadline_s: float
-) -> list[Votes]:
-    """The votes of each problem, `answers` and `right` a list a problem with an entry a sample.
+def count_votes(answers: list[list[str | None]], right: list[list[bool]], grade: GradeAnswers) -> list[Votes]:
+    """Count the votes of each problem; `answers` and `right` hold a list per problem with an entry per sample.
 
-    Wrong answers are compared with one sample of each answer found so far, in the order in which they were drawn, all
-    problems side by side. A comparison that fails finds them different.
+    Each wrong answer is compared with the first text of every different answer found before it, for all problems side
+    by side. Where a comparison fails, the two answers count as different.
     """
     wrong = [
         Counter(text for text, is_right in zip(*pair, strict=True) if text is not None and not is_right)
         for pair in zip(answers, right, strict=True)
     ]
-    merged = _merge([list(counts) for counts in wrong], graders, deadline_s)
+    merged = _merge([list(counts) for counts in wrong], grade)
     votes = []
     for texts, flags, counts, names in zip(answers, right, wrong, merged, strict=True):
         sizes = Counter()
@@ -68,8 +66,8 @@ def count_votes(
     return votes
 
 
-def _merge(texts: list[list[str]], graders: Graders, deadline_s: float) -> list[dict[str, str]]:
-    """For each problem: every text -> the first text that is the same answer."""
+def _merge(texts: list[list[str]], grade: GradeAnswers) -> list[dict[str, str]]:
+    """Map, for each problem, every text to the first text that is the same answer."""
     names: list[dict[str, str]] = [{} for _ in texts]
     for turn in range(max(map(len, texts), default=0)):
         pairs = [
@@ -79,11 +77,10 @@ def _merge(texts: list[list[str]], graders: Graders, deadline_s: float) -> list[
             for known in dict.fromkeys(names[problem].values())
             if not (CANONICAL.fullmatch(known) and CANONICAL.fullmatch(items[turn]))
         ]
-        asked = [Answer(COMPARE, _boxed(new), _boxed(known)) for _, known, new in pairs]
-        grades = graders.grade(asked, deadline_s)
+        grades = grade([Answer(COMPARE, rf"\boxed{{{new}}}", rf"\boxed{{{known}}}") for _, known, new in pairs])
         same = {}
-        for (problem, known, _), grade in zip(pairs, grades, strict=True):
-            if grade.reward == 1.0:
+        for (problem, known, _), found in zip(pairs, grades, strict=True):
+            if found.reward == 1.0:
                 same.setdefault(problem, known)
         for problem, items in enumerate(texts):
             if turn < len(items):
@@ -91,18 +88,11 @@ def _merge(texts: list[list[str]], graders: Graders, deadline_s: float) -> list[
     return names
 
 
-def _boxed(text: str) -> str:
-    return f"\\boxed{{{text}}}"
-
-
 def maj_at_k(votes: Votes, k: int) -> tuple[float, float]:
-    """Chance that the majority of `k` of the samples is right, and that it is tied.
+    """Return (maj@k, share of tied subsets): how often the majority of `k` of the samples is right, and is tied.
 
-    The mean over all k-subsets, without bias as in pass@k (diversity/passk.py), in whole numbers up to the last
-    division. A subset without any vote is wrong and not tied.
-
-    Returns:
-        (maj@k, share of tied subsets), each in [0, 1].
+    Both are means over all subsets of k samples, so they have no bias, as pass@k has none. They are computed in whole
+    numbers up to the last division. A subset without any vote counts as wrong and not tied.
     """
     if not 1 <= k <= votes.total:
         raise ValueError(f"k must lie between 1 and {votes.total}, got {k}")
@@ -120,7 +110,7 @@ def maj_at_k(votes: Votes, k: int) -> tuple[float, float]:
 
 
 def _ways(votes: Votes, k: int, top: int) -> list[list[int]]:
-    """[j][m]: ways to choose m samples, none right, so that j wrong answers have `top` votes and none has more."""
+    """Count ways[j][m] to choose m wrong or silent samples so that j answers have `top` votes and none has more."""
     ways = [[0] * (k + 1) for _ in range(k // top + 1)]
     ways[0][: votes.silent + 1] = [math.comb(votes.silent, m) for m in range(min(votes.silent, k) + 1)]
     for count in votes.wrong:

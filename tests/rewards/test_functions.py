@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -254,7 +255,8 @@ def test_an_answer_without_a_verdict_gets_zero_and_is_counted(graders, caplog):
     scores = reward(completions=given, solution=solutions, log_metric=lambda *row: logged.append(row))
     assert scores == [0.0, 0.0, 1.0, 0.0, 0.0]
     assert reward(completions=texts, solution=gold, trainer_state=None) == truth
-    assert reward.failures == {"timeout": 1, "too long": 1}
+    assert reward.failures == {"timeout": 1, "too long": 1} == reward.take_failures()
+    assert reward.take_failures() == {}
     assert logged == [("accuracy_reward/not_graded", 0.4)]
     (line,) = caplog.messages
     assert line == "accuracy_reward: 2 of 5 answers not graded, scored 0.0: timeout 1, too long 1"
@@ -418,7 +420,7 @@ result = guard(completions=["a"])
 asyncio.run(result)
 print("after")
 """
-    package = os.path.dirname(os.path.dirname(grading.__file__))
+    package = str(Path(grading.__file__).parents[2])
     result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl.rewards.grading import Answer, Grade, Graders
+from aesl_trl.rewards.functions import GradedReward
+from aesl_trl.rewards.grading import Grade, Graders
 from aesl_trl.rewards.majority import MAX_CHARS, Votes, count_votes, extract, maj_at_k
 
 
@@ -73,37 +74,33 @@ def test_many_samples_do_not_take_long():
 # ---- Votes
 
 
-class CountingGraders(Graders):
-    """Says which comparisons were asked for."""
-
-    asked: list[Answer]
-
-    def grade(self, answers, deadline_s):
-        self.asked = [*getattr(self, "asked", []), *(answers := list(answers))]
-        return super().grade(answers, deadline_s)
-
-
 def test_equal_answers_are_one_vote():
     pytest.importorskip("math_verify")
-    graders = CountingGraders(size=1)
+    graders, asked = Graders(size=1), []
+
+    def grade(given):
+        asked.extend(given)
+        return graders.grade(given, 10.0)
+
     answers = [[r"\frac{1}{2}", "0.5", "7", None, "8", r"\frac{2}{4}"], ["1", "2", "3", "3", None, "4"]]
     right = [[False] * 6, [False, False, True, True, False, False]]
-    assert count_votes(answers, right, graders, 10.0) == [Votes(0, (3, 1, 1), 1), Votes(2, (1, 1, 1), 1)]
+    assert count_votes(answers, right, grade) == [Votes(0, (3, 1, 1), 1), Votes(2, (1, 1, 1), 1)]
     # Whole numbers need no comparison, and what is right needs none
-    assert {r"\boxed{7}", r"\boxed{8}"} & {a.completion for a in graders.asked if a.solution == r"\boxed{7}"} == set()
-    assert all(r"\boxed{3}" not in (answer.completion, answer.solution) for answer in graders.asked)
+    assert {r"\boxed{7}", r"\boxed{8}"} & {a.completion for a in asked if a.solution == r"\boxed{7}"} == set()
+    assert all(r"\boxed{3}" not in (answer.completion, answer.solution) for answer in asked)
 
 
 def test_a_comparison_that_fails_finds_two_answers():
-    class Broken(Graders):
-        def grade(self, answers, deadline_s):
-            return [Grade(0.0, "timeout") for _ in answers]
+    def broken(answers):
+        return [Grade(0.0, "timeout") for _ in answers]
 
-    assert count_votes([["x", "y", "x"]], [[False] * 3], Broken(), 1.0) == [Votes(0, (2, 1), 0)]
+    assert count_votes([["x", "y", "x"]], [[False] * 3], broken) == [Votes(0, (2, 1), 0)]
 
 
 def test_answers_are_extracted_in_the_child_process():
     pytest.importorskip("math_verify")
     long = "1+" * (MAX_CHARS // 2) + "1"
     texts = [r"so \boxed{\frac{1}{2}}", "no answer", r"so \boxed{\frac{1}{2}}", rf"\boxed{{{long}}}", "x" * 1_000_001]
-    assert extract(texts, Graders(size=1), 10.0) == [r"\frac{1}{2}", None, r"\frac{1}{2}", None, None]
+    reward = GradedReward("accuracy_reward", graders=Graders(size=1))
+    assert extract(texts, reward.grade) == [r"\frac{1}{2}", None, r"\frac{1}{2}", None, None]
+    assert reward.take_failures() == {}  # an answer that cannot be extracted is no completion that was not graded

@@ -61,11 +61,15 @@ def _dumps(value: Any, **kwargs) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -223,7 +227,7 @@ class RunFolder:
             folder = self.chain.get("sft_dir")
             if folder is None:
                 raise InputError(f"{self.path} is a chain without an SFT stage")
-            return (self.path / folder).resolve()
+            return (self.path / str(folder)).resolve()
         for folder in (self.path, self.path / "sft"):
             if is_sft_folder(folder):
                 return folder
@@ -302,7 +306,8 @@ def read_settings(folder: Path) -> dict:
     run = read_json(path) if path.exists() else {}
     if not isinstance(run, dict):
         raise InputError(f"{path} holds a {type(run).__name__}, not an object: {folder} is no run of aesl_trl")
-    wrote = (run.get("versions") or {}).get("aesl_trl") or __version__
+    versions = run.get("versions")
+    wrote = str((versions.get("aesl_trl") if isinstance(versions, dict) else None) or __version__)
     # 0.1.1 after 0.1.0 changes no file's meaning, so the patch number does not count.
     written, ours = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (wrote, __version__))
     if written > ours:

@@ -5,37 +5,111 @@ Colours are written as the light theme's and replaced by the page's variables in
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from .parts import LIGHT, Panel, Row, name_ends, ring_dot_whisker, shorten, y_axis
-from .runs import GROUP_KEYS, RL_KEYS, Arm, mean, series
+from .runs import Arm, known, mean, series
+
+
+# One colour for each method, whatever else is on the page; another method takes the first colour that is free.
+METHOD_COLOURS = {
+    "base": "base",
+    "aesl_last": "aesl",
+    "nll_last": "nll",
+    "nll_turning_point": "stop",
+    "nll_best_eval": "eval",
+}
+FREE_COLOURS = ("other1", "other2", "eval", "stop", "nll", "aesl", "base")
+
+
+def coloured(arms: list[Arm]) -> list[Arm]:
+    """Return the arms with their colours; a run and its recorded seeds (one method, one name) share theirs."""
+    given: dict[tuple[str, str], str] = {}
+    methods = [arm.runs[0].method for arm in arms]
+    for method, arm in sorted(zip(methods, arms, strict=True), key=lambda pair: pair[0] not in METHOD_COLOURS):
+        wanted = [METHOD_COLOURS[method]] if method in METHOD_COLOURS else []
+        free = [colour for colour in (*wanted, *FREE_COLOURS) if colour not in given.values()]
+        given.setdefault((method, arm.name), (free or ["base"])[0])
+    return [replace(arm, colour=given[method, arm.name]) for method, arm in zip(methods, arms, strict=True)]
+
+
+# ---- Before and after RL
+
+
+def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
+    """Return the panel of `key` at the start of RL and after it, an arm a row; none before an arm has finished RL."""
+    rows = []
+    for arm in arms:
+        before, after = known([run.start for run in arm.runs], key), known([run.final for run in arm.runs], key)
+        if before or after:
+            interval = arm.runs[0].final.get(f"{key}_interval") if len(arm.runs) == 1 else None  # not one over seeds
+            name = shorten(arm.label) + (" (recorded)" if arm.recorded else "")
+            text = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
+            rows.append(Row(name, LIGHT[arm.colour], before, after, interval, text))
+
+    def draw(ax: Axes) -> None:
+        ring_dot_whisker(ax, rows)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+
+    title = f"{key}: start of RL (ring) and after RL (dot)"
+    return [Panel(title, draw, labelled=False)] if any(row.after for row in rows) else []
+
+
+# ---- Figures over steps
+
+# rows of a run -> the figures that are drawn and their titles; {k} is the largest k of pass@k
+TITLES = {
+    "diversity": {
+        "entropy": "Entropy of own samples (nats per token)",
+        "self_bleu": "Self-BLEU of own samples (lower: more diverse)",
+        "distinct_2": "Distinct 2-grams (share)",
+        "pass@1": "pass@1",
+        "pass@{k}": "pass@{k}",
+    },
+    "sft_log": {
+        "nll": "Plain nll (nats per token)",
+        "loss": "Loss as trained (weighted for AESL)",
+        "eval_nll": "Held-out nll (nats per token)",
+        "weight_mean": "Mean weight",
+        "weight_low_share": "Share of weights under 0.1",
+        "temperature_mean": "Mean temperature",
+        "weight_eos": "Weight at the end-of-sequence token",
+    },
+    "grpo_log": {
+        "reward": "Reward",
+        "reward_std": "Standard deviation of the reward in a group",
+        "frac_reward_zero_std": "Share of groups with equal rewards (no signal)",
+        "entropy": "Entropy (nats per token)",
+        "completions/clipped_ratio": "Share of completions cut at the length limit",
+    },
+}
 
 
 @dataclass
 class Curve:
     """One figure over steps, a line for each seed.
 
-    Arms whose seeds hold the same numbers share it: one SFT run, two selections.
+    Arms whose seeds hold the same numbers share a curve: one SFT run, two selections.
     """
 
     arms: list[Arm]
     seeds: list[tuple[list[int], list[float]]]
-    marks: list[tuple[float, str]] = field(default_factory=list)  # (selected step, colour)
 
     @property
     def label(self) -> str:
-        """The words that all its arms begin with, else all their names."""
+        """The words that the names of all its arms begin with, else all names."""
         names = [arm.label.split() for arm in self.arms]
         shared = [words[0] for words in zip(*names, strict=False) if len(set(words)) == 1]
         return " ".join(shared) if shared else ", ".join(arm.label for arm in self.arms)
 
     @property
     def mean(self) -> tuple[list[int], list[float]]:
-        """Mean over the seeds at the steps that all of them have; the first seed where they share none."""
+        """Mean over the seeds at the steps that all of them have; the first seed where they share no step."""
         by_step = [dict(zip(*seed, strict=True)) for seed in self.seeds]
         steps = sorted(set.intersection(*map(set, by_step)))
         if not steps:
@@ -44,7 +118,7 @@ class Curve:
 
 
 def curves(arms: list[Arm], rows: str, key: str) -> list[Curve]:
-    """The figure `key` of each arm that has it, read from the rows named `rows` of its runs."""
+    """Return the figure `key` of each arm that has it, from its runs' rows that are called `rows`."""
     found: list[Curve] = []
     for arm in arms:
         seeds = [series(getattr(run, rows), key) for run in arm.runs]
@@ -57,123 +131,62 @@ def curves(arms: list[Arm], rows: str, key: str) -> list[Curve]:
     return found
 
 
-def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
-    """`key` at the start of RL and after it, an arm a line."""
-    lines = [(arm, arm.figures(lambda run: run.start, key), arm.figures(lambda run: run.final, key)) for arm in arms]
-    lines = [line for line in lines if line[1] or line[2]]
-    if not any(after for _, _, after in lines):
-        return []
-    return [
-        Panel(
-            f"{key}: start of RL (ring) and after RL (dot)",
-            lambda ax: _before_and_after(ax, lines, key),
-            labelled=False,
-        )
-    ]
-
-
-def diversity_panels(arms: list[Arm], k: int, turning_point: int | None) -> list[Panel]:
-    titles = {
-        "entropy": "Entropy of own samples (nats per token)",
-        "self_bleu": "Self-BLEU of own samples (lower: more diverse)",
-        "distinct_2": "Distinct 2-grams (share)",
-        "pass@1": "pass@1",
-        f"pass@{k}": f"pass@{k}",
-    }
-    panels = [
-        panel
-        for key, title in dict(titles).items()
-        for panel in _curve_panels(arms, "diversity", key, title, "SFT step", turning_point, marked=True)
-    ]
-    return panels + _group_panels(arms, turning_point)
-
-
-def loss_panels(arms: list[Arm]) -> list[Panel]:
-    titles = {
-        "nll": "Plain nll (nats per token)",
-        "loss": "Loss as trained (weighted for AESL)",
-        "eval_nll": "Held-out nll (nats per token)",
-        "weight_mean": "Mean weight",
-        "weight_low_share": "Share of weights under 0.1",
-        "temperature_mean": "Mean temperature",
-        "weight_eos": "Weight at the end-of-sequence token",
-    }
-    return [p for key, title in titles.items() for p in _curve_panels(arms, "sft_log", key, title, "SFT step")]
-
-
-def rl_panels(arms: list[Arm]) -> list[Panel]:
-    titles = (
-        "Reward",
-        "Standard deviation of the reward in a group",
-        "Share of groups with equal rewards (no signal)",
-        "Entropy (nats per token)",
-        "Share of completions cut at the length limit",
-    )
-    pairs = zip(RL_KEYS, titles, strict=True)
-    return [p for key, title in pairs for p in _curve_panels(arms, "grpo_log", key, title, "RL step")]
-
-
-def position_panels(rows: list[dict], colour: str) -> list[Panel]:
-    """Mean weight and temperature by position in the completion, at an early, a middle and a late step."""
+def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | None = None, k: int = 1) -> list[Panel]:
+    """Return a panel of all arms' curves for each of the [`TITLES`] that some run has."""
     panels = []
-    for key, title in (("weight", "Mean weight by position"), ("temperature", "Mean temperature by position")):
-        kept = [row for row in rows if any(value is not None for value in row[key])]
-        picked = [kept[i] for i in sorted({0, len(kept) // 2, len(kept) - 1})] if kept else []
-        if picked:
-            panels.append(Panel(title, lambda ax, picked=picked, key=key: _position_lines(ax, picked, key, colour)))
+    for key, title in TITLES[rows].items():
+        if found := curves(arms, rows, key.format(k=k)):
+            see = "; ".join(f"{curve.label} ends at {curve.mean[1][-1]:.3g}" for curve in found if curve.mean[1])
+
+            def draw(ax: Axes, found: list[Curve] = found) -> None:
+                some_live = any(not arm.recorded for curve in found for arm in curve.arms)
+                ends = [_curve(ax, curve, some_live, marked=rows == "diversity") for curve in found]
+                ax.set_xlabel(xlabel, loc="left")
+                _step_axis(ax, max(steps[-1] for curve in found for steps, _ in curve.seeds), turning_point)
+                y_axis(ax)
+                if turning_point is not None:
+                    look = {"color": LIGHT["muted"], "xycoords": ax.get_xaxis_transform(), "va": "top", "size": 8.5}
+                    ax.axvline(turning_point, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+                    ax.annotate(
+                        "turning point", (turning_point, 1.0), xytext=(4, 0), textcoords="offset points", **look
+                    )
+                name_ends(ax, [end for end in ends if end])
+
+            panels.append(Panel(title.format(k=k), draw, see=see))
     return panels
 
 
-def _curve_panels(arms, rows, key, title, xlabel, turning_point=None, marked=False) -> list[Panel]:
-    """One panel of all arms' curves, or none when no run has the figure."""
-    found = curves(arms, rows, key)
-    if marked:
-        for curve in found:
-            steps = [(arm, arm.runs[0].selection.get("step")) for arm in curve.arms]
-            curve.marks = [(step, arm.colour) for arm, step in steps if isinstance(step, int)]
-    see = "; ".join(f"{curve.label} ends at {curve.mean[1][-1]:.3g}" for curve in found if curve.mean[1])
-    panel = Panel(title, lambda ax: _curves(ax, found, xlabel, turning_point), see=see)
-    return [panel] if found else []
+def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | None:
+    """Draw seeds (or noisy steps) faintly and their mean (or running mean) boldly, with a dot at what went to RL.
 
-
-def _curves(ax: Axes, found: list[Curve], xlabel: str, turning_point: int | None) -> None:
-    some_live = any(not arm.recorded for curve in found for arm in curve.arms)
-    ends = [_curve(ax, curve, some_live) for curve in found]
-    ax.set_xlabel(xlabel, loc="left")
-    last = max(steps[-1] for curve in found for steps, _ in curve.seeds)
-    _step_axis(ax, last, turning_point)
-    y_axis(ax)
-    if turning_point is not None:
-        _turning_point(ax, turning_point)
-    name_ends(ax, [end for end in ends if end])
-
-
-def _curve(ax: Axes, curve: Curve, some_live: bool) -> tuple | None:
-    """Seeds (or noisy steps) faintly, their mean (or running mean) boldly; returns the end: (x, y, name, colour)."""
+    Returns:
+        The end of the curve (x, y, name, colour); None where no value is a number.
+    """
     colour = LIGHT[curve.arms[0].colour]
-    recorded = all(arm.recorded for arm in curve.arms)
+    behind = some_live and all(arm.recorded for arm in curve.arms)
     steps, values = curve.mean
-    smooth, behind = running_mean(values), recorded and some_live
+    smooth = running_mean(values)
+    faint = {"color": colour, "linewidth": 0.8, "alpha": 0.3, "zorder": 2}
     if len(curve.seeds) > 1:
         for seed in curve.seeds:
-            ax.plot(seed[0], running_mean(seed[1]), color=colour, linewidth=0.8, alpha=0.3, zorder=2)
+            ax.plot(seed[0], running_mean(seed[1]), **faint)
     elif not behind:
-        ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3, zorder=2)
-    look = (
-        {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5} if behind else {"linewidth": 2.2, "zorder": 3}
-    )
+        ax.plot(steps, values, **faint)
+    look = {"linewidth": 2.2, "zorder": 3}
+    if behind:
+        look = {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5}
     ax.plot(steps, smooth, color=colour, **look)
     known = [(step, value) for step, value in zip(steps, smooth, strict=True) if math.isfinite(value)]
-    for step, mark in curve.marks:
-        y = np.interp(step, *zip(*known, strict=True)) if known else math.nan
-        ax.plot(
-            [step], [y], "o", color=LIGHT[mark], markersize=7, markeredgecolor=LIGHT["paper"], zorder=5, clip_on=False
-        )
+    for arm in curve.arms if marked else ():
+        if (step := arm.runs[0].selection.get("step")) is not None:
+            y = np.interp(step, *zip(*known, strict=True)) if known else math.nan
+            look = {"color": LIGHT[arm.colour], "markersize": 7, "markeredgecolor": LIGHT["paper"]}
+            ax.plot([step], [y], "o", zorder=5, clip_on=False, **look)
     return (*known[-1], curve.label, colour) if known else None
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """A centred mean over about a fifteenth of the values; `values` itself when there are few."""
+    """Return a centred mean over about a fifteenth of the values; `values` itself when there are few."""
     half = len(values) // 30
     if half < 1:
         return values
@@ -182,12 +195,12 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def _step_axis(ax: Axes, last: float, turning_point: int | None) -> None:
-    """Square-root steps where the turning point would be squeezed against the left edge."""
+    """Place steps by their square root where the turning point would be squeezed against the left edge."""
     if turning_point is not None and turning_point < last / 5:
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         early = 10 ** math.floor(math.log10(max(turning_point, 1)))
         early *= next(factor for factor in (5, 2, 1) if factor * early <= max(turning_point, 1))
-        ax.set_xticks(sorted({0, early, *(round(last * share) for share in (0.25, 1))}))
+        ax.set_xticks(sorted({0, early, round(last * 0.25), round(last)}))
         ax.set_xticks([], minor=True)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     else:
@@ -195,80 +208,74 @@ def _step_axis(ax: Axes, last: float, turning_point: int | None) -> None:
     ax.set_xlim(0, max(last, 1))
 
 
-def _turning_point(ax: Axes, step: int) -> None:
-    ax.axvline(step, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    place = {"textcoords": "offset points", "xytext": (4, 0), "xycoords": ax.get_xaxis_transform()}
-    ax.annotate("turning point", (step, 1.0), va="top", ha="left", size=8.5, color=LIGHT["muted"], **place)
+# ---- Prompts by outcome
 
 
-def _before_and_after(ax: Axes, lines: list[tuple], key: str) -> None:
-    """Draw a row for each arm; only the interval of a single run is shown, not one over seeds."""
-    rows = []
-    for arm, before, after in lines:
-        interval = arm.runs[0].final.get(f"{key}_interval") if len(arm.runs) == 1 else None
-        name = shorten(arm.label) + (" (recorded)" if arm.recorded else "")
-        text = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
-        rows.append(Row(name, LIGHT[arm.colour], before, after, interval, text))
-    ring_dot_whisker(ax, rows)
-    ax.set_xlim(-0.02, 1.02)
-    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-
-
-def _group_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
-    """For each SFT run: how many prompts gave all wrong, mixed, all right samples, stacked."""
+def outcome_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
+    """Return for each SFT run how many prompts gave all wrong, mixed and all right samples."""
     panels = []
     for mixed in curves(arms, "diversity", "groups_mixed"):
-        shares = [curves(mixed.arms[:1], "diversity", key) for key in GROUP_KEYS]
+        keys = ("groups_all_wrong", "groups_mixed", "groups_all_right")
+        shares = [curves(mixed.arms[:1], "diversity", key) for key in keys]
         if all(shares):
             means = [share[0].mean for share in shares]
-            title = f"Prompts by outcome: {shorten(mixed.label)}"
-            see = f"mixed share ends at {means[1][1][-1]:.2f}"
-            panels.append(
-                Panel(title, lambda ax, m=mixed, s=means: _stack(ax, m, s, turning_point), labelled=False, see=see)
-            )
+
+            def draw(ax: Axes, means: list = means, colour: str = mixed.arms[0].colour) -> None:
+                _stack(ax, means, colour, turning_point)
+
+            title, see = f"Prompts by outcome: {shorten(mixed.label)}", f"mixed share ends at {means[1][1][-1]:.2f}"
+            panels.append(Panel(title, draw, labelled=False, see=see))
     return panels
 
 
-def _stack(ax: Axes, curve: Curve, shares: list[tuple], turning_point: int | None) -> None:
-    """Shares of prompts stacked to 1, each named inside its area where there is room."""
+def _stack(ax: Axes, shares: list[tuple[list[int], list[float]]], colour: str, turning_point: int | None) -> None:
+    """Stack shares of prompts to 1, each named inside its area where there is room."""
     steps = shares[0][0]
     bottom = np.zeros(len(steps))
     _step_axis(ax, steps[-1], turning_point)
     ends = ax.transScale.transform([(0, 0), (steps[-1], 0)])[:, 0]
-    across = np.linspace(*ends, 101)  # even on paper, whatever the axis' scale
+    across = np.linspace(*ends, 101)  # evenly spaced on paper, whatever the scale of the axis
     places = ax.transScale.inverted().transform(np.column_stack([across, np.zeros(101)]))[:, 0]
-    colours = (LIGHT["wrong"], LIGHT[curve.arms[0].colour], LIGHT["right"])
-    inks = (LIGHT["paper"], LIGHT["paper"], LIGHT["ink"])
     names = ("all wrong", "mixed: RL can learn", "all right")
-    for (_, values), colour, ink, name in zip(shares, colours, inks, names, strict=True):
+    looks = zip(("wrong", colour, "right"), ("paper", "paper", "ink"), strict=True)
+    for (_, values), name, (fill, ink) in zip(shares, names, looks, strict=True):
         top = bottom + np.nan_to_num(values)
-        ax.fill_between(steps, bottom, top, color=colour, linewidth=0.6, edgecolor=LIGHT["paper"])
+        ax.fill_between(steps, bottom, top, color=LIGHT[fill], linewidth=0.6, edgecolor=LIGHT["paper"])
         low, high = np.interp(places, steps, bottom), np.interp(places, steps, top)
         half = len(name)  # about half the name, in hundredths of the axis
         room = {i: (high - low)[i - half : i + half + 1].min() for i in range(half, 101 - half)}
         place = max(room, key=room.get, default=None)
         if place is not None and room[place] > 0.075:
             middle = (low[place] + high[place]) / 2
-            ax.text(places[place], middle, name, ha="center", va="center", color=ink, size=9.5)
+            ax.text(places[place], middle, name, ha="center", va="center", color=LIGHT[ink], size=9.5)
         bottom = top
     ax.set_ylim(0, 1)
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.set_xlabel("SFT step", loc="left")
 
 
+# ---- Weights and temperatures by position
+
+
+def position_panels(rows: list[dict], colour: str) -> list[Panel]:
+    """Return weight and temperature by position in the completion, at an early, a middle and a late step."""
+    panels = []
+    for key in ("weight", "temperature"):
+        kept = [row for row in rows if any(value is not None for value in row[key])]
+        picked = [kept[i] for i in sorted({0, len(kept) // 2, len(kept) - 1})] if kept else []
+        if picked:
+            title = f"Mean {key} by position"
+            panels.append(Panel(title, lambda ax, picked=picked, key=key: _position_lines(ax, picked, key, colour)))
+    return panels
+
+
 def _position_lines(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
-    """A line a step, the later the bolder; positions on a logarithmic axis, as their bins are."""
+    """Draw a line for each step, the later the bolder; positions on a logarithmic axis, as their bins are."""
     ends = []
     for row, strength in zip(rows, (0.35, 0.65, 1.0)[-len(rows) :], strict=True):
         values = [math.nan if value is None else float(value) for value in row[key]]
-        look = {
-            "color": LIGHT[colour],
-            "alpha": strength,
-            "linewidth": 1 + 1.4 * strength,
-            "marker": "o",
-            "markersize": 3,
-        }
-        ax.plot(row["position"], values, **look)
+        look = {"color": LIGHT[colour], "alpha": strength, "linewidth": 1 + 1.4 * strength}
+        ax.plot(row["position"], values, marker="o", markersize=3, **look)
         known = [(x, y) for x, y in zip(row["position"], values, strict=True) if math.isfinite(y)]
         ends.append((*known[-1], f"step {row['step']}", LIGHT[colour]))
     ax.set_xscale("log", base=2)

@@ -1,20 +1,19 @@
 """`aesl report RUN...`: run folders -> report.html, report.md and report_*.png. Reads files only: no torch, no trl.
 
-The page shows what is there and names what is not; its first words are in headline.py, its chapters in
-sections.py.
+The page shows what is there and names what is not.
 """
 
-import argparse
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..errors import InputError, exit_on_input_error
+from ..arguments import ArgumentParser
+from ..errors import exit_on_input_error
+from ..files import REPORT, write_bytes
 from .headline import story, warnings
-from .parts import PALETTE, Section, Table, png, svg
+from .parts import PALETTE, Section, Table, markdown_table, png, svg
 from .runs import Arm, read_arms
 from .sections import sections_of
 
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(argv: list[str] | None) -> None:
-    parser = _Parser(prog="aesl report", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser("aesl report", __doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="chain run folder, SFT folder or recorded run")
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="RUN", help="runs to lay beside it, labelled recorded"
@@ -35,11 +34,6 @@ def _report(argv: list[str] | None) -> None:
     print(write_report(given.runs, given.compare, output=given.output, title=given.title))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see aesl report --help)")
-
-
 def write_report(
     runs: Iterable[str | Path],
     compare: Iterable[str | Path] = (),
@@ -47,11 +41,13 @@ def write_report(
     output: str | Path | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write report.html, report.md and report_*.png to `output` (default: the first of `runs`); returns the page.
+    """Write report.html, report.md and report_*.png to a folder, and return the page's path.
 
     Args:
-        runs: run folders, the one the report is about first. Folders seed-N beside each other are one arm.
+        runs: run folders, first the one that the report is about. Folders seed-N beside each other are one arm.
         compare: run folders laid beside them, labelled as recorded.
+        output: the folder that is written to; the first of `runs` by default.
+        title: heading of the page.
 
     Raises:
         InputError: a folder is no run, or one of its files is broken.
@@ -61,36 +57,26 @@ def write_report(
     sections = sections_of(arms)
     title = title or f"From cold start to RL: {arms[0].label}"
     folder = Path(output if output is not None else runs[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [section for section in sections if section.panels]
-    for section in drawn:
-        _save(folder / f"report_{section.id}.png", png(section.panels))
-    _save(folder / "report.md", _markdown(title, arms, sections).encode("utf-8", "replace"))
-    _save(folder / "report.html", _html(title, arms, sections).encode("utf-8", "replace"))
-    return folder / "report.html"
-
-
-def _save(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    for section in sections:
+        if section.panels:
+            write_bytes(folder / f"report_{section.id}.png", png(section.panels))
+    write_bytes(folder / "report.md", _markdown(title, arms, sections).encode("utf-8", "replace"))
+    write_bytes(folder / REPORT, _html(title, arms, sections).encode("utf-8", "replace"))
+    return folder / REPORT
 
 
 def _html(title: str, arms: list[Arm], sections: list[Section]) -> str:
-    # the loader reads the folder of this file, so that an installed package finds its template
+    # The loader reads the folder of this file, so that an installed package finds its template
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
-    pages = [{**vars(section), "panels": _drawn(section)} for section in sections]
+    pages = []
+    for section in sections:
+        drawn = [(panel, svg(panel, f"{section.id}-{number}")) for number, panel in enumerate(section.panels)]
+        panels = [{"title": panel.title, "see": panel.see, "svg": text} for panel, text in drawn]
+        pages.append({**vars(section), "panels": panels})
     footer = "Written by aesl report from the files of the runs; nothing was run again."
     texts = {"title": title, "story": story(arms), "footer": footer, "warnings": warnings(arms)}
     return template.render(sections=pages, palette=PALETTE, **texts)
-
-
-def _drawn(section: Section) -> list[dict]:
-    return [
-        {"title": panel.title, "see": panel.see, "svg": svg(panel, f"{section.id}-{number}")}
-        for number, panel in enumerate(section.panels)
-    ]
 
 
 def _markdown(title: str, arms: list[Arm], sections: list[Section]) -> str:
@@ -98,27 +84,22 @@ def _markdown(title: str, arms: list[Arm], sections: list[Section]) -> str:
     for section in sections:
         parts += [f"## {section.title}", _plain(section.see)]
         parts += [f"*{_plain(section.gap)}*"] if section.gap else []
-        parts += [_markdown_table(section.first_table)] if section.first_table else []
+        parts += [_table(section.first_table)] if section.first_table else []
         parts += [f"![{section.title}](report_{section.id}.png)"] if section.panels else []
         for name, table, _ in section.tables:
-            parts += [f"### {name}", _markdown_table(table)] if table.rows else []
+            parts += [f"### {name}", _table(table)] if table.rows else []
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def _table(table: Table) -> str:
     over = [name for name, span in table.groups for _ in range(span)] or [""] * len(table.head)
-    head = [f"{group}: {name}" if group else name for group, name in zip(over, table.head, strict=True)]
-    rows = [
-        [" ".join(filter(None, (cell.text, cell.pill and f"({cell.pill})", cell.note))) for cell in row]
-        for row in table.rows
-    ]
-    lines = [head, ["---"] * len(head), *rows]
-    text = "\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines)
-    return text + (f"\n\n{_plain(table.caption)}" if table.caption else "")
+    head = [_plain(f"{group}: {name}" if group else name) for group, name in zip(over, table.head, strict=True)]
+    lines = [[_plain(f"{c.text} {c.pill and f'({c.pill})'} {c.note}") for c in row] for row in table.rows]
+    return markdown_table(head, lines, texts=len(head)) + (f"\n\n{_plain(table.caption)}" if table.caption else "")
 
 
 def _plain(text: str) -> str:
-    """Text that markdown shows as it is, on one line."""
+    """Return text that markdown shows as it is, on one line."""
     return re.sub(r"([|<>`*_\[\]\\])", r"\\\1", " ".join(str(text).split()))
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from aesl_trl.errors import InputError
 from aesl_trl.files import append_jsonl, write_json, write_jsonl
+from aesl_trl.report import report
 from aesl_trl.report.parts import spread
-from aesl_trl.report.plots import running_mean
+from aesl_trl.report.plots import coloured, running_mean
 from aesl_trl.report.report import main, write_report
 from aesl_trl.report.runs import read_arms, read_run
 from aesl_trl.report.sections import sections_of
@@ -249,8 +250,8 @@ def chain(tmp_path_factory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the plots out where only the texts matter: other tests draw them."""
-    monkeypatch.setattr("aesl_trl.report.report.svg", lambda panel, name: "")
-    monkeypatch.setattr("aesl_trl.report.report.png", lambda panels: b"")
+    monkeypatch.setattr(report, "svg", lambda panel, name: "")
+    monkeypatch.setattr(report, "png", lambda panels: b"")
 
 
 def test_every_plot_of_the_story_is_drawn_in_the_page_and_beside_it(chain):
@@ -360,13 +361,17 @@ def test_readiness_of_the_start_and_of_the_candidates(tmp_path, undrawn):
 @pytest.mark.parametrize(
     "content, part",
     [
-        ({"checkpoints": 3}, "is not a list of objects"),
-        ({"checkpoints": [{"figures": {}}]}, "run aesl probe again"),
+        ({"checkpoints": 3}, "'checkpoints' is 3, not a list: run aesl probe again"),
+        ({"checkpoints": [3]}, "'checkpoints', row 1 is 3, not an object"),
+        (
+            {"checkpoints": [{"figures": {}}]},
+            "row 1 has no 'intervals': another version wrote it, or it was edited: run aesl",
+        ),
         (
             {"checkpoints": [{**readiness(1, 0.5), "figures": {"signal": "much"}}]},
             "'signal' is \"much\", not a number",
         ),
-        ({"checkpoints": [{**readiness(1, 0.5), "intervals": {"signal": [1]}}]}, "is not a pair of numbers"),
+        ({"checkpoints": [{**readiness(1, 0.5), "intervals": {"signal": [1]}}]}, "'signal' is [1], not a pair"),
     ],
 )
 def test_a_broken_readiness_is_said(tmp_path, content, part):
@@ -387,11 +392,11 @@ def test_a_finished_run_without_weights_is_recorded_even_when_named_first(tmp_pa
 
 def test_seeds_are_one_arm_and_arms_keep_their_colour(tmp_path):
     paths = {arm: [fake_run(tmp_path / arm / f"seed-{i}", arm, i) for i in (0, 1)] for arm in FINAL}
-    arms = read_arms([path for runs in paths.values() for path in runs])
+    arms = coloured(read_arms([path for runs in paths.values() for path in runs]))
     assert [(arm.name, len(arm.runs)) for arm in arms] == [(arm, 2) for arm in FINAL]
     expected = {"base": "base", "nll_turning_point": "stop", "nll_last": "nll", "aesl": "aesl"}
     assert {arm.name: arm.colour for arm in arms} == expected
-    assert read_arms(paths["nll_last"])[0].colour == "nll"
+    assert coloured(read_arms(paths["nll_last"]))[0].colour == "nll"
 
 
 def test_the_mean_over_seeds_stands_in_the_table(tmp_path, undrawn):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from aesl_trl.diversity.intervals import paired_interval
+from aesl_trl.report.parts import Cell
 from aesl_trl.report.sections import changes
 
 
@@ -18,12 +19,12 @@ def row(step, entropy, by_prompt=None, **more):
 
 
 def test_base_selected_and_last():
-    head, lines = changes([row(0, 0.2), row(10, 0.5), row(20, 0.4), row(40, 0.1)], 20, 8)
-    assert head == ["step 0", "step 20", "change from 0", "step 40", "change from 20"]
-    ((name, line),) = lines
-    assert name == "entropy (nats)"
-    assert line[:3] == [("0.200", "[0.100, 0.300]"), ("0.400", "[0.300, 0.500]"), ("+0.200", "")]
-    assert line[3:] == [("0.100", "[0.000, 0.200]"), ("-0.300", "")]
+    table = changes([row(0, 0.2), row(10, 0.5), row(20, 0.4), row(40, 0.1)], 20, 8)
+    assert table.head == ["own samples", "step 0", "step 20", "change from 0", "step 40", "change from 20"]
+    ((name, *line),) = table.rows
+    assert name == Cell("entropy (nats)")
+    assert line[:3] == [Cell("0.200", "[0.100, 0.300]"), Cell("0.400", "[0.300, 0.500]"), Cell("+0.200")]
+    assert line[3:] == [Cell("0.100", "[0.000, 0.200]"), Cell("-0.300")]
 
 
 def test_a_change_is_paired():
@@ -32,15 +33,14 @@ def test_a_change_is_paired():
     before = generator.normal(2.0, 1.0, 64)
     after = before + generator.normal(0.1, 0.01, 64)
     rows = [row(0, before.mean(), before.tolist()), row(10, after.mean(), after.tolist())]
-    _, ((_, line),) = changes(rows, None, 8)
+    ((_, *line),) = changes(rows, None, 8).rows
     _, low, high = paired_interval(before, after)
-    assert line[2][1] == f"[{low:+.3f}, {high:+.3f}]" and 0.09 < low < high < 0.11
+    assert line[2].note == f"[{low:+.3f}, {high:+.3f}]" and 0.09 < low < high < 0.11
 
 
 def test_what_is_not_there_is_left_out():
     rows = [row(0, 0.2, [0.2], **{"pass@1": 0.5}), row(10, 0.3, [0.2, 0.4], **{"pass@1": None})]
-    _, lines = changes(rows, 10, 8)
-    assert [name for name, _ in lines] == ["entropy (nats)"]
-    assert lines[0][1][2] == ("+0.100", "")  # other prompts
-    head, _ = changes(rows[:1], 5, 8)
-    assert head == ["step 0"]
+    ((name, *line),) = changes(rows, 10, 8).rows
+    assert name == Cell("entropy (nats)")
+    assert line[2] == Cell("+0.100")  # other prompts
+    assert changes(rows[:1], 5, 8).head == ["own samples", "step 0"]

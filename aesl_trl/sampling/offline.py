@@ -7,12 +7,11 @@ sampled by transformers), no data parallelism over processes, and no exact entro
 """
 
 import math
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..diversity.figures import Group
-from ..models.folder import GENERATION_CONFIG, ModelFolder
+from ..models.folder import ModelFolder
 from ..models.loading import load_model, put_adapter, release_memory
 from ..models.tokens import id_list, stop_at_turn_end, turn_end_id
 from .draws import Draw, Piece, Request, SamplingSettings, draw_seed
@@ -157,6 +156,4 @@ def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
     model = load_model(found.config_at, device=device, trust_remote_code=trust_remote_code)
     if found.is_adapter:
         model = put_adapter(model, path, found.base).eval()
-        if (Path(path) / GENERATION_CONFIG).is_file():
-            model.base_model.model.generation_config = GenerationConfig.from_pretrained(path)
     return model, tokenizer

@@ -562,7 +562,7 @@ def test_the_argument_parser_refuses_in_one_line(capsys):
     commands.add_parser("copy").add_argument("target")
     assert parser.parse_args(["--patience", "3"]).patience == 3
     for argv, message in [
-        (["--pat", "3"], "unrecognized arguments: --pat 3 (see aesl test --help)"),
+        (["--pat=3"], "unrecognized arguments: --pat=3 (see aesl test --help)"),
         (["--patience", "x"], "argument --patience: invalid int value: 'x' (see aesl test --help)"),
         (["copy"], "the following arguments are required: target (see aesl test copy --help)"),
     ]:

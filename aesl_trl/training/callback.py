@@ -98,7 +98,7 @@ class DiversityCallback(TrainerCallback):
             vllm=vllm or VLLMSettings(),
         )
         self.settings.check()
-        check_bound("steps", steps, at_least=1)
+        check_bound("steps", steps, whole=True, at_least=1)
         check_choice("selection", selection, (None, *RULES))
         self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
         if selection is not None and not _saves_whole_weights(trainer.accelerator.state.deepspeed_plugin):

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from aesl_trl.losses.definition import aesl_loss, aesl_weights
-from aesl_trl.losses.head import HeadOutput, _add_product, _product, _tile_rows, fused_head
+from aesl_trl.losses.head import HeadOutput, HeadSettings, _add_product, _product, _tile_rows, fused_head
 from aesl_trl.losses.rules import TokenRule, aesl_rule, nll_rule
 
 
@@ -147,7 +147,7 @@ def one_pass(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> Tens
 def fused_scores(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> HeadOutput:
     hidden, weight, labels, _ = problem
     one_sequence = torch.zeros_like(labels)
-    return fused_head(hidden, weight, None, labels, one_sequence, rule, tile_dtype=tile_dtype)
+    return fused_head(hidden, weight, None, labels, one_sequence, rule, HeadSettings(tile_dtype=tile_dtype))
 
 
 def trl_nll(problem: Problem, tiles: tuple[int, int] | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """AESL and its rivals by definition: weights and losses on plain logits.
 
-The truth that every faster form is tested against (their fused forms: rules.py; a table of all: docs/losses.md).
+Every faster form is tested against this truth (the fused forms: rules.py; a table of all losses: docs/losses.md).
 Every loss is a sum over the trained tokens divided by `num_items`, by default the number of trained tokens, so that
 all of them stay exact under gradient accumulation and data parallelism. AESL's source: Li et al., "Getting Your LLMs
 Ready for Reinforcement Learning with Lightweight SFT", ICLR 2026 (OpenReview yezWGJmODg), Eq. 4. With z_t the logits
@@ -13,14 +13,14 @@ that predict token s_t of one sequence:
     L   = -sum_t w_t * l_t / num_items
 
 What the paper leaves open is settled here: no gradient flows through the weight; the denominator counts tokens, not
-weights, so that gradient accumulation and data parallelism stay exact; ignored labels enter neither the mean nor the
-loss; the mean starts anew at each packed document; in a multi-turn sequence it runs on over all its trained tokens.
+weights; ignored labels enter neither the mean nor the loss; the mean starts anew at each packed document; in a
+multi-turn sequence it runs on over all its trained tokens.
 
 Shapes: B rows, L positions, V vocabulary. Everything is already shifted: `labels[:, t]` is the token that
 `logits[:, t]` predicts. float64 logits are computed in float64 throughout; half precision is computed in float32.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -29,73 +29,56 @@ from torch import Tensor
 PREFIX_MODES = ("inclusive", "exclusive", "none")
 AESL_WEIGHTS = ("adaptive", "linear", "threshold")
 GEM_H = ("linear", "sigmoid")
-GEM_SLOPE = 0.01  # of the sigmoid, in the authors' code
+GEM_SLOPE = 0.01  # slope of the sigmoid, in the authors' code
 EAFT_ENTROPY = 3.0  # nats, close to log 20, the largest entropy of 20 tokens
 PSFT_LOG_RATIO = 20.0  # the authors' clamp of log pi - log pi_old, for stability
 
+Count = Tensor | float | int
+
+
+# ---- AESL
+
+
+class AESLSettings(TypedDict, total=False):
+    """The keywords of every `aesl_*` function on logits; [`aesl_scores`] says what they mean and has the defaults."""
+
+    t_scaling: float
+    min_temperature: float
+    prefix_mode: str
+    sequence_ids: Tensor | None
+    ignore_index: int
+
 
 class AESLScores(NamedTuple):
-    """Per-token quantities of AESL, each `[B, L]` and without gradient; 0 where the label is ignored."""
+    """Quantities of AESL, each `[B, L]` and without gradient; 0 where the label is ignored."""
 
     weights: Tensor  # in [0, 1]
     temperatures: Tensor  # >= min_temperature on trained tokens
 
 
-def _full_precision(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def gold_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Log-probability of each label, in nats: `[B, L, V]`, `[B, L]` -> `[B, L]`, 0 where ignored."""
-    logits, mask = _full_precision(logits), labels != ignore_index
-    gold = logits.gather(-1, labels.where(mask, 0).unsqueeze(-1)).squeeze(-1)
-    return (gold - logits.logsumexp(-1)).where(mask, 0.0)
-
-
-def prefix_sums(values: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
-    """Running sum along each row that starts anew at each sequence, in float64: `[B, L]` -> `[B, L]`.
-
-    float64 because a float32 sum over 32k packed tokens is off by about 2e-3.
-    """
-    sums = values.double().cumsum(1)
-    if sequence_ids is None:
-        return sums
-    positions = torch.arange(values.size(1), device=values.device).expand_as(values)
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    start_positions = positions.where(starts, 0).cummax(1).values
-    return sums - (sums - values.double()).gather(1, start_positions)
-
-
-def aesl_temperatures(
-    log_probs: Tensor,
-    prefix_sums: Tensor,
-    prefix_counts: Tensor,
-    *,
-    t_scaling: float = 3.0,
-    min_temperature: float = 1e-2,
-    prefix_mode: str = "inclusive",
+def aesl_loss(
+    logits: Tensor, labels: Tensor, *, num_items: Count | None = None, **settings: Unpack[AESLSettings]
 ) -> Tensor:
-    """Temperature of each trained token, from the log-probabilities alone (paper, Eq. 4).
+    """Return the Adaptive Early-Stop Loss (paper, Eq. 4), `-sum_t w_t * l_t / num_items`, a scalar.
 
     Args:
-        log_probs: log-probabilities of the labels, in nats, of any shape.
-        prefix_sums, prefix_counts: same shape, float64: the log-probabilities summed over the token's sequence up to
-            and with the token, and how many they are.
-        t_scaling, min_temperature, prefix_mode: as in [`aesl_weights`].
-
-    Returns:
-        The shape and dtype of `log_probs`, >= `min_temperature`; meaningless where no token is trained.
+        num_items: the denominator, by default the number of labels that are not ignored. Across ranks and accumulation
+            steps pass the number of trained tokens of the whole optimiser step.
+        logits, labels, settings: as in [`aesl_scores`].
     """
-    if prefix_mode not in PREFIX_MODES:
-        raise ValueError(f"prefix_mode is {prefix_mode!r}, but must be one of {', '.join(PREFIX_MODES)}")
-    if prefix_mode == "none":
-        return torch.full_like(log_probs, max(t_scaling, min_temperature))
-    if prefix_mode == "exclusive":
-        prefix_sums, prefix_counts = prefix_sums - log_probs, prefix_counts - 1
-    temperatures = -t_scaling * prefix_sums / prefix_counts.clamp(min=1)
-    # The first token of an exclusive prefix has no mean yet: T = 1
-    return temperatures.where(prefix_counts > 0, 1.0).clamp(min=min_temperature).to(log_probs.dtype)
+    ignore_index = settings.get("ignore_index", -100)
+    weights = aesl_weights(logits, labels, **settings)
+    num_items = (labels != ignore_index).sum() if num_items is None else num_items
+    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), weights, num_items)
+
+
+def aesl_weights(logits: Tensor, labels: Tensor, **settings: Unpack[AESLSettings]) -> Tensor:
+    """Return the adaptive early-stop weight of each token (paper, Eq. 4): `[B, L]` in [0, 1], 0 where ignored.
+
+    The weight is near 0 where the model already expects the token after a prefix that it predicts well, and near 1
+    where the prefix is surprising. It carries no gradient. Arguments and errors are those of [`aesl_scores`].
+    """
+    return aesl_scores(logits, labels, **settings).weights
 
 
 @torch.no_grad()
@@ -109,7 +92,24 @@ def aesl_scores(
     sequence_ids: Tensor | None = None,
     ignore_index: int = -100,
 ) -> AESLScores:
-    """[`aesl_weights`] together with the temperatures they were taken at."""
+    """Return the weights of [`aesl_weights`] together with their temperatures.
+
+    Args:
+        logits: `[B, L, V]`, after the model's own logit scale and soft cap.
+        labels: `[B, L]`, already shifted.
+        t_scaling: positive. The temperature is 1 when the prefix's mean negative log-likelihood is `1 / t_scaling`
+            nats.
+        min_temperature: positive lower clamp: low temperatures amplify the rounding of the logits.
+        prefix_mode: `"inclusive"` (paper) averages over the prefix with the current token, and `"exclusive"` without
+            it (the first token's temperature is 1). `"none"` takes `t_scaling` itself as every temperature: the
+            token-level ablation.
+        sequence_ids: `[B, L]`, the document of each label in a packed row, constant over a document and changing at
+            its border. Without it each row is one sequence.
+        ignore_index: label of tokens that are not trained.
+
+    Raises:
+        ValueError: `prefix_mode` is none of the three.
+    """
     logits, mask = _full_precision(logits), labels != ignore_index
     log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
     temperatures = aesl_temperatures(
@@ -128,106 +128,62 @@ def aesl_scores(
     return AESLScores((rest / (rest + gold)).where(mask, 0.0), temperatures.where(mask, 0.0))
 
 
-def aesl_weights(
-    logits: Tensor,
-    labels: Tensor,
+def aesl_temperatures(
+    log_probs: Tensor,
+    prefix_sums: Tensor,
+    prefix_counts: Tensor,
     *,
     t_scaling: float = 3.0,
     min_temperature: float = 1e-2,
     prefix_mode: str = "inclusive",
-    sequence_ids: Tensor | None = None,
-    ignore_index: int = -100,
 ) -> Tensor:
-    """Adaptive early-stop weight of each token (paper, Eq. 4).
-
-    Near 0 where the model already expects the token after a prefix that it predicts well; near 1 where the prefix is
-    surprising.
+    """Return the temperature of each trained token, from the log-probabilities alone (paper, Eq. 4).
 
     Args:
-        logits: `[B, L, V]`, after the model's own logit scale and soft cap.
-        labels: `[B, L]`, already shifted.
-        t_scaling: positive; the temperature is 1 when the prefix's mean negative log-likelihood is `1 / t_scaling`
-            nats.
-        min_temperature: positive lower clamp; low temperatures amplify the rounding of the logits.
-        prefix_mode: `"inclusive"` (paper) averages over the prefix with the current token, `"exclusive"` without it
-            (the first token's temperature is 1), `"none"` takes `t_scaling` itself as every temperature: the
-            token-level ablation.
-        sequence_ids: `[B, L]`, the document of each label in a packed row, constant over a document and changing at
-            its border; without it each row is one sequence.
-        ignore_index: label of tokens that are not trained.
+        log_probs: log-probabilities of the labels, in nats, of any shape.
+        prefix_sums, prefix_counts: float64, of the same shape: the sum of the log-probabilities in the token's
+            sequence up to and with the token, and their number.
+        t_scaling, min_temperature, prefix_mode: as in [`aesl_scores`].
 
     Returns:
-        `[B, L]` in [0, 1], without gradient, 0 where ignored.
-
-    Raises:
-        ValueError: `prefix_mode` is none of the three.
+        The shape and dtype of `log_probs`, >= `min_temperature`; meaningless where no token is trained.
     """
-    return aesl_scores(
-        logits,
-        labels,
-        t_scaling=t_scaling,
-        min_temperature=min_temperature,
-        prefix_mode=prefix_mode,
-        sequence_ids=sequence_ids,
-        ignore_index=ignore_index,
-    ).weights
+    if prefix_mode not in PREFIX_MODES:
+        raise ValueError(f"prefix_mode is {prefix_mode!r}, but must be one of {', '.join(PREFIX_MODES)}")
+    if prefix_mode == "none":
+        return torch.full_like(log_probs, max(t_scaling, min_temperature))
+    if prefix_mode == "exclusive":
+        prefix_sums, prefix_counts = prefix_sums - log_probs, prefix_counts - 1
+    temperatures = -t_scaling * prefix_sums / prefix_counts.clamp(min=1)
+    # The first token of an exclusive prefix has no mean yet: T = 1
+    return temperatures.where(prefix_counts > 0, 1.0).clamp(min=min_temperature).to(log_probs.dtype)
 
 
-def weighted_nll(log_probs: Tensor, weights: Tensor | None, num_items: Tensor | float | int) -> Tensor:
-    """`-sum(weights * log_probs) / num_items`, a differentiable 0 when nothing is trained; without weights nll."""
-    weighted = log_probs if weights is None else weights * log_probs
-    return -weighted.sum() / torch.as_tensor(num_items, device=log_probs.device).clamp(min=1)
+def prefix_sums(values: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+    """Return the running sum along each row, in float64: `[B, L]` -> `[B, L]`. It starts anew at each sequence.
 
-
-def nll_loss(
-    logits: Tensor, labels: Tensor, *, num_items: Tensor | float | int | None = None, ignore_index: int = -100
-) -> Tensor:
-    """Plain negative log-likelihood, a scalar in nats per item: AESL with every weight 1."""
-    num_items = (labels != ignore_index).sum() if num_items is None else num_items
-    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), None, num_items)
-
-
-def aesl_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    num_items: Tensor | float | int | None = None,
-    t_scaling: float = 3.0,
-    min_temperature: float = 1e-2,
-    prefix_mode: str = "inclusive",
-    sequence_ids: Tensor | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Adaptive Early-Stop Loss (paper, Eq. 4): `-sum_t w_t * l_t / num_items`, a scalar.
-
-    Args:
-        num_items: the denominator, by default the number of labels that are not ignored. Across ranks and accumulation
-            steps pass the trained tokens of the whole optimiser step.
-        logits, labels, t_scaling, min_temperature, prefix_mode, sequence_ids, ignore_index: as in [`aesl_weights`].
+    float64, because a float32 sum over 32k packed tokens is off by about 2e-3.
     """
-    weights = aesl_weights(
-        logits,
-        labels,
-        t_scaling=t_scaling,
-        min_temperature=min_temperature,
-        prefix_mode=prefix_mode,
-        sequence_ids=sequence_ids,
-        ignore_index=ignore_index,
-    )
-    num_items = (labels != ignore_index).sum() if num_items is None else num_items
-    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), weights, num_items)
+    sums = values.double().cumsum(1)
+    if sequence_ids is None:
+        return sums
+    positions = torch.arange(values.size(1), device=values.device).expand_as(values)
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    start_positions = positions.where(starts, 0).cummax(1).values
+    return sums - (sums - values.double()).gather(1, start_positions)
 
 
 def simple_weights(
     logits: Tensor, labels: Tensor, *, kind: str, threshold: float = 0.5, ignore_index: int = -100
 ) -> Tensor:
-    """Ablations of [`aesl_weights`] that know neither prefix nor temperature, with q the label's probability.
+    """Return the weights of AESL's ablations without prefix and temperature, with q the label's probability.
 
     Args:
         logits, labels: `[B, L, V]`, `[B, L]`, already shifted.
-        kind: `"linear"`: 1 - q, the same as `prefix_mode="none"` at temperature 1; `"threshold"`: 1 where
-            q < threshold, else 0.
-        threshold: of `"threshold"`, in (0, 1).
+        kind: `"linear"`: 1 - q, which is `prefix_mode="none"` at temperature 1; `"threshold"`: 1 where q < threshold,
+            else 0.
+        threshold: threshold of `"threshold"`, in (0, 1).
 
     Returns:
         `[B, L]` in [0, 1], without gradient, 0 where ignored.
@@ -240,12 +196,43 @@ def simple_weights(
     return (probs < threshold).to(probs.dtype).where(labels != ignore_index, 0.0)
 
 
-def dft_loss(
-    logits: Tensor, labels: Tensor, *, num_items: Tensor | float | int | None = None, ignore_index: int = -100
-) -> Tensor:
-    """Dynamic Fine-Tuning (arXiv 2508.05629): `sum_t sg(q_t) (-log q_t) / num_items`, q_t the label's probability.
+# ---- Plain negative log-likelihood
 
-    The weight q is a constant in the backward pass. TRL has the same as `loss_type="dft"`.
+
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def gold_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Return the log-probability of each label, in nats: `[B, L, V]`, `[B, L]` -> `[B, L]`, 0 where ignored."""
+    logits, mask = _full_precision(logits), labels != ignore_index
+    gold = logits.gather(-1, labels.where(mask, 0).unsqueeze(-1)).squeeze(-1)
+    return (gold - logits.logsumexp(-1)).where(mask, 0.0)
+
+
+def weighted_nll(log_probs: Tensor, weights: Tensor | None, num_items: Count) -> Tensor:
+    """Return `-sum(weights * log_probs) / num_items`, every weight 1 by default.
+
+    When nothing is trained the result is a differentiable 0.
+    """
+    weighted = log_probs if weights is None else weights * log_probs
+    return -weighted.sum() / torch.as_tensor(num_items, device=log_probs.device).clamp(min=1)
+
+
+def nll_loss(logits: Tensor, labels: Tensor, *, num_items: Count | None = None, ignore_index: int = -100) -> Tensor:
+    """Return the plain negative log-likelihood, a scalar in nats per item: AESL with every weight 1."""
+    num_items = (labels != ignore_index).sum() if num_items is None else num_items
+    return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), None, num_items)
+
+
+# ---- Rivals
+
+
+def dft_loss(logits: Tensor, labels: Tensor, *, num_items: Count | None = None, ignore_index: int = -100) -> Tensor:
+    """Return the loss of Dynamic Fine-Tuning (arXiv 2508.05629), `sum_t sg(q_t) (-log q_t) / num_items`.
+
+    The weight q_t, the label's probability, is a constant in the backward pass. TRL has this loss as
+    `loss_type="dft"`.
     """
     num_items = (labels != ignore_index).sum() if num_items is None else num_items
     log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
@@ -258,15 +245,17 @@ def gem_loss(
     *,
     beta: float = 0.7,
     h: str = "linear",
-    num_items: Tensor | float | int | None = None,
+    num_items: Count | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """GEM (Li et al., "Preserving Diversity in Supervised Fine-Tuning of Large Language Models", ICLR 2025).
+    """Return the loss of GEM.
+
+    Li et al., "Preserving Diversity in Supervised Fine-Tuning of Large Language Models", ICLR 2025:
 
         L = -sum_t sum_v sg(r_v h_v) (log pi(s_t) - log pi(v)) / num_items,    r = softmax(z_t / beta)
 
-    r and h are constants in the backward pass; the gradient by the logits is r h - onehot(s_t) sum_v r_v h_v. The
-    value may be negative.
+    r and h are constants in the backward pass, and the gradient by the logits is r h - onehot(s_t) sum_v r_v h_v.
+    The value may be negative.
 
     Args:
         beta: in (0, 1): near 1 the gradient is that of nll, near 0 more diversity is kept.
@@ -292,19 +281,19 @@ def psft_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
-    num_items: Tensor | float | int | None = None,
+    num_items: Count | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Proximal SFT (arXiv 2508.17784): PPO's clipped objective with advantage 1.
+    """Return the loss of Proximal SFT (arXiv 2508.17784): PPO's clipped objective with advantage 1.
 
         L = -sum_t min(r_t, clip(r_t, 1 - clip_low, 1 + clip_high)) / num_items,    r_t = pi(s_t) / pi_old(s_t)
 
     Nothing is detached: the gradient is -r_t grad log pi, and 0 beyond 1 + clip_high. The lower clip changes neither
-    value nor gradient, since the minimum takes the smaller r_t; it is here because the authors write it. As in their
-    code log r_t is clamped to +-20.
+    value nor gradient, since the minimum takes the smaller r_t; it is here because the authors write it. log r_t is
+    clamped to +-20, as in their code.
 
     Args:
-        old_log_probs: `[B, L]`, log pi_old of the labels, nats; not read where ignored.
+        old_log_probs: `[B, L]`, log pi_old of the labels, in nats; not read where ignored.
     """
     mask = labels != ignore_index
     log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
@@ -315,7 +304,7 @@ def psft_loss(
 
 
 def top_k_entropy(logits: Tensor, k: int) -> Tensor:
-    """Entropy of the softmax over the k largest logits, nats: `[..., V]` -> `[...]`, in [0, log k]."""
+    """Return the entropy of the softmax over the k largest logits, in nats: `[..., V]` -> `[...]`, in [0, log k]."""
     log_probs = logits.topk(min(k, logits.size(-1)), dim=-1).values.log_softmax(-1)
     return (log_probs.exp() * -log_probs).sum(-1)
 
@@ -326,13 +315,15 @@ def eaft_loss(
     *,
     alpha: float = 1.0,
     top_k: int = 20,
-    num_items: Tensor | float | int | None = None,
+    num_items: Count | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Entropy-Adaptive Fine-Tuning (arXiv 2601.02151): `sum_t sg((H_t / 3)^alpha) (-log q_t) / num_items`.
+    """Return the loss of Entropy-Adaptive Fine-Tuning (arXiv 2601.02151).
 
-    H_t is the entropy of the softmax over the `top_k` largest logits, in nats, and a constant in the backward pass. 3
-    is close to log 20, so that the weights end near 1; it stays 3 for another `top_k`, as in the authors' code.
+        L = sum_t sg((H_t / 3)^alpha) (-log q_t) / num_items
+
+    H_t is the entropy of the softmax over the `top_k` largest logits, in nats, and a constant in the backward pass.
+    The 3 is close to log 20, so that the weights end near 1; it stays 3 for another `top_k`, as in the authors' code.
     """
     log_probs = gold_log_probs(logits, labels, ignore_index=ignore_index)
     entropy = top_k_entropy(_full_precision(logits.detach()), top_k)

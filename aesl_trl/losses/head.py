@@ -2,7 +2,7 @@
 
     L = sum_t -w_t log softmax(z_t)[s_t],   z_t = softcap(logit_scale * (W h_t + b))
 
-Where the weight w_t of a token needs nothing of later tokens, it is known once the token's own logits are, so one pass
+Where the weight w_t of a token needs nothing of later tokens, it is known once the token's own logits are. So one pass
 over the tokens in order serves forward and backward. A tile holds the logits of n tokens over the whole vocabulary:
 
     G1  logits = H W^T + b        tile [n, V]
@@ -13,15 +13,17 @@ over the tokens in order serves forward and backward. A tile holds the logits of
     G2  dH = w * (G W)            the weights go on rows of dH and H, never on the tile
     G3  dW += G^T (w * H)         in float32: bf16 sums lose digits with each tile; left out when the head is frozen
 
-Three matrix products (two for a frozen head), where recomputing the tile in the backward pass takes four (three). The
-tile passes are Triton kernels on GPU (head_triton.py) and torch elsewhere (head_torch.py); the scan is torch's cumsum,
+These are three matrix products (two for a frozen head), where recomputing the tile in the backward pass takes four
+(three). K1 and K2 are Triton kernels on GPU (head_triton.py) and torch elsewhere (head_torch.py); S is torch's cumsum,
 five launches over n numbers. A rule that is not causal costs a pass for its statistics first: four products. A rule
 that reads the tile itself may put another gradient in the place of softmax(z) - onehot, in torch on every device.
 
-Shapes: N trained tokens of the batch in order, n of them in a tile, V vocabulary, H hidden size. Not here: masks, rows
-and documents (scoring.py), and the definition that this is tested against (definition.py).
+Shapes: N trained tokens of the batch in order, n of them in a tile, V vocabulary, H hidden size. Masks, rows and
+documents are the business of scoring.py; definition.py is the truth that this file is tested against.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,15 +43,31 @@ logger = logging.get_logger(__name__)
 
 CPU_TILE_ROWS = 256
 CPU_SWEEP_ENTRIES = 2**19  # a sweep's block of float32 logits, 2 MB, stays in the cache of a core
-GPU_TILE_BYTES = 2**28  # what TRL's own tile takes: 4096 tokens x 32768 vocabulary entries in bf16
+GPU_TILE_BYTES = 2**28  # the size of TRL's own tile: 4096 tokens x 32768 vocabulary entries in bf16
 GPU_MIN_ROWS = {True: 1024, False: 256}  # fewer would stream W, and where it is trained dW, more than they compute
 
 
 class LogitTransform(NamedTuple):
-    """What an architecture does to `W h + b`: multiply by `scale`, then `softcap * tanh(x / softcap)`."""
+    """The steps of an architecture after `W h + b`: multiply by `scale`, then `softcap * tanh(x / softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How the head makes logits, and how it holds them.
+
+    Attributes:
+        transform: the architecture's scale and soft cap.
+        tile_dtype: dtype of the logits' tile, by default float32 (float64 for float64 inputs): a low temperature
+            amplifies the rounding of bf16 logits.
+        tile_rows: n, the tokens of a tile, by default by device and budget.
+    """
+
+    transform: LogitTransform = LogitTransform()
+    tile_dtype: torch.dtype | None = None
+    tile_rows: int | None = None
 
 
 class HeadOutput(NamedTuple):
@@ -58,7 +76,7 @@ class HeadOutput(NamedTuple):
     loss_sum: Tensor  # scalar: -sum(weights * log_probs), nats, or the sum of the rule's own losses
     log_probs: Tensor  # of the labels, nats
     entropy: Tensor  # of softmax(logits), nats
-    is_top1: Tensor  # bool: whether the label is the most likely token, the first one of equals
+    is_top1: Tensor  # bool: whether the label is the most likely token, the first of equally likely ones
     weights: Tensor
     temperatures: Tensor | None  # None where the rule has none
 
@@ -70,15 +88,13 @@ def fused_head(
     labels: Tensor,
     sequence_ids: Tensor,
     rule: TokenRule,
-    transform: LogitTransform = LogitTransform(),  # noqa: B008 (an immutable NamedTuple)
+    settings: HeadSettings = HeadSettings(),  # noqa: B008 (frozen)
     *,
-    tile_dtype: torch.dtype | None = None,
-    tile_rows: int | None = None,
     old_log_probs: Tensor | None = None,
 ) -> HeadOutput:
     """Score the labels and, where gradients are on, build the gradients of `loss_sum` in the same pass.
 
-    Equals, with `z = softcap(scale * (hidden @ weight.T + bias))` in memory,
+    The result equals, with `z = softcap(scale * (hidden @ weight.T + bias))` in memory,
 
         log_probs = z.log_softmax(-1).gather(-1, labels)
         loss_sum = -(rule's weights, detached * log_probs).sum()
@@ -90,39 +106,46 @@ def fused_head(
 
     Args:
         hidden: `[N, H]`.
-        weight, bias: `[V, H]`, `[V]` or `None`. Cast once if their dtype is not that of the products.
+        weight, bias: `[V, H]`, `[V]` or `None`. They are cast once if their dtype is not that of the products.
         labels: `[N]` in `[0, V)`.
         sequence_ids: `[N]`, constant over a sequence and changing at its border.
-        tile_dtype: dtype of the logits' tile, by default float32 (float64 for float64 inputs): a low temperature
-            amplifies the rounding of bf16 logits.
-        tile_rows: n, by default by device and budget.
         old_log_probs: `[N]` or `None`, for a rule that compares with an old policy.
     """
     if not rule.causal and (rule.temperatures is not None or rule.tile is not None):
         raise ValueError("a rule that is not causal cannot have temperatures or read the tile")
+    # Inside of an autograd function ctx.needs_input_grad stays true under no_grad, so we look here
     with_grad = torch.is_grad_enabled()
     needs_grad = [with_grad and value is not None and value.requires_grad for value in (hidden, weight, bias)]
-    tokens = (labels, sequence_ids, old_log_probs)
-    outputs = _FusedHead.apply(hidden, weight, bias, tokens, rule, transform, tile_dtype, tile_rows, needs_grad)
-    return HeadOutput(*outputs)
+    task = _Task(labels, sequence_ids, old_log_probs, rule, settings, needs_grad)
+    return HeadOutput(*_FusedHead.apply(hidden, weight, bias, task))
+
+
+class _Task(NamedTuple):
+    """The arguments of the head beside the three tensors that may need gradients."""
+
+    labels: Tensor
+    sequence_ids: Tensor
+    old_log_probs: Tensor | None
+    rule: TokenRule
+    settings: HeadSettings
+    needs_grad: list[bool]  # of hidden, weight and bias
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, rule, transform, tile_dtype, tile_rows, needs_grad):
-        # ctx.needs_input_grad stays true under no_grad: the caller says what is wanted
-        run = _Run(hidden, weight, bias, tokens, rule, transform, tile_dtype, tile_rows, needs_grad)
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task):
+        run = _Run(hidden, weight, bias, task)
         with torch.autocast(hidden.device.type, enabled=False):
             run()
         # Attributes, not save_for_backward: activation offloading would send them to the CPU and back
         ctx.gradients = run.gradients
         ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
-        tokens = run.tokens
-        if rule.losses is None:
-            loss_sum = -(tokens.weights.double() * tokens.log_probs.double()).sum().to(tokens.log_probs.dtype)
+        tokens, losses = run.tokens, task.rule.losses
+        if losses is None:
+            loss_sum = -(tokens.weights.double() * tokens.log_probs.double()).sum()
         else:
-            everything = tokens.stats(slice(0, tokens.labels.numel()))
-            loss_sum = rule.losses(everything).double().sum().to(tokens.log_probs.dtype)
+            loss_sum = losses(tokens.stats(slice(0, tokens.labels.numel()))).double().sum()
+        loss_sum = loss_sum.to(tokens.log_probs.dtype)
         outputs = (loss_sum, tokens.log_probs, tokens.entropy, tokens.is_top1, tokens.weights, tokens.temperatures)
         ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
         ctx.set_materialize_grads(False)
@@ -130,7 +153,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError("the fused head's gradients were already used: it cannot go backward twice")
         gradients, ctx.gradients = ctx.gradients, None  # freed here, not after the whole backbone's backward
@@ -140,11 +163,11 @@ class _FusedHead(torch.autograd.Function):
             None if value is None else _scaled(value, grad_loss, dtype)
             for value, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient * factor` in `dtype`, in one sweep and without a copy where the dtype stays."""
+    """Multiply in one sweep, into `dtype`, and without a copy where the dtype stays."""
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)
 
@@ -152,12 +175,10 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 class _Tokens:
     """Per-token vectors `[N]`, filled tile by tile."""
 
-    def __init__(
-        self, labels: Tensor, sequence_ids: Tensor, old_log_probs: Tensor | None, dtype: torch.dtype, rule: TokenRule
-    ):
-        count, device = labels.numel(), labels.device
-        self.labels = labels
-        self.old_log_probs = None if old_log_probs is None else old_log_probs.to(dtype)
+    def __init__(self, task: _Task, dtype: torch.dtype):
+        count, device, rule = task.labels.numel(), task.labels.device, task.rule
+        self.labels = task.labels
+        self.old_log_probs = None if task.old_log_probs is None else task.old_log_probs.to(dtype)
         self.log_probs, self.entropy, self.max, self.log_sum_exp, self.weights = torch.empty(
             5, count, dtype=dtype, device=device
         )
@@ -167,13 +188,13 @@ class _Tokens:
         )
         self.statistic = None if rule.tile is None else torch.empty(count, dtype=dtype, device=device)
         starts = torch.ones(count, dtype=torch.bool, device=device)
-        starts[1:] = sequence_ids[1:] != sequence_ids[:-1]
+        starts[1:] = task.sequence_ids[1:] != task.sequence_ids[:-1]
         positions = torch.arange(count, device=device)
         self.sequences = starts.cumsum(0) - 1
         self.first = positions.where(starts, 0).cummax(0).values if count else positions
         self.counts = (positions - self.first + 1).double()
-        # Log-probabilities summed over all tokens before each one. In float64: a float32 sum over 32k packed tokens
-        # is off by about 2e-3
+        # The sum of the log-probabilities of all earlier tokens. In float64: a float32 sum over 32k packed tokens is
+        # off by about 2e-3
         self.before = torch.zeros(count + 1, dtype=torch.float64, device=device)
 
     def stats(self, part: slice) -> TokenStats:
@@ -196,30 +217,31 @@ class _Tokens:
 
 
 class _Run:
-    """One pass over all tiles; `tokens` and `gradients` hold what comes of it."""
+    """One pass over all tiles, which fills `tokens` and `gradients`."""
 
-    def __init__(self, hidden, weight, bias, tokens, rule, transform, tile_dtype, tile_rows, needs_grad):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task):
         on_cpu, device = hidden.device.type == "cpu", hidden.device
         products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         sums = torch.promote_types(products, torch.float32)  # float32; float64 for float64
-        tile_dtype = tile_dtype or sums
+        tile_dtype = task.settings.tile_dtype or sums
         # A CPU has no product of half-precision operands with a float32 result: round the operands, then widen them
         operands = tile_dtype if on_cpu else products
         self.hidden = hidden
         self.cast = lambda value: value.to(products).to(operands)
         self.weight = self.cast(weight)
         self.bias = None if bias is None else bias.to(products).to(tile_dtype)
-        self.rule, self.transform = rule, transform
-        self.tokens = _Tokens(*tokens, sums, rule)
+        self.rule, self.transform = task.rule, task.settings.transform
+        self.tokens = _Tokens(task, sums)
         self.gradients = [
             value.new_zeros(value.shape, dtype=sums) if needed else None
-            for value, needed in zip((hidden, weight, bias), needs_grad, strict=True)
+            for value, needed in zip((hidden, weight, bias), task.needs_grad, strict=True)
         ]
-        self.with_grad = any(needs_grad)
-        self.passes = _passes(rule, device)
+        self.with_grad = any(task.needs_grad)
+        self.passes = _passes(task.rule, device)
         count, vocab = hidden.size(0), weight.size(0)
         separate = self.with_grad and operands != tile_dtype
-        rows = tile_rows or _tile_rows(weight, needs_grad[1], vocab * (tile_dtype.itemsize + 2 * separate), on_cpu)
+        row_bytes = vocab * (tile_dtype.itemsize + 2 * separate)
+        rows = task.settings.tile_rows or _tile_rows(weight, task.needs_grad[1], row_bytes, on_cpu)
         rows = min(rows, max(1, count))
         self.parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
         sweep_rows = max(1, CPU_SWEEP_ENTRIES // vocab) if on_cpu and self.passes is not head_triton else rows
@@ -256,8 +278,8 @@ class _Run:
             if self.with_grad:
                 self._accumulate(part)
 
-    def _blocks(self, part: slice):
-        """Consecutive tokens that one sweep reads: (their place among all tokens, their rows in the tile)."""
+    def _blocks(self, part: slice) -> Iterator[tuple[slice, slice]]:
+        """Give the tokens that one sweep reads, block by block: their place among all tokens, and in the tile."""
         for start in range(part.start, part.stop, self.sweep_rows):
             stop = min(start + self.sweep_rows, part.stop)
             yield slice(start, stop), slice(start - part.start, stop - part.start)
@@ -281,8 +303,11 @@ class _Run:
 
 
 def _tile_rows(weight: Tensor, trained: bool, row_bytes: int, on_cpu: bool) -> int:
-    """Rows of a tile. On GPU the forward pass may hold what the backward pass will: dW in the weight's own dtype, made
-    from the float32 sum at its end, is not there yet."""
+    """Return the number of rows of a tile.
+
+    On GPU the forward pass may hold as much as the backward pass will: dW in the weight's own dtype, made from the
+    float32 sum at the end of the backward pass, is not there yet.
+    """
     if on_cpu:
         return CPU_TILE_ROWS
     later = weight.nbytes if trained and weight.dtype.itemsize < 4 else 0
@@ -291,7 +316,7 @@ def _tile_rows(weight: Tensor, trained: bool, row_bytes: int, on_cpu: bool) -> i
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """`out = a @ b`, summed and kept in the dtype of `out`."""
+    """Compute `out = a @ b`, summed and kept in the dtype of `out`."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif out.device.type == "cuda":
@@ -301,7 +326,7 @@ def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, without rounding the product to the dtype of its operands first."""
+    """Compute `total += a @ b`, without rounding the product to the dtype of its operands first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cuda":
@@ -311,7 +336,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _passes(rule: TokenRule, device: torch.device):
-    """The kernels where they can run, else torch; around them what a rule does that reads the tile."""
+    """Return the kernels where they can run, else torch, wrapped where the rule reads the tile."""
     on_gpu = head_triton is not None and head_triton.runs_on(device)
     passes = head_triton if on_gpu else head_torch
     if rule.tile is None:

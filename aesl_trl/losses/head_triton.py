@@ -1,7 +1,7 @@
 """The fused head's two tile passes as Triton kernels: one program a row, the vocabulary in blocks.
 
-Both take a tile `[n, V]` of products and fill vectors of n numbers; see head.py for what they are part of. Arithmetic
-is float32, or float64 for a float64 tile, whatever the dtype of the tile.
+Both passes take a tile `[n, V]` of products and fill vectors of n numbers; head.py shows where they stand. Arithmetic
+is float64 for a float64 tile, else float32.
 """
 
 import torch
@@ -20,7 +20,7 @@ def runs_on(device: torch.device) -> bool:
 
 @triton.jit
 def _transformed(products, scale, softcap, HAS_SOFTCAP: tl.constexpr, FLOAT: tl.constexpr):
-    """The model's logits from one block of the tile."""
+    """Return the model's logits for one block of the tile."""
     logits = products.to(FLOAT) * tl.cast(scale, FLOAT)
     if HAS_SOFTCAP:
         cap = tl.cast(softcap, FLOAT)
@@ -49,7 +49,7 @@ def _statistics_kernel(
     label = tl.load(labels_ptr + row)
     row_ptr = tile_ptr + row * tile_stride
     largest = tl.full((), -1e30, FLOAT)  # finite, so that the first rescaling is exp(-1e30) = 0 and not a NaN
-    sums = tl.zeros((BLOCK,), FLOAT)  # of exp(z - largest), a sum for each lane: one reduction at the end
+    sums = tl.zeros((BLOCK,), FLOAT)  # of exp(z - largest), a sum for each lane, reduced once at the end
     weighted = tl.zeros((BLOCK,), FLOAT)  # of exp(z - largest) * (z - largest)
     before_label = tl.full((BLOCK,), float("-inf"), FLOAT)  # argmax returns the first of equals
     for start in range(0, vocab, BLOCK):
@@ -142,7 +142,7 @@ def _constants(tile: Tensor, transform) -> dict:
 
 
 def statistics(tile: Tensor, tokens, part: slice, transform) -> None:
-    """K1: fill the statistics of `part` from its products `[n, V]`."""
+    """Run K1: fill the statistics of `part` from its products `[n, V]`."""
     _statistics_kernel[(tile.size(0),)](
         tile,
         tile.stride(0),
@@ -157,7 +157,7 @@ def statistics(tile: Tensor, tokens, part: slice, transform) -> None:
 
 
 def rest_and_gradient(tile: Tensor, gradient: Tensor | None, tokens, part: slice, transform) -> None:
-    """K2: fill `rest` where there are temperatures, and write the gradient of the `[n, V]` products of G1.
+    """Run K2: fill `rest` where there are temperatures, and write the gradient of the `[n, V]` products of G1.
 
     `gradient` may be the tile itself.
     """

@@ -1,6 +1,6 @@
 """Log-probabilities of the labels under an old policy, for losses that compare with one (PSFT).
 
-The old policy is the model itself some steps ago, so no second model is needed: at each refresh the batches of the
+The old policy is the model itself some steps ago, so no second model is needed. At each refresh the batches of the
 next steps are taken from the dataloader and scored by the model as it is, without gradients, one forward pass a batch.
 They then wait, collated as they are, and are trained on one step after another. Since the log-probabilities are those
 of the finished batch, truncation, packing, padding and virtual tokens cannot move them away from their tokens.
@@ -8,8 +8,8 @@ of the finished batch, truncation, packing, padding and virtual tokens cannot mo
 The first step after a refresh needs no scores: there the model is its own old policy, and the ratio is 1. That saves
 1 / refresh of the forward passes; with dropout the ratio of that step is 1 nevertheless.
 
-A refresh comes every `refresh_steps` optimiser steps counted within the epoch, and at its start; a run resumed between
-two refreshes starts with one of its own and is in step with the undisturbed run from the next one on.
+A refresh comes at the start of an epoch and every `refresh_steps` optimiser steps within the epoch. A run resumed
+between two refreshes starts with a refresh of its own, and is in step with the undisturbed run from the next one on.
 """
 
 import itertools
@@ -36,21 +36,26 @@ class OldPolicy:
 
     def __init__(self, trainer, refresh_steps: int):
         self.trainer, self.refresh_steps = trainer, refresh_steps
-        self.iterator = None  # of the epoch that the waiting batches belong to
+        self.iterator = None  # the iterator of the epoch that the waiting batches belong to
         self.waiting = []
 
-    def take(self, epoch_iterator: Iterator[dict], num_batches: int) -> Iterator[dict]:
-        """The next step's batches, at most `num_batches`, each with [`OLD_LOG_PROBS`] (None: the model's own)."""
+    def next_step(self, epoch_iterator: Iterator[dict], num_batches: int) -> Iterator[dict]:
+        """Return the next step's batches, at most `num_batches`, each with [`OLD_LOG_PROBS`] (None: the model's own).
+
+        At a refresh this takes the batches up to the next refresh from `epoch_iterator`, and scores them.
+        """
         if epoch_iterator is not self.iterator:
             self.iterator, self.waiting = epoch_iterator, []
         if not self.waiting:
             batches = list(itertools.islice(epoch_iterator, self._steps_left() * num_batches))
-            self.waiting = self._scored(batches, num_batches)
+            first, later = batches[:num_batches], batches[num_batches:]
+            self.waiting = [{**batch, OLD_LOG_PROBS: None} for batch in first]
+            self.waiting += [{**batch, OLD_LOG_PROBS: Uncast(self._log_probs(batch))} for batch in later]
         taken, self.waiting = self.waiting[:num_batches], self.waiting[num_batches:]
         return iter(taken)
 
     def _steps_left(self) -> int:
-        """Steps to the next refresh, or to the end of the training."""
+        """Return the number of steps to the next refresh, or to the end of the training."""
         state, dataloader = self.trainer.state, self.trainer.callback_handler.train_dataloader
         accumulated = self.trainer.args.gradient_accumulation_steps
         # As Trainer counts: a stream without length is one epoch
@@ -59,15 +64,9 @@ class OldPolicy:
         since_refresh = state.global_step % steps_per_epoch % self.refresh_steps
         return min(self.refresh_steps - since_refresh, state.max_steps - state.global_step)
 
-    def _scored(self, batches: list[dict], num_batches: int) -> list[dict]:
-        first, later = batches[:num_batches], batches[num_batches:]
-        return [{**batch, OLD_LOG_PROBS: None} for batch in first] + [
-            {**batch, OLD_LOG_PROBS: Uncast(self._log_probs(batch))} for batch in later
-        ]
-
     @torch.no_grad()
     def _log_probs(self, batch: dict) -> torch.Tensor:
-        """`[B, L]`, shifted as the trainer's own scores of this batch, nats."""
+        """Score a batch: `[B, L]`, in nats, shifted as the trainer's own scores of this batch."""
         trainer, model = self.trainer, self.trainer.model_wrapped
         model.eval()
         try:

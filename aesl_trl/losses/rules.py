@@ -2,10 +2,10 @@
 
 The fused head computes the statistics and all the gradients; a rule only says how much each token weighs:
 `L = -sum_t weights_t * log_probs_t / num_items`, with the weight a constant in the backward pass. Two further fields
-serve what that does not cover: `losses`, a value that is not the weighted nll, and `tile`, which sees the logits.
+serve other losses: `losses` gives a value that is not the weighted nll, and `tile` sees the logits.
 
-A further loss is one function and one row of `TOKEN_RULES` (docs/losses.md has an example); the definitions on plain
-logits that these are tested against are in definition.py.
+A further loss is one function and one row of `TOKEN_RULES` (docs/losses.md has an example). The definitions on plain
+logits, against which the rules are tested, are in definition.py.
 """
 
 import math
@@ -22,18 +22,18 @@ from .definition import EAFT_ENTROPY, GEM_SLOPE, PSFT_LOG_RATIO, aesl_temperatur
 
 @dataclass
 class TokenStats:
-    """What a rule may look at: statistics of `n` consecutive trained tokens, each `[n]` and without gradient."""
+    """The statistics that a rule may look at, of `n` consecutive trained tokens, each `[n]` and without gradient."""
 
     log_probs: Tensor  # of the labels, nats
     entropy: Tensor  # of softmax(logits), nats
     is_top1: Tensor  # bool: whether the label is the most likely token
-    sequences: Tensor  # int64: which sequence each token belongs to, counted from 0 over the batch
+    sequences: Tensor  # int64: the sequence that each token belongs to, counted from 0 over the batch
     prefix_sums: Tensor  # float64: log_probs summed over the sequence up to and with the token
     prefix_counts: Tensor  # float64: tokens of the sequence up to and with the token
     rest: Tensor | None = None  # 1 - softmax(logits / T)[label]; only weights() of a rule with temperatures sees it
-    statistic: Tensor | None = None  # what the rule's `tile` returned; only weights() and losses() see it
-    # of the labels under pi_old, nats. None where the model is its own old one: in the first step after a refresh, in
-    # evaluation, and under a rule that does not say `old_policy`
+    statistic: Tensor | None = None  # the statistic that the rule's `tile` returned; weights() and losses() see it
+    # of the labels under pi_old, nats. None where the model is its own old policy (in the first step after a refresh,
+    # and in evaluation) and under a rule that does not set `old_policy`
     old_log_probs: Tensor | None = None
 
 
@@ -42,10 +42,10 @@ class TokenRule(NamedTuple):
 
     Args:
         weights: `TokenStats` of `n` tokens -> `[n]`: minus the derivative of the token's loss by its log-probability.
-        temperatures: `TokenStats` of `n` tokens -> `[n]`, positive: where `TokenStats.rest` is taken. `None`: the rule
-            does not look at it, and the sweep for it is left out.
+        temperatures: `TokenStats` of `n` tokens -> `[n]`, positive: the temperatures of `TokenStats.rest`. With `None`
+            the rule does not look at `rest`, and the sweep for it is left out.
         causal: whether both functions need nothing of later tokens. Then the gradients are built in one pass over
-            three matrix products; otherwise all statistics come first, in a pass of their own (four products), and
+            three matrix products. Otherwise all statistics come first, in a pass of their own (four products), and
             `temperatures` and `tile` must be `None`.
         losses: `TokenStats` of all tokens -> `[n]`: the value of each token's loss, by default
             `-weights * log_probs`. It does not change the gradient.
@@ -68,12 +68,12 @@ def _ones(stats: TokenStats) -> Tensor:
 
 
 def nll_rule() -> TokenRule:
-    """Plain negative log-likelihood: every weight is 1."""
+    """Make the rule of plain negative log-likelihood: every weight is 1."""
     return TokenRule(weights=_ones)
 
 
 def aesl_rule(*, t_scaling: float = 3.0, min_temperature: float = 1e-2, prefix_mode: str = "inclusive") -> TokenRule:
-    """AESL (paper, Eq. 4); the arguments are those of [`~losses.aesl_weights`]."""
+    """Make the rule of AESL (paper, Eq. 4); the arguments are those of [`~definition.aesl_scores`]."""
     temperature = partial(
         aesl_temperatures, t_scaling=t_scaling, min_temperature=min_temperature, prefix_mode=prefix_mode
     )
@@ -84,22 +84,25 @@ def aesl_rule(*, t_scaling: float = 3.0, min_temperature: float = 1e-2, prefix_m
 
 
 def linear_rule() -> TokenRule:
-    """AESL without prefix and temperature: the weight is 1 - q ([`~losses.simple_weights`])."""
+    """Make the rule of AESL without prefix and temperature: the weight is 1 - q ([`~definition.simple_weights`])."""
     return TokenRule(weights=lambda stats: -torch.expm1(stats.log_probs))
 
 
 def threshold_rule(*, threshold: float = 0.5) -> TokenRule:
-    """nll of the tokens with q < threshold alone ([`~losses.simple_weights`])."""
+    """Make the rule that trains only tokens with q < threshold, by nll ([`~definition.simple_weights`])."""
     return TokenRule(weights=lambda stats: (stats.log_probs < math.log(threshold)).to(stats.log_probs.dtype))
 
 
 def dft_rule() -> TokenRule:
-    """Dynamic Fine-Tuning ([`~losses.dft_loss`]): the weight is q."""
+    """Make the rule of Dynamic Fine-Tuning ([`~definition.dft_loss`]): the weight is q."""
     return TokenRule(weights=lambda stats: stats.log_probs.exp())
 
 
 def gem_rule(*, beta: float = 0.7, h: str = "linear") -> TokenRule:
-    """GEM ([`~losses.gem_loss`]): by the logits, the gradient is r h - onehot sum(r h) with r = softmax(z / beta)."""
+    """Make the rule of GEM ([`~definition.gem_loss`]).
+
+    The gradient by the logits is r h - onehot sum(r h) with r = softmax(z / beta).
+    """
 
     def tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels.unsqueeze(1)
@@ -114,7 +117,7 @@ def gem_rule(*, beta: float = 0.7, h: str = "linear") -> TokenRule:
 
 
 def psft_rule(*, clip_high: float = 0.28) -> TokenRule:
-    """Proximal SFT ([`~losses.psft_loss`]): the weight is r = pi / pi_old, and 0 beyond 1 + clip_high."""
+    """Make the rule of Proximal SFT ([`~definition.psft_loss`]): the weight is pi / pi_old, 0 beyond 1 + clip_high."""
 
     def log_ratios(stats: TokenStats) -> Tensor:
         return stats.log_probs - (stats.log_probs if stats.old_log_probs is None else stats.old_log_probs)
@@ -130,7 +133,7 @@ def psft_rule(*, clip_high: float = 0.28) -> TokenRule:
 
 
 def eaft_rule(*, alpha: float = 1.0, top_k: int = 20) -> TokenRule:
-    """Entropy-Adaptive Fine-Tuning ([`~losses.eaft_loss`]): the weight is (top-k entropy / 3)^alpha."""
+    """Make the rule of EAFT ([`~definition.eaft_loss`]): the weight is (top-k entropy / 3)^alpha."""
     return TokenRule(
         weights=lambda stats: (stats.statistic / EAFT_ENTROPY) ** alpha,
         tile=lambda logits, labels: (top_k_entropy(logits, top_k), None),
@@ -138,9 +141,11 @@ def eaft_rule(*, alpha: float = 1.0, top_k: int = 20) -> TokenRule:
 
 
 def rule_from_logits(token_losses: Callable[[Tensor, Tensor], Tensor]) -> TokenRule:
-    """Any loss of a token's own logits: `token_losses` maps logits `[n, V]` and labels `[n]` to `[n]`, differentiably.
+    """Make a rule of any loss of a token's own logits; autograd finds its gradient, a tile at a time.
 
-    Its gradient is autograd's, a tile at a time. The loss of a token must not depend on other rows.
+    Args:
+        token_losses: maps logits `[n, V]` and labels `[n]` to losses `[n]`, differentiably. The loss of a token must
+            not depend on other rows.
     """
 
     def tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +162,9 @@ class Loss(NamedTuple):
     """A row of `TOKEN_RULES`.
 
     Args:
-        rule: an AESLSFTConfig -> the loss's rule under it.
-        fields: the fields of the config that this loss reads; under a loss that does not, they must keep their
-            defaults.
-        reads_prefix: whether it needs the borders between documents, which `wrapped` packing loses.
+        rule: maps an AESLSFTConfig to the loss's rule under it.
+        fields: the fields of the config that this loss reads; under any other loss they must keep their defaults.
+        reads_prefix: whether the loss needs the borders between documents, which `wrapped` packing loses.
     """
 
     rule: Callable[..., TokenRule]

@@ -1,15 +1,14 @@
 """A model and a batch -> per-token scores under a rule, through the fused head inside the model's own forward.
 
-Inside, because there FSDP and ZeRO have their hooks armed, and DDP sees the output. The head gets the hidden states at
-the trained positions only; the rows of a batch, packed documents and PEFT's virtual tokens are this file's business,
-the arithmetic is head.py's.
+The head runs inside the forward, because there FSDP and ZeRO have their hooks armed, and DDP sees the output. It gets
+the hidden states at the trained positions only. This file knows the rows of a batch, packed documents and PEFT's
+virtual tokens; head.py does the arithmetic.
 """
 
 import functools
 import inspect
 import types
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..errors import InputError
-from .head import LogitTransform, fused_head
+from .head import HeadSettings, LogitTransform, fused_head
 from .rules import TokenRule
 
 
@@ -46,7 +45,7 @@ class Uncast:
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a model returns under a rule. A ModelOutput, so that FSDP finds the tensors that carry gradients."""
+    """The output of a model under a rule. It is a ModelOutput so that FSDP finds the tensors that carry gradients."""
 
     loss_sum: Tensor | None = None  # scalar: -sum(weights * log_probs) over the trained tokens, nats
     aux_loss: Tensor | None = None  # MoE load balancing, unweighted
@@ -61,8 +60,8 @@ def add_fused_head(model) -> None:
     """Let `model(**inputs, labels=labels, token_rule=rule)` return a [`ScoredOutput`] instead of logits.
 
     A rule that compares with an old policy also takes `old_log_probs=Uncast(values)`, values `[B, L]` shaped as the
-    `log_probs` of the same batch's [`TokenScores`]. Without `token_rule` the forward is the one that was there, so
-    `generate` and TRL's own head are unchanged. Give it the base model, before PEFT or a distributed wrapper.
+    `log_probs` of the same batch's [`TokenScores`]. Without `token_rule` the original forward runs, so `generate` and
+    TRL's own head are unchanged. Call it on the base model, before PEFT or a distributed wrapper.
 
     Raises:
         InputError: the architecture does more between backbone and logits than one linear layer, a scale and a cap.
@@ -72,7 +71,7 @@ def add_fused_head(model) -> None:
     text_config = model.config.get_text_config()
     transform = logit_transform(text_config)
 
-    # The original signature: `generate` validates its arguments against it
+    # `generate` validates its arguments against the original signature
     @functools.wraps(type(model).forward)
     def forward(self, *args, token_rule: TokenRule | None = None, old_log_probs: Uncast | None = None, **kwargs):
         if token_rule is None:
@@ -102,7 +101,7 @@ def has_fused_head(model) -> bool:
 
 
 def _refuse_larger_head(model) -> None:
-    """Prediction heads with layers of their own (BERT) would silently train with other logits than the model's."""
+    """Refuse prediction heads with layers of their own (BERT): they would silently train with other logits."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     if model.base_model is model or name is None or "." in name:
@@ -113,31 +112,21 @@ def _refuse_larger_head(model) -> None:
 
 
 def logit_transform(text_config) -> LogitTransform:
-    """What the architecture does to the head's products, read from its config.
+    """Read from its config what the architecture does to the head's products.
 
-    The names under which transformers keeps a scale: Cohere `logit_scale`, Muse Glimmer `output_multiplier`, Falcon-H1
-    `lm_head_multiplier`; Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+    transformers keeps a scale under several names: Cohere `logit_scale`, Muse Glimmer `output_multiplier`, Falcon-H1
+    `lm_head_multiplier`. Granite and MiniCPM3 divide by `logits_scaling`, and HyperCLOVA X multiplies by it.
     """
-
-    def setting(name: str) -> Any:
-        return getattr(text_config, name, None)
-
-    scale = next(
-        (
-            setting(name)
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if setting(name) is not None
-        ),
-        None,
-    )
-    if scale is None and setting("logits_scaling") is not None:
-        divides = text_config.model_type != "hyperclovax"
-        scale = 1 / text_config.logits_scaling if divides else text_config.logits_scaling
-    return LogitTransform(1.0 if scale is None else float(scale), setting("final_logit_softcapping"))
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    name = next((name for name in names if getattr(text_config, name, None) is not None), None)
+    scale = 1.0 if name is None else getattr(text_config, name)
+    if name == "logits_scaling" and text_config.model_type != "hyperclovax":
+        scale = 1 / scale
+    return LogitTransform(float(scale), getattr(text_config, "final_logit_softcapping", None))
 
 
 def packed_sequence_ids(inputs: dict) -> Tensor | None:
-    """The document of each token `[B, L]` in a packed or padding-free batch; None when every row is one sequence."""
+    """Return the document of each token `[B, L]` in a packed or padding-free batch; None if a row is one sequence."""
     if inputs.get("seq_idx") is not None:
         return inputs["seq_idx"]
     position_ids = inputs.get("position_ids")
@@ -157,14 +146,14 @@ def score_hidden(
     transform: LogitTransform,
     old_log_probs: Tensor | None = None,
 ) -> ScoredOutput:
-    """Scores of the next token at each position but the last: `[B, L + 1, H]`, labels `[B, L + 1]` -> `[B, L]`.
+    """Score the next token at each position but the last: `[B, L + 1, H]`, labels `[B, L + 1]` -> `[B, L]`.
 
     `old_log_probs` is `[B, L]`, as the scores.
 
     ZeRO-3: reading `head.weight` inside the engine's forward gathers the weight and registers it with the model, whose
     hooks gather it in later forwards and again before the backward pass: autograd refuses a full gradient for a
-    parameter without elements. A forward that is not the engine's finds a placeholder, which is gathered here. The
-    gradient, built in the forward pass, then meets the parameter's own hook, which reduces it as any other.
+    parameter without elements. Any other forward finds a placeholder, which is gathered here. The gradient, built in
+    the forward pass, then meets the parameter's own hook, which reduces it as any other.
 
     FSDP2: inside the root's forward the root's parameters are whole, and so is a head in one unit with the final norm,
     whose forward gathers both (accelerate 1.15). A head that is a unit of its own is still a sharded DTensor, since
@@ -174,9 +163,13 @@ def score_hidden(
     weight, bias = _parameters(head)
     # With the model split over devices, the backbone may end on another one than the head
     hidden, device = hidden_states[:, :-1].to(weight.device), weight.device
-    labels = _without_first(labels.to(device), hidden.size(1), -100)
+    # Nothing predicts the first label. PEFT's virtual tokens in front of the sequence have no labels: pad for them
+    labels = torch.nn.functional.pad(labels.to(device), (hidden.size(1) + 1 - labels.size(1), 0), value=-100)[:, 1:]
     sequence_ids = None if sequence_ids is None else sequence_ids[:, 1:].to(device)
     mask = labels != -100
+    places = torch.arange(mask.size(0), device=device).unsqueeze(1).expand_as(mask)  # a number for each row
+    if sequence_ids is not None:  # a number for each (row, document)
+        places = places * (sequence_ids.max() + 1) + sequence_ids
     with maybe_gather_lm_head_ctx(weight, bias):
         _refuse_foreign_weight(weight, hidden)
         scores = fused_head(
@@ -184,9 +177,9 @@ def score_hidden(
             weight,
             bias,
             labels[mask],
-            _row_and_document(mask, sequence_ids)[mask],
+            places[mask],
             rule,
-            transform,
+            HeadSettings(transform),
             old_log_probs=None if old_log_probs is None else old_log_probs.to(device)[mask],
         )
 
@@ -221,14 +214,3 @@ def _refuse_foreign_weight(weight: Tensor, hidden: Tensor) -> None:
             f"shape (vocabulary, {hidden.size(-1)}): a quantized head, or one that FSDP1 wraps as a unit of its own, "
             "is not supported (keep lm_head out of the quantization, or use fsdp_version 2)"
         )
-
-
-def _without_first(labels: Tensor, length: int, ignore_index: int) -> Tensor:
-    """Drop the first label, which nothing predicts, and pad for virtual tokens in front, as PEFT does."""
-    return torch.nn.functional.pad(labels, (length + 1 - labels.size(1), 0), value=ignore_index)[:, 1:]
-
-
-def _row_and_document(mask: Tensor, sequence_ids: Tensor | None) -> Tensor:
-    """A number for each (row, document): `[B, L]`."""
-    rows = torch.arange(mask.size(0), device=mask.device).unsqueeze(1).expand_as(mask)
-    return rows if sequence_ids is None else rows * (sequence_ids.max() + 1) + sequence_ids

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from aesl_trl.losses import head
 from aesl_trl.losses.definition import aesl_scores, gold_log_probs, weighted_nll
-from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.head import HeadSettings, LogitTransform, fused_head
 from aesl_trl.losses.rules import TokenRule, aesl_rule, nll_rule
 
 
@@ -151,7 +151,7 @@ def products(monkeypatch):
 def test_number_of_matrix_products(rule, frozen, count, products):
     hidden, weight, _, labels, ids = problem()
     weight.requires_grad_(not frozen)
-    fused_head(hidden, weight, None, labels, ids, rule, tile_rows=1000).loss_sum.backward()
+    fused_head(hidden, weight, None, labels, ids, rule, HeadSettings(tile_rows=1000)).loss_sum.backward()
     assert len(products) == count
     assert (weight.grad is None) == frozen and hidden.grad is not None
 
@@ -160,9 +160,9 @@ def test_number_of_matrix_products(rule, frozen, count, products):
 def test_without_gradients_there_is_one_product(rule, products):
     tensors = problem()
     with torch.no_grad():
-        scores = fused_head(*tensors, rule, tile_rows=1000)
+        scores = fused_head(*tensors, rule, HeadSettings(tile_rows=1000))
     assert products == ["_product"] and not scores.loss_sum.requires_grad
-    assert torch.equal(scores.loss_sum, fused_head(*tensors, rule, tile_rows=1000).loss_sum)
+    assert torch.equal(scores.loss_sum, fused_head(*tensors, rule, HeadSettings(tile_rows=1000)).loss_sum)
 
 
 def test_a_trained_head_behind_a_frozen_backbone(products):
@@ -302,7 +302,7 @@ def test_no_logits_beyond_the_tile(rule):
     count, vocab, width = 700, 900, 8
     hidden, weight, _, labels, ids = problem((count,), width, vocab, torch.float32)
     with LargestTensor() as largest:
-        fused_head(hidden, weight, None, labels, ids, rule, tile_rows=64).loss_sum.backward()
+        fused_head(hidden, weight, None, labels, ids, rule, HeadSettings(tile_rows=64)).loss_sum.backward()
     assert largest.elements == 64 * vocab
 
 

@@ -21,7 +21,7 @@ from aesl_trl.losses.definition import (
     simple_weights,
     weighted_nll,
 )
-from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.head import HeadSettings, LogitTransform, fused_head
 from aesl_trl.losses.rules import (
     TOKEN_RULES,
     aesl_rule,
@@ -87,7 +87,7 @@ def both(name, tensors, transform=LogitTransform(), num_items=1, **head_settings
         arguments["sequence_ids"] = ids.unsqueeze(0)
     expected = definition(logits, labels.unsqueeze(0), num_items=num_items, **arguments, **old)
     flat = {key: value.squeeze(0) for key, value in old.items()}
-    scores = fused_head(*tensors, rule, transform, **flat, **head_settings)
+    scores = fused_head(*tensors, rule, HeadSettings(transform, **head_settings), **flat)
     for loss in (scores.loss_sum / num_items, expected):
         for value in inputs:
             if value is not None:
@@ -186,7 +186,7 @@ def test_one_pass_over_three_products_and_no_logits_beyond_the_tile(name, monkey
         original = getattr(head, kind)
         monkeypatch.setattr(head, kind, lambda *a, _f=original, _k=kind, **k: (products.append(_k), _f(*a, **k)))
     with LargestTensor() as largest:
-        fused_head(hidden, weight, None, labels, ids, LOSSES[name][0], tile_rows=64).loss_sum.backward()
+        fused_head(hidden, weight, None, labels, ids, LOSSES[name][0], HeadSettings(tile_rows=64)).loss_sum.backward()
     assert largest.elements == 64 * vocab
     assert len(products) == 3 * math.ceil(count / 64)
 
@@ -202,9 +202,9 @@ def test_evaluation_has_the_same_loss_and_no_gradient(name):
 # ---- Limits that tie one loss to another
 
 
-def gradients_of(rule, **arguments):
+def gradients_of(rule, **settings):
     hidden, weight, bias, labels, ids = problem()
-    scores = fused_head(hidden, weight, bias, labels, ids, rule, **arguments)
+    scores = fused_head(hidden, weight, bias, labels, ids, rule, HeadSettings(**settings))
     scores.loss_sum.backward()
     return [value.grad for value in (hidden, weight, bias)], scores
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aesl_trl.losses.definition import aesl_scores, gold_log_probs, weighted_nll
-from aesl_trl.losses.head import LogitTransform, fused_head
+from aesl_trl.losses.head import HeadSettings, LogitTransform, fused_head
 
 
 LENGTHS = (1, 7, 37, 1, 64, 3, 40)  # one-token sequences among them; no tile size below divides their sum
@@ -63,11 +63,11 @@ def truth(hidden, weight, bias, labels, sequence_ids, transform, weights=None, *
     return loss.detach(), statistics, [None if value is None else value.grad for value in inputs]
 
 
-def found_by_head(hidden, weight, bias, *arguments, **settings):
+def found_by_head(hidden, weight, bias, labels, ids, rule, transform=LogitTransform(), **settings):  # noqa: B008
     for value in (hidden, weight, bias):
         if value is not None:
             value.grad = None
-    scores = fused_head(hidden, weight, bias, *arguments, **settings)
+    scores = fused_head(hidden, weight, bias, labels, ids, rule, HeadSettings(transform, **settings))
     scores.loss_sum.backward()
     return scores, [None if value is None else value.grad for value in (hidden, weight, bias)]
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from .parts import Cell, Section, Table, figure
+from .parts import Cell, Section, Table, figure_cell
 from .plots import headline_panels
 from .runs import Arm, Run, known, mean
 
@@ -108,7 +108,7 @@ def _figure(rows: list[dict], key: str) -> Cell:
     values = known(found, key)
     if len(values) > 1:
         return Cell(f"{mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}")
-    return figure(found[0][key], found[0].get(f"{key}_interval")) if found else Cell("–")
+    return figure_cell(found[0][key], found[0].get(f"{key}_interval")) if found else Cell("–")
 
 
 def _benchmark_table(arms: list[Arm]) -> Table:

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -108,7 +109,7 @@ class Section:
 # ---- Texts
 
 
-def figure(value: float | None, ends: Sequence[float | None] | None = None, digits: int = 2) -> Cell:
+def figure_cell(value: float | None, ends: Sequence[float | None] | None = None, digits: int = 2) -> Cell:
     """Return the cell of a figure, its interval as the note."""
     text, _, interval = with_interval(value, ends, digits).partition(" ")
     return Cell("–" if text == "-" else text, interval)
@@ -200,13 +201,8 @@ def name_ends(ax: Axes, ends: list[tuple]) -> None:
 
 def _wrap(name: str, width: int = 13) -> str:
     """Break `name` into at most three lines of about `width` characters."""
-    lines: list[str] = []
-    for word in name.split(" "):
-        if lines and len(lines[-1]) + len(word) < width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    lines = [line if len(line) <= width + 1 else line[:width] + "…" for line in lines]
+    lines = textwrap.wrap(name, width, break_long_words=False, break_on_hyphens=False)
+    lines = [shorten(line, width + 1) for line in lines]
     return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
 
 

@@ -80,27 +80,46 @@ def check(value: Any, shape: Any, where: str | Path) -> None:
 # ---- A run
 
 
-@dataclass(frozen=True)
 class Run:
-    """One run folder. Objects and lists are empty where the file is missing; rows are sorted by step."""
+    """One run as the page shows it: a chain's run folder, an SFT folder or a recorded run.
 
-    path: Path
-    arm: Path  # the folder that names the arm: the run's own, or the one around its seed-N
-    seed: str
-    recorded: bool
-    has_sft: bool
-    chain: dict
-    sft: dict
-    grpo: dict
-    selection: dict
-    handoff: dict
-    evaluation: dict
-    readiness: list[dict]  # as probed: first what RL began from, then the candidates
-    diversity: list[dict]
-    positions: list[dict]
-    sft_log: list[dict]
-    grpo_log: list[dict]
-    samples: dict[int, Path]  # step -> samples/step-N.jsonl
+    Objects and lists are empty where the file is missing; rows are sorted by step.
+
+    Raises:
+        InputError: the folder does not exist, holds no file of a run, or one of its files is broken.
+    """
+
+    def __init__(self, path: str | Path, recorded: bool = False):
+        folder = files.RunFolder(path)
+        path, rl = folder.path, folder.path / files.GRPO_DIR
+        sft, rows = (folder.sft, folder.rows) if folder.has_sft else (path / "sft", lambda name: [])
+        self.path = path
+        self.chain = _checked(folder.chain, path / files.CHAIN)
+        self.has_sft = folder.has_sft or bool(self.chain.get("sft_dir"))
+        self.sft = _checked(files.read_settings(sft), sft / files.RUN)
+        self.sft_log = _checked(files.read_log(sft), sft / files.TRAINER_STATE)
+        self.diversity = list(by_step(_checked(rows(files.DIVERSITY), sft / files.DIVERSITY)).values())
+        self.positions = _checked(rows(files.POSITIONS), sft / files.POSITIONS)
+        self.samples = folder.sample_files if folder.has_sft else {}  # step -> samples/step-N.jsonl
+        self.selection = _object(path / files.SELECTION) or _object(sft / files.SELECTION)
+        self.handoff = _object(path / files.HANDOFF)
+        self.grpo = _checked(files.read_settings(rl), rl / files.RUN)
+        self.grpo_log = _checked(files.read_log(rl), rl / files.TRAINER_STATE)
+        self.evaluation = _object(path / files.EVALUATION)
+        # as probed: first what RL began from, then the candidates
+        self.readiness = [entry for place in dict.fromkeys([path, sft]) for entry in _readiness(place)]
+        self.recorded = recorded or (bool(self.evaluation) and not _holds_weights(path))
+        if not (self.chain or folder.has_sft or self.evaluation or self.grpo_log):
+            names = (files.CHAIN, files.DIVERSITY, files.TRAINER_STATE, files.EVALUATION)
+            raise InputError(f"{path} holds no run: none of {', '.join(names)} is there")
+        for row in self.positions:
+            if not len(row["position"]) == len(row["weight"]) == len(row["temperature"]):
+                where = f"{sft / files.POSITIONS}, step {row['step']}"
+                raise InputError(f"{where}: position, weight and temperature are not of one length")
+        place = path.resolve()
+        seed = re.fullmatch(r"seed[-_]?(\d+)", place.name)
+        self.seed = seed[1] if seed else str(self.sft.get("seed", self.chain.get("seed", "")))
+        self.arm = place.parent if seed else place  # the folder that names the arm
 
     @property
     def benchmarks(self) -> dict[str, dict]:
@@ -149,48 +168,6 @@ class Run:
         }
         parts = sft if self.has_sft else {"an SFT stage (RL from the base model, or not started)": None}
         return [phrase for phrase, found in (parts | rest).items() if not found]
-
-
-def read_run(path: str | Path, *, recorded: bool = False) -> Run:
-    """Read one chain run folder, SFT folder or recorded run.
-
-    Raises:
-        InputError: the folder does not exist, holds no file of a run, or one of its files is broken.
-    """
-    folder = files.RunFolder(path)
-    path, rl = folder.path, folder.path / files.GRPO_DIR
-    sft, rows = (folder.sft, folder.rows) if folder.has_sft else (path / "sft", lambda name: [])
-    chain, evaluation = (_object(path / name) for name in (files.CHAIN, files.EVALUATION))
-    grpo_log = _checked(files.read_log(rl), rl / files.TRAINER_STATE)
-    if not (chain or folder.has_sft or evaluation or grpo_log):
-        names = (files.CHAIN, files.DIVERSITY, files.TRAINER_STATE, files.EVALUATION)
-        raise InputError(f"{path} holds no run: none of {', '.join(names)} is there")
-    place, settings = path.resolve(), _checked(files.read_settings(sft), sft / files.RUN)
-    seed = re.fullmatch(r"seed[-_]?(\d+)", place.name)
-    positions = _checked(rows(files.POSITIONS), sft / files.POSITIONS)
-    for row in positions:
-        if not len(row["position"]) == len(row["weight"]) == len(row["temperature"]):
-            where = f"{sft / files.POSITIONS}, step {row['step']}"
-            raise InputError(f"{where}: position, weight and temperature are not of one length")
-    return Run(
-        path=path,
-        arm=place.parent if seed else place,
-        seed=seed[1] if seed else str(settings.get("seed", chain.get("seed", ""))),
-        recorded=recorded or (bool(evaluation) and not _holds_weights(path)),
-        has_sft=folder.has_sft or bool(chain.get("sft_dir")),
-        chain=chain,
-        sft=settings,
-        grpo=_checked(files.read_settings(rl), rl / files.RUN),
-        selection=_object(path / files.SELECTION) or _object(sft / files.SELECTION),
-        handoff=_object(path / files.HANDOFF),
-        evaluation=evaluation,
-        readiness=[entry for place in dict.fromkeys([path, sft]) for entry in _readiness(place)],
-        diversity=list(by_step(_checked(rows(files.DIVERSITY), sft / files.DIVERSITY)).values()),
-        positions=positions,
-        sft_log=_checked(files.read_log(sft), sft / files.TRAINER_STATE),
-        grpo_log=grpo_log,
-        samples=folder.sample_files if folder.has_sft else {},
-    )
 
 
 def _checked(value: Any, path: Path) -> Any:
@@ -251,7 +228,7 @@ def read_arms(runs: Iterable[str | Path], compare: Iterable[str | Path] = ()) ->
     Where two live (or two recorded) arms have the same name, the parent folder's name stands in front.
     """
     groups: dict[tuple[Path, bool], dict[Path, Run]] = {}
-    for run in [*map(read_run, runs), *(read_run(path, recorded=True) for path in compare)]:
+    for run in [*map(Run, runs), *(Run(path, recorded=True) for path in compare)]:
         groups.setdefault((run.arm, run.recorded), {})[run.path.resolve()] = run
     places = [(folder.parent if folder.name == "sft" else folder, recorded) for folder, recorded in groups]
     count = Counter((place.name, recorded) for place, recorded in places)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from ..diversity.intervals import paired_interval
 from .evidence import evidence
 from .headline import headline
-from .parts import Cell, Section, Table, figure
+from .parts import Cell, Section, Table, figure_cell
 from .plots import coloured, curve_panels, curves, outcome_panels, position_panels
 from .runs import Arm, mean, series, turning_point
 from .samples import samples
@@ -84,7 +84,7 @@ def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
     shown, lines = [by_step[step] for step in steps], []
     for key, name in names.items():
         if all(row.get(key) is not None for row in shown):
-            figures = [figure(row[key], (row.get("intervals") or {}).get(key), 3) for row in shown]
+            figures = [figure_cell(row[key], (row.get("intervals") or {}).get(key), 3) for row in shown]
             line = [Cell(name), figures[0]]
             for (before, after), cell in zip(pairwise(shown), figures[1:], strict=True):
                 line += [cell, _change(before, after, key)]
@@ -160,7 +160,7 @@ def _readiness(arms: list[Arm]) -> list[Section]:
     for arm in arms:
         for entry in arm.runs[0].readiness:
             name, verdict = (str(entry.get(key, "?")) for key in ("name", "text"))
-            cells = [figure(entry["figures"].get(key), entry["intervals"].get(key)) for key in head]
+            cells = [figure_cell(entry["figures"].get(key), entry["intervals"].get(key)) for key in head]
             rows.append([Cell(arm.label, colour=arm.colour), Cell(name), Cell(verdict), *cells])
             sentences.append(f"{arm.label}, {name}: {verdict}. {'; '.join(entry['reasons'])}.")
     caption = (

@@ -18,7 +18,7 @@ from aesl_trl.report import report
 from aesl_trl.report.parts import spread
 from aesl_trl.report.plots import coloured, running_mean
 from aesl_trl.report.report import main, write_report
-from aesl_trl.report.runs import read_arms, read_run
+from aesl_trl.report.runs import Run, read_arms
 from aesl_trl.report.sections import sections_of
 
 
@@ -378,16 +378,16 @@ def test_a_broken_readiness_is_said(tmp_path, content, part):
     run = fake_run(tmp_path / "aesl", "aesl")
     write_json(run / "readiness.json", content)
     with pytest.raises(InputError) as error:
-        read_run(run)
+        Run(run)
     assert part in str(error.value) and "readiness.json" in str(error.value)
 
 
 def test_a_finished_run_without_weights_is_recorded_even_when_named_first(tmp_path):
     run = fake_run(tmp_path / "results/aesl/seed-0", "aesl")
-    assert read_run(run).recorded
+    assert Run(run).recorded
     (run / "selected").mkdir()
     (run / "selected/model.safetensors").write_bytes(b"")
-    assert not read_run(run).recorded
+    assert not Run(run).recorded
 
 
 def test_seeds_are_one_arm_and_arms_keep_their_colour(tmp_path):
@@ -491,13 +491,13 @@ def test_a_run_under_way_is_read_from_its_newest_checkpoint(tmp_path):
     for step in (9, 20, 100):
         history = [{"step": step, "reward": 0.5}]
         write_json(run / f"grpo/checkpoint-{step}/trainer_state.json", {"log_history": history})
-    assert [row["step"] for row in read_run(run).grpo_log] == [100]
+    assert [row["step"] for row in Run(run).grpo_log] == [100]
 
 
 def test_a_step_measured_again_after_a_resume_counts_once(tmp_path):
     run = fake_run(tmp_path / "aesl", "aesl")
     append_jsonl(run / "sft/diversity.jsonl", {"step": 20, "entropy": 0.5})
-    rows = read_run(run).diversity
+    rows = Run(run).diversity
     assert [row["step"] for row in rows] == STEPS
     assert next(row["entropy"] for row in rows if row["step"] == 20) == 0.5
 

@@ -74,31 +74,38 @@ class SyncedVLLM:
         self.generation.model = bare
         # Each step ends in an agreement: a rank must not be in the next step's collective while another has failed
         if self.name == "vllm_server":
-            self._on_all_ranks(request, self._check_server, request)  # gone? before ranks gather weights for it
-        self._on_all_ranks(request, self._sync, bare)
+            with self._failing_together(request):  # a server that is gone, before ranks gather weights for it
+                if request.accelerator.is_main_process:
+                    self.generation.vllm_client.check_server()
+        with self._failing_together(request):
+            release_parameters(bare)
+            with preserved_base(bare):
+                self.generation.sync_weights()
         answers = self._from_server(request) if self.name == "vllm_server" else self._colocated(request)
         temperature, stops = request.settings.temperature, set(stop_ids(request.tokenizer, bare))
-        drawn = self._on_all_ranks(request, _as_draws, answers, stops, temperature)
+        with self._failing_together(request):
+            drawn = _as_draws(answers, stops, temperature)
         if temperature != 1.0:
-            drawn = self._on_all_ranks(request, self._rescore, bare, drawn, request)
+            with self._failing_together(request):
+                drawn = self._rescore(bare, drawn, request)
         return drawn
 
-    def _on_all_ranks(self, request: Request, function, *args, **kwargs):
-        """Return the result of `function`, or raise [`SamplingFailed`] on all ranks where it failed on one."""
-        result = error = None
+    @contextmanager
+    def _failing_together(self, request: Request):
+        """Raise [`SamplingFailed`] on all ranks at the end of the block when one of them failed inside it."""
+        error = None
         try:
-            result = function(*args, **kwargs)
+            yield
         except Exception as caught:
             error = caught.with_traceback(None) if is_out_of_memory(caught) else caught
         failure = failure_on_any_rank(error, request.accelerator)
         if failure is None:
-            return result
-        generation = self.generation
-        if self.name == "vllm_colocate" and generation.enable_sleep_mode:
+            return
+        if self.name == "vllm_colocate" and self.generation.enable_sleep_mode:
             # The training needs the engine's memory; it may be asleep already, or beyond sleeping
             with suppress(Exception):
-                generation.llm.sleep(level=2)
-                generation._llm_weights_sleeping = True
+                self.generation.llm.sleep(level=2)
+                self.generation._llm_weights_sleeping = True
         release_memory()
         hint = "; lower vllm_gpu_memory_utilization" if failure.is_memory and self.name == "vllm_colocate" else ""
         raise SamplingFailed(failure.reason + hint) from error
@@ -153,15 +160,6 @@ class SyncedVLLM:
 
     # ---- Drawing
 
-    def _check_server(self, request: Request) -> None:
-        if request.accelerator.is_main_process:
-            self.generation.vllm_client.check_server()
-
-    def _sync(self, bare) -> None:
-        release_parameters(bare)
-        with preserved_base(bare):
-            self.generation.sync_weights()
-
     def _colocated(self, request: Request) -> list[tuple]:
         """Return (token ids, log-probabilities) of each sample."""
         seed = request.seed * 1_000_003 + request.rank
@@ -170,29 +168,28 @@ class SyncedVLLM:
         torch.manual_seed(seed)
         # A rank without prompts takes part with one that is thrown away
         prompts = request.prompt_of_each_sample or [[0]]
-        _, completion_ids, logprobs, _ = self._on_all_ranks(
-            request, self.generation.generate, prompts=prompts, images=None, num_generations=request.piece.samples
-        )
+        with self._failing_together(request):
+            _, completion_ids, logprobs, _ = self.generation.generate(
+                prompts=prompts, images=None, num_generations=request.piece.samples
+            )
         answers = list(zip(completion_ids, logprobs, strict=True))
         return answers[: len(request.prompt_of_each_sample)]
 
     def _from_server(self, request: Request) -> list[tuple]:
         """Return the same; the first rank asks for the prompts of all ranks and hands the answers out."""
         accelerator, own = request.accelerator, list(zip(request.indices, request.prompts, strict=True))
-        of_all_ranks = gather_object(own) if accelerator.num_processes > 1 else own
-        answers = self._on_all_ranks(request, self._ask_all, of_all_ranks, request)
+        of_all_ranks, answers = gather_object(own) if accelerator.num_processes > 1 else own, None
+        with self._failing_together(request):
+            if accelerator.is_main_process:
+                with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+                    found = list(pool.map(lambda item: self._ask(*item, request), of_all_ranks))
+                answers = {index: answer for (index, _), answer in zip(of_all_ranks, found, strict=True)}
         if accelerator.num_processes > 1:
             answers = broadcast_object_list([answers])[0]
         return [sample for index in request.indices for sample in answers[index]]
 
-    def _ask_all(self, prompts: list[tuple[int, list[int]]], request: Request) -> dict[int, list[tuple]] | None:
-        if not request.accelerator.is_main_process:
-            return None
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            answers = pool.map(lambda item: self._ask(*item, request), prompts)
-            return {index: answer for (index, _), answer in zip(prompts, answers, strict=True)}
-
     def _ask(self, index: int, prompt: list[int], request: Request) -> list[tuple]:
+        """Return the server's answers to one prompt."""
         generation, samples = self.generation, request.piece.samples
         # vLLM gives sample i of a request the seed + i
         seed = (request.seed * 1_000_003 + index * samples) % 2**31

@@ -1,6 +1,8 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import SFTConfig
 
@@ -17,13 +19,17 @@ from .measurement import MeasurementSettings, fit
 # config may run, hands every key of the metadata to argparse
 BOUNDS = {
     **dict.fromkeys(("t_scaling", "min_temperature", "psft_clip_high", "eaft_alpha"), {"above": 0}),
-    "weight_threshold": {"above": 0, "below": 1},
-    "gem_beta": {"above": 0, "at_most": 1},
+    "weight_threshold": {"above": 0, "below": 1, "hint": "1 releases nothing"},
+    "gem_beta": {"above": 0, "at_most": 1, "hint": "1 with gem_h linear is the gradient of nll"},
     "psft_refresh_steps": {"at_least": 1},
     "eaft_top_k": {"at_least": 2},
     "diversity_num_prompts": {"at_least": 1},
     "max_candidates": {"at_least": 2},
 }
+
+
+def _setting(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
 @dataclass
@@ -44,12 +50,12 @@ class AESLSFTConfig(SFTConfig):
             `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not; `"none"`:
             `t_scaling` is the temperature of every token (the token-level ablation).
         aesl_weight (`str`, *optional*, defaults to `"adaptive"`):
-            `"adaptive"` (paper); the ablations without prefix and temperature, q the label's probability: `"linear"`,
-            1 - q, or `"threshold"`, 1 where q < `weight_threshold`, else 0.
+            `"adaptive"` (paper), or an ablation without prefix and temperature, with q the label's probability:
+            `"linear"` is 1 - q, `"threshold"` is 1 where q < `weight_threshold`, else 0.
         weight_threshold (`float`, *optional*, defaults to `0.5`):
-            Of `"threshold"`, above 0 and below 1.
+            For `"threshold"`, above 0 and below 1.
         gem_beta (`float`, *optional*, defaults to `0.7`):
-            GEM's temperature, above 0 and at most 1: 1 with `"linear"` gives nll's gradient, less keeps more
+            GEM's temperature, above 0 and at most 1: 1 with `"linear"` gives nll's gradient, a lower value keeps more
             diversity.
         gem_h (`str`, *optional*, defaults to `"linear"`):
             GEM's function h: `"linear"` or `"sigmoid"` ("logsigmoid" in the authors' code).
@@ -61,11 +67,12 @@ class AESLSFTConfig(SFTConfig):
         eaft_alpha (`float`, *optional*, defaults to `1.0`):
             Exponent of EAFT's weight, positive.
         eaft_top_k (`int`, *optional*, defaults to `20`):
-            EAFT's entropy is that of the softmax over so many tokens, at least 2.
+            Number of most likely tokens over whose softmax EAFT takes its entropy, at least 2.
         diversity_steps (`int`, *optional*, defaults to `0`):
-            Measure the diversity of the model's own samples before step 1 and every that many steps. 0 turns it off.
+            Steps between two measurements of the diversity of the model's own samples; the first measurement comes
+            before step 1. 0 turns measuring off.
         diversity_num_prompts (`int`, *optional*, defaults to `64`):
-            Held-out prompts sampled at each measurement, the first ones given; always the same.
+            Held-out prompts sampled at each measurement: the first ones given, the same each time.
         diversity_samples (`int`, *optional*, defaults to `8`):
             Completions sampled for each prompt, at least 2.
         diversity_temperature (`float`, *optional*, defaults to `1.0`):
@@ -76,8 +83,9 @@ class AESLSFTConfig(SFTConfig):
             Completions that `model.generate` draws at once on each process; halved when memory runs out.
         diversity_token_budget (`int`, *optional*):
             Completion tokens that a measurement may cost over all prompts and samples (prompts x samples x
-            max_new_tokens). More is made smaller, in this order and not below: prompts to 16, length to 256, samples
-            to 4; a line says so. `None` is 32,768 with `"generate"` and 131,072 with vLLM, 0 no limit.
+            max_new_tokens). A larger measurement is made smaller, and a line says so: first its prompts, down to 16,
+            then its length, down to 256, then its samples, down to 4. `None` is 32,768 with `"generate"` and 131,072
+            with vLLM, 0 no limit.
         diversity_backend (`str`, *optional*, defaults to `"auto"`):
             How to sample: `"generate"` is `model.generate`; `"vllm_colocate"` shares the training's GPUs,
             `"vllm_server"` is a `vllm serve` of its own; `"auto"` takes a server where one is named, vLLM where it is
@@ -85,7 +93,7 @@ class AESLSFTConfig(SFTConfig):
         diversity_vllm_server_base_url (`str`, *optional*), diversity_vllm_server_host (`str`, *optional*),
         diversity_vllm_server_port (`int`, *optional*, defaults to `8000`), diversity_vllm_server_timeout (`float`,
         *optional*, defaults to `240.0`), diversity_vllm_group_port (`int`, *optional*, defaults to `51216`):
-            The server, as GRPOConfig's fields without `diversity_`.
+            The server, as in GRPOConfig's fields without `diversity_`.
         diversity_vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Share of the GPU's memory that a colocated vLLM may take, above 0 and below 1.
         diversity_vllm_enable_sleep_mode (`bool`, *optional*, defaults to `True`):
@@ -98,103 +106,64 @@ class AESLSFTConfig(SFTConfig):
             End the training once the turning point is confirmed.
         selection (`str`, *optional*):
             Which checkpoint goes to RL: `"turning_point"` (default but for aesl), `"last"` (default for aesl: the
-            loss itself is the early stop), `"best_eval"` (for comparison) or `"readiness"` (the best that `aesl probe`
-            finds ready). Made at the end of training when `diversity_steps` is set; by readiness in the chain, or by
-            `aesl probe` and `aesl select` afterwards.
+            loss itself is the early stop), `"best_eval"` (for comparison) or `"readiness"` (the best checkpoint that
+            `aesl probe` finds ready). The selection is made at the end of a training with `diversity_steps`; by
+            readiness it is made in the chain, or by `aesl probe` and `aesl select` afterwards.
         best_eval_metric (`str`, *optional*, defaults to `"eval_nll"`):
-            What `"best_eval"` looks at: `"eval_nll"` (lowest) or `"pass@1"` on the diversity prompts (highest).
+            Metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on the diversity
+            prompts.
         max_candidates (`int`, *optional*, defaults to `5`):
             Weights-only candidates kept on disk at a time; the last measurement and the best evaluation are always
             among them.
     """
 
-    cold_start_loss: str = field(
-        default="aesl",
-        metadata={"help": "Loss of the cold start.", "choices": list(TOKEN_RULES)},
+    cold_start_loss: str = _setting("aesl", "Loss of the cold start.", TOKEN_RULES)
+    t_scaling: float = _setting(3.0, "Scale of AESL's temperature, positive (paper, Eq. 4).")
+    min_temperature: float = _setting(1e-2, "Lower clamp of AESL's temperature, positive.")
+    prefix_mode: str = _setting("inclusive", "Prefix over which AESL averages.", PREFIX_MODES)
+    aesl_weight: str = _setting("adaptive", "AESL's weight, or a simpler one as an ablation.", AESL_WEIGHTS)
+    weight_threshold: float = _setting(
+        0.5, "For aesl_weight threshold: probability from which a token is released, below 1 (1 releases nothing)."
     )
-    t_scaling: float = field(default=3.0, metadata={"help": "Scale of AESL's temperature, positive (paper, Eq. 4)."})
-    min_temperature: float = field(default=1e-2, metadata={"help": "Lower clamp of AESL's temperature, positive."})
-    prefix_mode: str = field(
-        default="inclusive",
-        metadata={"help": "Prefix over which AESL averages.", "choices": list(PREFIX_MODES)},
+    gem_beta: float = _setting(0.7, "GEM's temperature, above 0 and at most 1 (1 with gem_h linear: nll's gradient).")
+    gem_h: str = _setting("linear", "GEM's function h.", GEM_H)
+    psft_clip_high: float = _setting(0.28, "PSFT releases a token whose probability rose by more than this share.")
+    psft_refresh_steps: int = _setting(8, "Steps from one old policy of PSFT to the next.")
+    eaft_alpha: float = _setting(1.0, "Exponent of EAFT's weight, positive.")
+    eaft_top_k: int = _setting(20, "Tokens over which EAFT takes its entropy, at least 2.")
+    diversity_steps: int = _setting(0, "Steps between two measurements of the own samples' diversity; 0: never.")
+    diversity_num_prompts: int = _setting(64, "Held-out prompts sampled at each measurement.")
+    diversity_samples: int = _setting(8, "Completions sampled for each prompt, at least 2.")
+    diversity_temperature: float = _setting(1.0, "Sampling temperature, positive.")
+    diversity_max_new_tokens: int = _setting(512, "Tokens after which a sample is cut off.")
+    diversity_batch_size: int = _setting(128, "Completions that model.generate draws at once on a process.")
+    diversity_token_budget: int | None = _setting(
+        None,
+        "Completion tokens that a measurement may cost; a larger measurement is made smaller. Default: 32768 with "
+        "model.generate, 131072 with vLLM; 0: no limit.",
     )
-    aesl_weight: str = field(
-        default="adaptive",
-        metadata={"help": "AESL's weight, or a simpler one as an ablation.", "choices": list(AESL_WEIGHTS)},
+    diversity_backend: str = _setting("auto", "How to sample.", TRAINING_BACKENDS)
+    diversity_vllm_server_base_url: str | None = _setting(
+        None, "Address of a vLLM server, e.g. http://localhost:8000."
     )
-    weight_threshold: float = field(
-        default=0.5, metadata={"help": "Of aesl_weight threshold: probability from which a token is released."}
+    diversity_vllm_server_host: str | None = _setting(None, "Host of a vLLM server, where the base url is not given.")
+    diversity_vllm_server_port: int = _setting(8000, "Port of the vLLM server.")
+    diversity_vllm_server_timeout: float = _setting(240.0, "Seconds to wait for the vLLM server to be up.")
+    diversity_vllm_group_port: int = _setting(
+        51216, "Port of the process group through which weights go to the vLLM server."
     )
-    gem_beta: float = field(default=0.7, metadata={"help": "GEM's temperature, above 0 and at most 1."})
-    gem_h: str = field(default="linear", metadata={"help": "GEM's function h.", "choices": list(GEM_H)})
-    psft_clip_high: float = field(
-        default=0.28, metadata={"help": "PSFT releases a token whose probability rose by more than this share."}
+    diversity_vllm_gpu_memory_utilization: float = _setting(
+        0.3, "Share of the GPU's memory that a colocated vLLM may take."
     )
-    psft_refresh_steps: int = field(default=8, metadata={"help": "Steps from one old policy of PSFT to the next."})
-    eaft_alpha: float = field(default=1.0, metadata={"help": "Exponent of EAFT's weight, positive."})
-    eaft_top_k: int = field(default=20, metadata={"help": "Tokens over which EAFT takes its entropy, at least 2."})
-    diversity_steps: int = field(
-        default=0, metadata={"help": "Measure the diversity of own samples every that many steps; 0: never."}
+    diversity_vllm_enable_sleep_mode: bool = _setting(True, "A colocated vLLM frees its memory between measurements.")
+    diversity_metric: str = _setting("entropy", "Series whose turning point is sought.", METRICS)
+    diversity_patience: int = _setting(3, "Measurements after the peak that must confirm the fall.")
+    stop_at_turning_point: bool = _setting(False, "End the training once the turning point is confirmed.")
+    selection: str | None = _setting(
+        None, "Which checkpoint goes to RL. Default: last for aesl, turning_point for any other loss.", RULES
     )
-    diversity_num_prompts: int = field(default=64, metadata={"help": "Held-out prompts sampled at each measurement."})
-    diversity_samples: int = field(default=8, metadata={"help": "Completions sampled for each prompt, at least 2."})
-    diversity_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, positive."})
-    diversity_max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which a sample is cut off."})
-    diversity_batch_size: int = field(
-        default=128, metadata={"help": "Completions that model.generate draws at once on a process."}
-    )
-    diversity_token_budget: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completion tokens that a measurement may cost; more is made smaller. Default: 32768 with "
-            "model.generate, 131072 with vLLM; 0: no limit."
-        },
-    )
-    diversity_backend: str = field(
-        default="auto",
-        metadata={"help": "How to sample.", "choices": list(TRAINING_BACKENDS)},
-    )
-    diversity_vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "Address of a vLLM server, e.g. http://localhost:8000."}
-    )
-    diversity_vllm_server_host: str | None = field(
-        default=None, metadata={"help": "Host of a vLLM server, where the base url is not given."}
-    )
-    diversity_vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
-    diversity_vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait for the vLLM server to be up."}
-    )
-    diversity_vllm_group_port: int = field(
-        default=51216, metadata={"help": "Port of the process group through which weights go to the vLLM server."}
-    )
-    diversity_vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of the GPU's memory that a colocated vLLM may take."}
-    )
-    diversity_vllm_enable_sleep_mode: bool = field(
-        default=True, metadata={"help": "A colocated vLLM frees its memory between measurements."}
-    )
-    diversity_metric: str = field(
-        default="entropy",
-        metadata={"help": "Series whose turning point is sought.", "choices": list(METRICS)},
-    )
-    diversity_patience: int = field(
-        default=3, metadata={"help": "Measurements after the peak that must confirm the fall."}
-    )
-    stop_at_turning_point: bool = field(
-        default=False, metadata={"help": "End the training once the turning point is confirmed."}
-    )
-    selection: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which checkpoint goes to RL. Default: last for aesl, turning_point for any other loss.",
-            "choices": list(RULES),
-        },
-    )
-    best_eval_metric: str = field(
-        default="eval_nll",
-        metadata={"help": "What selection best_eval looks at.", "choices": list(EVAL_METRICS)},
-    )
-    max_candidates: int = field(default=5, metadata={"help": "Weights-only candidates kept on disk at a time."})
+    best_eval_metric: str = _setting("eval_nll", "Metric by which selection best_eval chooses.", EVAL_METRICS)
+    max_candidates: int = _setting(5, "Weights-only candidates kept on disk at a time.")
 
     def __post_init__(self):
         check_bounds(self, bounds=BOUNDS)

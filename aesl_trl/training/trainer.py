@@ -1,7 +1,6 @@
 """AESLSFTTrainer: TRL's SFTTrainer with the Adaptive Early-Stop Loss."""
 
 import inspect
-import math
 import os
 import textwrap
 from dataclasses import fields, replace
@@ -21,7 +20,7 @@ from ..models.tokens import stop_ids
 from .callback import DiversityCallback, RunCallback, held_out_rows
 from .config import AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
-from .token_sums import _batch_sums, _figures
+from .token_sums import TokenSums
 
 
 class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
@@ -105,12 +104,12 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         self.add_callback(RunCallback(self))
 
     def create_token_rule(self) -> TokenRule:
-        """The loss as a function of each token's statistics; override it for a loss of your own (losses/rules.py)."""
+        """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py)."""
         return TOKEN_RULES[self.args.cold_start_loss].rule(self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._old_policy is not None:
-            epoch_iterator = self._old_policy.take(epoch_iterator, num_batches)
+            epoch_iterator = self._old_policy.next_step(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -148,20 +147,16 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         """Add the batch, over all ranks, to the sums that `log` divides; TRL's own metrics go where TRL keeps them."""
         if mode == "eval":
             scores = self._without_repeated_rows(scores)
-        sums = self.accelerator.gather(_batch_sums(scores, self._eos_ids).unsqueeze(0)).sum(0)
+        sums = TokenSums.of_batch(scores, self._eos_ids).over_ranks(self.accelerator)
         self._sums[mode] = sums if self._sums[mode] is None else self._sums[mode] + sums
-        tokens, nll, _, _, entropy, top1 = sums[:6].tolist()
-        if mode == "train" and not math.isfinite(nll):
+        if mode == "train" and not sums.nll.isfinite():
             self._stop_at_loss(inputs, scores)
-        self._metrics[mode]["entropy"].append(entropy / tokens if tokens else 0.0)
-        self._metrics[mode]["mean_token_accuracy"].append(top1 / tokens if tokens else 0.0)
+        for name, total in (("entropy", sums.entropy), ("mean_token_accuracy", sums.top1)):
+            self._metrics[mode][name].append((total / sums.tokens).item() if sums.tokens else 0.0)
         if mode == "train":
-            num_tokens = (
-                inputs["attention_mask"].sum()
-                if inputs.get("attention_mask") is not None
-                else torch.tensor(inputs["input_ids"].numel(), device=sums.device)
-            )
-            self._total_train_tokens += self.accelerator.gather(num_tokens.to(sums.device)).sum().item()
+            mask, device = inputs.get("attention_mask"), scores.label_mask.device
+            num_tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+            self._total_train_tokens += self.accelerator.gather(num_tokens.to(device)).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _stop_at_loss(self, inputs: dict, scores: TokenScores) -> None:
@@ -175,17 +170,13 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         self.stop_diverged(f"the loss is not finite ({'; '.join(gather_object(here))})")
 
     def _without_repeated_rows(self, scores: TokenScores) -> TokenScores:
-        """Without the rows that accelerate repeats to fill each rank's last evaluation batch.
+        """Drop the rows that accelerate repeats to fill each rank's last evaluation batch.
 
         A padding-free batch, one row of several documents, is left as it is.
         """
         state = self.accelerator.gradient_state
-        if (
-            self.accelerator.num_processes == 1
-            or self.padding_free
-            or not state.end_of_dataloader
-            or state.remainder <= 0
-        ):
+        has_repeated = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        if self.padding_free or not has_repeated:
             return scores
         kept = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
         values = {name: value[:kept] for name, value in vars(scores).items() if value is not None}
@@ -197,20 +188,21 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             # An evaluation logs its loss as "eval_loss", or as "eval_NAME_loss" for one dataset of several
             loss_name = next((key for key in logs if key.endswith("_loss")), "eval_loss")
             prefix = "" if mode == "train" else loss_name.removesuffix("loss")
-            figures, positions = _figures(self._sums[mode].tolist(), self._token_rule.temperatures is not None)
-            logs.update({prefix + key: value for key, value in figures.items()})
+            sums, with_temperature = self._sums[mode], self._token_rule.temperatures is not None
+            logs.update({prefix + name: value for name, value in sums.figures(with_temperature).items()})
             if mode == "train" and self.args.should_save:
-                path = os.path.join(self.args.output_dir, files.POSITIONS)
-                files.append_jsonl(path, {"step": self.state.global_step, **positions})
+                row = {"step": self.state.global_step, **sums.by_position(with_temperature)}
+                files.append_jsonl(os.path.join(self.args.output_dir, files.POSITIONS), row)
             self._sums[mode] = None
         super().log(logs, start_time)
 
     def _warn_if_prompts_are_trained(self) -> None:
+        """Warn where labels cover prompts and the loss reads the prefix; a label of -100 shows that they do not."""
         reads_prefix = TOKEN_RULES[self.args.cold_start_loss].reads_prefix
         if not reads_prefix or self.completion_only_loss or self.args.assistant_only_loss:
             return
         column_names = self.train_dataset.column_names or next(iter(self.train_dataset)).keys()
-        if "labels" in column_names and _has_ignored_label(next(iter(self.train_dataset))["labels"]):
+        if "labels" in column_names and -100 in next(iter(self.train_dataset))["labels"]:
             return
         self.accelerator.print(
             "aesl_trl: the labels cover the prompt and the chat template (plain text and `messages` data train on "
@@ -230,6 +222,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
     def _model_card_section(self) -> str:
         args = self.args
         selection = os.path.join(args.output_dir, files.SELECTION)
+        rule = args.selection_rule if args.diversity_steps else "none (diversity_steps is 0)"
         lines = [
             "## Cold start",
             "",
@@ -237,13 +230,9 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             "(https://openreview.net/forum?id=yezWGJmODg) (ICLR 2026).",
             "",
             f"- cold_start_loss: {args.cold_start_loss}",
+            *(f"- {name}: {getattr(args, name)}" for name in TOKEN_RULES[args.cold_start_loss].fields),
+            f"- selection: {rule}",
         ]
-        lines += [f"- {name}: {getattr(args, name)}" for name in TOKEN_RULES[args.cold_start_loss].fields]
-        lines.append(
-            f"- selection: {args.selection_rule}"
-            if args.diversity_steps
-            else "- selection: none (diversity_steps is 0)"
-        )
         if os.path.exists(selection):
             chosen = files.read_json(selection)
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
@@ -251,7 +240,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
 
 
 def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
-    """An [`AESLSFTConfig`] with every value of `args`."""
+    """Return an [`AESLSFTConfig`] with every value of `args`."""
     if isinstance(args, AESLSFTConfig):
         return args
     if args is None:
@@ -271,20 +260,16 @@ def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
 
 
 def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_config) -> None:
-    """What would train with another loss than the one asked for, or with none."""
+    """Refuse settings that would train with another loss than the one asked for, or with none."""
     _refuse_parallelism(args.parallelism_config)
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise InputError("tensor parallelism is not supported by AESLSFTTrainer: load the model without tp_plan")
     if compute_loss_func is not None:
-        raise InputError(
-            "compute_loss_func would replace the cold-start loss: "
-            "subclass AESLSFTTrainer and override compute_loss instead"
-        )
+        remedy = "subclass AESLSFTTrainer and override compute_loss instead"
+        raise InputError(f"compute_loss_func would replace the cold-start loss: {remedy}")
     if args.label_smoothing_factor:
-        raise InputError(
-            f"label_smoothing_factor is {args.label_smoothing_factor}, but label smoothing is not supported: "
-            "leave it at 0"
-        )
+        value = args.label_smoothing_factor
+        raise InputError(f"label_smoothing_factor is {value}, but label smoothing is not supported: leave it at 0")
     if args.eval_packing and not args.packing:
         # TRL's collator then builds a full attention mask, and the packed documents see each other
         raise InputError(
@@ -316,7 +301,7 @@ def _refuse_parallelism(parallelism_config) -> None:
 
 
 def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
-    """The rows to sample from, or None when nothing is measured."""
+    """Return the rows to sample from, or None when nothing is measured."""
     if args.diversity_steps == 0:
         return None
     if diversity_prompts is None:
@@ -327,7 +312,3 @@ def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
             )
         diversity_prompts = eval_dataset
     return held_out_rows(diversity_prompts, args.diversity_num_prompts)
-
-
-def _has_ignored_label(labels) -> bool:
-    return any(label == -100 for label in labels)

@@ -19,7 +19,7 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    # Loaded on first use, so that `aesl --help`, the metrics and the report start without torch and TRL
+    # We load these on first use, so that `aesl --help`, the metrics and the report start without torch and TRL
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -28,7 +28,7 @@ def __getattr__(name: str):
 
 
 def _check_versions() -> None:
-    """Refuse packages outside of the bounds that this one was installed with: TRL's inside changes between versions.
+    """Refuse packages outside of the bounds that aesl_trl was installed with: TRL's inside changes between versions.
 
     Raises:
         ImportError: one line that names the package, its version and the command that mends it.
@@ -39,7 +39,7 @@ def _check_versions() -> None:
 
     try:
         needed = [Requirement(line) for line in requires(__name__) or []]
-    except PackageNotFoundError:  # a checkout that is not installed: nothing is known of what it was installed with
+    except PackageNotFoundError:  # this is a checkout that was never installed, so no bounds are known
         return
     for requirement in needed:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

@@ -1,23 +1,36 @@
-"""Which code a run was made by, and on what: said beside every number that a comparison reports."""
+"""Which code made a run, and on what machine: every number that a comparison reports is said with both."""
 
 import importlib.metadata
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
-from . import __version__  # noqa: F401 (the floor's way to the version)
+from . import __version__  # noqa: F401 (the floors above take it from here)
+
+
+# These packages decide a run's numbers.
+PACKAGES = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of [`PACKAGES`]; None stands for a package that is not installed."""
+    found = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str | None:
-    """The commit of this package's checkout, with `+` where files differ from it; None where it is installed."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
+    """Return the commit of this package's checkout, with `+` where files differ from it; None without a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", str(Path(__file__))], capture_output=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except OSError:
+    except OSError:  # there is no git
         return None
     if head.returncode or tracked.returncode:
         return None
@@ -25,29 +38,13 @@ def commit() -> str | None:
 
 
 def hardware() -> str:
-    """Processor, cores that this process may use, and GPUs."""
-    models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    """Name the processor, the number of cores that this process may use, and the GPUs."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n") if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [f"{models[0] if models else 'unknown processor'}, {cores} cores"]
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         parts += subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
     return ", ".join(part.strip() for part in parts if part.strip())
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that decide a run's numbers; None where one is not installed."""
-    names = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,8 +1,8 @@
 """Settings of `aesl data`, checked, and how they word a prompt and name a difficulty."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from ..arguments import option
 from ..errors import InputError
 from ..sampling.backends import OFFLINE_BACKENDS
 from .problems import Problem
@@ -13,77 +13,69 @@ DIFFICULTIES = ("hard", "medium", "easy")
 PASS_RATE_SOURCES = ("pass_rate_samples", "pass_rate_file", "pass_rate_column")
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field with its help, and the bounds or choices of its value as `metadata`."""
-    source = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**source, metadata={"help": help, **metadata})
-
-
 @dataclass
 class DataArguments:
     """The settings in data.yaml."""
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None, "OpenR1-Math-46k or GSM8K: a hub dataset, a local file or folder, or path/file.py:function."
     )
-    dataset_config: str | None = _option(None, "Configuration of a hub dataset (GSM8K: main).")
-    dataset_split: str = _option("train", "Split of `dataset_name`.")
-    output_dir: str | None = _option(None, "Folder for the files.")
-    overwrite: bool = _option(False, "Replace the files of another run in `output_dir`.")
-    model_name_or_path: str | None = _option(
+    dataset_config: str | None = option(None, "Configuration of a hub dataset (GSM8K: main).")
+    dataset_split: str = option("train", "Split of `dataset_name`.")
+    output_dir: str | None = option(None, "Folder for the files.")
+    overwrite: bool = option(False, "Replace the files of another run in `output_dir`.")
+    model_name_or_path: str | None = option(
         None, "Model to train: its tokenizer counts lengths, and pass rates are sampled from it."
     )
-    trust_remote_code: bool = _option(False, "Run code that lies in the model's repository.")
-    seed: int = _option(0, "Seed of the order, and of sampled pass rates.")
-    num_demonstrations: int = _option(3000, "Rows of sft.jsonl; the paper has 3000.", at_least=1)
-    subsets: list[int] | None = _option(
+    trust_remote_code: bool = option(False, "Run code that lies in the model's repository.")
+    seed: int = option(0, "Seed of the order, and of sampled pass rates.")
+    num_demonstrations: int = option(3000, "Rows of sft.jsonl; the paper has 3000.", at_least=1)
+    subsets: list[int] | None = option(
         None, "More sizes, each in sft_<size>.jsonl; a larger file holds the smaller ones."
     )
-    num_rl: int | None = _option(None, "Rows of rl.jsonl, by default all that are left.", at_least=1)
-    num_held_out: int = _option(512, "Rows of held_out.jsonl, which nothing trains on.", at_least=1)
-    system_prompt: str | None = _option(None, "System prompt of every row, '' for none; by default the data's own.")
-    prompt_template: str = _option(PLACEHOLDER, f"The user's message; {PLACEHOLDER} stands for the problem.")
-    max_prompt_length: int | None = _option(
+    num_rl: int | None = option(None, "Rows of rl.jsonl, by default all that are left.", at_least=1)
+    num_held_out: int = option(512, "Rows of held_out.jsonl, which nothing trains on.", at_least=1)
+    system_prompt: str | None = option(None, "System prompt of every row, '' for none; by default the data's own.")
+    prompt_template: str = option(PLACEHOLDER, f"The user's message; {PLACEHOLDER} stands for the problem.")
+    max_prompt_length: int | None = option(
         1024, "Most tokens of a prompt, template included; longer prompts are dropped.", at_least=1
     )
-    max_length: int | None = _option(
+    max_length: int | None = option(
         None, "Most tokens of prompt and demonstration; longer rows are no demonstrations.", at_least=1
     )
-    decontaminate: list[str] | None = _option(
+    decontaminate: list[str] | None = option(
         None, "Benchmarks whose problems are dropped: names, or local files of problems."
     )
-    ngram: int = _option(13, "Words in a row that count as the same problem (GPT-3: 13).", at_least=1)
-    ngram_share: float = _option(
+    ngram: int = option(13, "Words in a row that count as the same problem (GPT-3: 13).", at_least=1)
+    ngram_share: float = option(
         0.0,
         "Share of the benchmark problem that shared n-grams must exceed; at 0 one n-gram is enough.",
         at_least=0,
         below=1,
     )
-    verify: bool = _option(
-        True, "Drop solutions that the first reward cannot grade, and demonstrations that it fails."
-    )
-    reward_funcs: list[str] = _option(
+    verify: bool = option(True, "Drop solutions that the first reward cannot grade, and demonstrations that it fails.")
+    reward_funcs: list[str] = option(
         ["accuracy_reward"], "Rewards as in GRPO's config; the first verifies and decides the pass rate."
     )
-    success_threshold: float = _option(1.0, "Reward from which an answer counts as right.")
-    pass_rate_samples: int = _option(
+    success_threshold: float = option(1.0, "Reward from which an answer counts as right.")
+    pass_rate_samples: int = option(
         0, "Answers that the base samples for each demonstration's problem; 0 samples none.", at_least=0
     )
-    pass_rate_file: str | None = _option(None, "Or a file of known rates: columns pass_rate and id or problem.")
-    pass_rate_column: str | None = _option(None, "Or a column of `dataset_name`.")
-    temperature: float = _option(1.0, "Sampling temperature of the pass rates.", above=0)
-    max_new_tokens: int = _option(4096, "Tokens at which a sampled answer is cut off.", at_least=1)
-    batch_size: int = _option(64, "Answers generated at once (transformers).", at_least=1)
-    backend: str = _option(
+    pass_rate_file: str | None = option(None, "Or a file of known rates: columns pass_rate and id or problem.")
+    pass_rate_column: str | None = option(None, "Or a column of `dataset_name`.")
+    temperature: float = option(1.0, "Sampling temperature of the pass rates.", above=0)
+    max_new_tokens: int = option(4096, "Tokens at which a sampled answer is cut off.", at_least=1)
+    batch_size: int = option(64, "Answers generated at once (transformers).", at_least=1)
+    backend: str = option(
         "auto",
         "Engine that samples pass rates: vllm, transformers, or auto, which takes vLLM where it can.",
         choices=OFFLINE_BACKENDS,
     )
-    use_cpu: bool = _option(False, "Sample on the CPU although there is a GPU.")
-    difficulty_bounds: list[float] = _option(
+    use_cpu: bool = option(False, "Sample on the CPU although there is a GPU.")
+    difficulty_bounds: list[float] = option(
         [0.25, 0.75], "sft_hard.jsonl has pass rates up to the first, sft_easy.jsonl from the second on."
     )
-    difficulty_size: int | None = _option(
+    difficulty_size: int | None = option(
         None, "Rows of each difficulty, by default all of the largest subset.", at_least=1
     )
 

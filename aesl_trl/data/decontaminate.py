@@ -9,7 +9,7 @@ translations and changed numbers, which no n-gram finds.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import InputError, nearest
 from .benchmarks import BENCHMARKS
@@ -96,35 +96,27 @@ def load_benchmarks(names: list[str], *, field: str = "decontaminate") -> dict[s
     Raises:
         InputError: neither a file nor a benchmark, unreadable rows, or a row without a problem.
     """
-    return {name: _file_problems(name, field) if Path(name).exists() else _hub_problems(name, field) for name in names}
+    return {name: _load_problems(name, field) for name in names}
 
 
-def _file_problems(name: str, field: str) -> list[str]:
-    rows = load_rows(name, field=field)
-    column = next((column for column in PROBLEM_COLUMNS if column in rows.column_names), None)
+def _load_problems(name: str, field: str) -> list[str]:
+    where = f"{field}: {name}"
+    if Path(name).exists():
+        rows, columns = load_rows(name, field=field), PROBLEM_COLUMNS
+    elif name in BENCHMARKS:
+        bench = BENCHMARKS[name]
+        rows, columns = load_rows(bench.hub, split=bench.split, config=bench.config, field=where), [bench.problem]
+    else:
+        known = ", ".join(BENCHMARKS)
+        raise InputError(f"{where} is neither a file nor one of {known}{nearest(name, BENCHMARKS)}")
+    column = next((column for column in columns if column in rows.column_names), None)
     if column is None:
-        known, columns = ", ".join(PROBLEM_COLUMNS), ", ".join(rows.column_names)
-        near = nearest_column(rows.column_names, PROBLEM_COLUMNS)
-        raise InputError(f"{field}: {name} has no column of problems ({known}), its columns are {columns}{near}")
-    return _texts(rows, column, f"{field}: {name}")
-
-
-def _hub_problems(name: str, field: str) -> list[str]:
-    if name not in BENCHMARKS:
-        near = nearest(name, BENCHMARKS)
-        raise InputError(f"{field}: {name} is neither a file nor one of {', '.join(BENCHMARKS)}{near}")
-    benchmark = BENCHMARKS[name]
-    rows = load_rows(benchmark.hub, split=benchmark.split, config=benchmark.config, field=f"{field}: {name}")
-    if benchmark.problem not in rows.column_names:
-        found = ", ".join(rows.column_names)
-        raise InputError(f"{field}: {name} has no column {benchmark.problem!r}, its columns are {found}")
-    return _texts(rows, benchmark.problem, f"{field}: {name}")
-
-
-def _texts(rows: Any, column: str, where: str) -> list[str]:
-    """Return the text of each problem; of a list of messages that is the user's last."""
+        known, found = ", ".join(columns), ", ".join(rows.column_names)
+        near = nearest_column(rows.column_names, columns)
+        raise InputError(f"{where} has no column of problems ({known}), its columns are {found}{near}")
     texts = []
     for number, value in enumerate(rows[column]):
+        # Of a list of messages the problem is the user's last one
         if isinstance(value, list):
             turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
             value = turns[-1].get("content") if turns else None

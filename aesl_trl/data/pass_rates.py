@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..diversity.figures import Group
 from ..errors import InputError
 from ..files import append_jsonl, read_jsonl
 from ..models.folder import ModelFolder
@@ -79,9 +78,12 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
             first = int(hashlib.sha256(chunk[0].id.encode()).hexdigest()[:8], 16)
             groups = engine.sample(list(rows), Piece(first, len(rows), 0, args.pass_rate_samples))
             for problem, group in zip(chunk, score_groups(groups, list(rows), [reward]), strict=True):
-                rate = _rate(group, args.success_threshold)
-                append_jsonl(path, {"id": problem.id, **rate, "key": keys[problem.id]})
-                rates[problem.id] = rate["pass_rate"]
+                graded = [values[0] for values in group.rewards if not math.isnan(values[0])]
+                right = sum(value >= args.success_threshold for value in graded)
+                rates[problem.id] = right / len(graded) if graded else None
+                counts = {"right": right, "graded": len(graded), "truncated": sum(group.truncated)}
+                line = {"id": problem.id, "pass_rate": rates[problem.id], **counts, "key": keys[problem.id]}
+                append_jsonl(path, line)
             progress(f"pass rates: {start + len(chunk)} of {len(unknown)} sampled")
         engine.close()
     return {problem.id: rates[problem.id] for problem in problems}
@@ -108,10 +110,3 @@ def _keys(rows: list[dict], args: DataArguments, backend: str, reward: Callable)
     weights = [file for file in files if file[0].endswith(".safetensors")]
     common = json.dumps([settings, weights], sort_keys=True)
     return [hashlib.sha256((common + json.dumps(row, sort_keys=True)).encode()).hexdigest()[:16] for row in rows]
-
-
-def _rate(group: Group, success_threshold: float) -> dict:
-    graded = [rewards[0] for rewards in group.rewards if not math.isnan(rewards[0])]
-    right = sum(reward >= success_threshold for reward in graded)
-    pass_rate = right / len(graded) if graded else None
-    return {"pass_rate": pass_rate, "right": right, "graded": len(graded), "truncated": sum(group.truncated)}

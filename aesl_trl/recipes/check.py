@@ -1,9 +1,10 @@
-"""`aesl recipes check`: does a recipe hold together, and does it fit its GPUs? Before any weights are there.
+"""`aesl recipes check`: do a recipe's files agree with each other, and do they fit their GPUs? No weights are needed.
 
-Each YAML file is parsed as its stage will parse it, and checked against the others: the launch and the global batch
-that its first line names, the lengths against the data that `aesl data` will write and the model's context, the token
-that ends a turn, and the memory of one GPU, itemised (memory.py). The model is built on the meta device from
-model_config.json, or from its own files where they are here. Left out: whether the training gets anywhere.
+Each YAML file is parsed as its stage will parse it, and compared with the others: the launch and the global batch with
+its first line, the lengths with the rows that `aesl data` will write and with the model's context, the end of a sample
+with the end of a turn. The memory of one GPU is summed item by item (memory.py). The model is built on the meta device
+from model_config.json, or from its own files where this machine has them. Left out: whether the training learns
+anything.
 """
 
 import os
@@ -44,7 +45,7 @@ BENCHMARK_PROMPT = 512  # tokens that memory is counted with; the benchmarks' pr
 
 @dataclass
 class Case:
-    """One config under check: where it is, what its first line says, and what was found."""
+    """One config under check: its path, what its first line says, and what the check found."""
 
     path: Path
     hardware: Hardware
@@ -54,23 +55,23 @@ class Case:
 
     @cached_property
     def launch(self) -> Launch:
-        name = self.hardware.launch
+        """The accelerate config that the first line names, without one a single process."""
+        name, gpus, vllm_gpus = self.hardware.launch, self.hardware.gpus, self.hardware.vllm_gpus
         launch = read_launch(find_launch(self.path, name)) if name else Launch()
-        if self.hardware.gpus and launch.processes != self.hardware.gpus - self.hardware.vllm_gpus:
-            there = f"{self.hardware.gpus} GPUs" + (
-                f" less {self.hardware.vllm_gpus} for vLLM" if self.hardware.vllm_gpus else ""
-            )
-            self.problems.append(
-                f"{name or 'without an accelerate config'} starts {launch.processes} processes on {there}"
-            )
+        place = f"{gpus} GPUs" + (f" less {vllm_gpus} for vLLM" if vllm_gpus else "")
+        self.expect(
+            not gpus or launch.processes == gpus - vllm_gpus,
+            f"{name or 'without an accelerate config'} starts {launch.processes} processes on {place}",
+        )
         return launch
 
     def expect(self, holds: bool, problem: str) -> None:
+        """Note the problem unless the condition holds."""
         if not holds:
             self.problems.append(problem)
 
     def facts(self, model: str) -> Facts:
-        """What is known of `model`; where its own files are here, they have to agree with model_config.json."""
+        """Return the facts of `model`. Where this machine has its files, they must agree with model_config.json."""
         written, here = find_facts(self.path), local_facts(model)
         if written is not None and written.name == model:
             for name in ("eos_token", "eos_ids", "turn_end_id") if here else ():
@@ -82,17 +83,14 @@ class Case:
         return here
 
     def arguments(self, kinds: tuple[type, ...], *flags: str) -> tuple:
+        """Parse the config as its stage will."""
         with _quiet():
             return parse(kinds, ["--config", str(self.path), *flags], prog=PROG, to_come=self.promised.keys())
 
     def prompt_of(self, dataset: str | None) -> int:
-        """Tokens of the longest prompt of a file that `aesl data` will write; 0 where nothing is known."""
+        """Return the tokens of the longest prompt of a file that `aesl data` will write, 0 where that is unknown."""
         promise = self.promised.get(str(dataset))
         return promise.max_prompt or 0 if promise else 0
-
-    def recipe_facts(self) -> Facts | None:
-        """Of the recipe's model: whatever was trained from it has its sizes."""
-        return find_facts(self.path)
 
     def show_room(self, share_gb: float, sequences: float, length: int) -> None:
         self.lines.append(f"  vLLM's cache holds {max(sequences, 0):.1f} sequences of {length} tokens at once")
@@ -100,7 +98,7 @@ class Case:
         self.expect(sequences >= 1, problem)
 
     def show(self, sum_: Budget) -> None:
-        """The items, and whether the larger phase fits."""
+        """Write the items, and whether the largest phase fits."""
         for item in sum_.items:
             self.lines.append(f"  {item.phase:8}  {item.gb:7.2f} GB  {item.name}: {item.how}")
         peaks = ", ".join(f"{name} {gb:.1f}" for name, gb in sum_.peaks.items())
@@ -112,7 +110,7 @@ class Case:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings, and without the config's `env` staying behind in this process."""
+    """Hide the libraries' warnings, and at the end remove what the config's `env` has set in this process."""
     before = dict(os.environ)
     try:
         with warnings.catch_warnings():
@@ -150,12 +148,12 @@ def check_sft(case: Case) -> None:
         room = monitoring_room(run, args, prompt, case.hardware.gpu_gb)
         if room is not None:
             case.show_room(*room, prompt + args.diversity_max_new_tokens)
-        check_monitoring(case, args)
+        check_token_budget(case, args)
         case.show(budget(sft_items(run, args, prompt, case.hardware.gpu_gb), case.hardware.gpu_gb))
 
 
-def check_monitoring(case: Case, args: Any) -> None:
-    """What a measurement is asked for is what it gets: a token budget below it would make it smaller."""
+def check_token_budget(case: Case, args: Any) -> None:
+    """Note a token budget that would make a measurement smaller than the config asks for."""
     size = Size(args.diversity_num_prompts, args.diversity_samples, args.diversity_max_new_tokens)
     limit = min(budget_of(name, args.diversity_token_budget) or size.tokens for name in DEFAULT_BUDGETS)
     case.expect(
@@ -166,11 +164,17 @@ def check_monitoring(case: Case, args: Any) -> None:
 
 
 def check_grpo(case: Case) -> None:
+    from trl import GRPOConfig
+
     from ..training import grpo
 
-    script, args, model_args = case.arguments(grpo.ARGUMENT_TYPES, *ON_CPU, *_as_one_process(case))
-    for name in ("gradient_accumulation_steps", "steps_per_generation"):
-        setattr(args, name, getattr(args, name) // case.launch.processes)
+    class Config(GRPOConfig):
+        """GRPOConfig as the launch's processes see it: it checks that all their completions make whole groups."""
+
+        world_size = case.launch.processes
+
+    kinds = tuple(Config if kind is GRPOConfig else kind for kind in grpo.ARGUMENT_TYPES)
+    script, args, model_args = case.arguments(kinds, *ON_CPU)
     facts, prompt = case.facts(model_args.model_name_or_path), case.prompt_of(script.dataset_name)
     length = prompt + args.max_completion_length
     check_batch(case, args)
@@ -193,18 +197,8 @@ def check_grpo(case: Case) -> None:
         case.show(budget(grpo_items(run, args, case.hardware, prompt), case.hardware.gpu_gb))
 
 
-def _as_one_process(case: Case) -> list[str]:
-    """Flags that let one process accumulate what all would: GRPOConfig divides the whole generation into groups."""
-    values, processes = load_yaml(case.path), case.launch.processes
-    steps = {"gradient_accumulation_steps": values.get("gradient_accumulation_steps", 1)}
-    if "steps_per_generation" in values:
-        steps["steps_per_generation"] = values["steps_per_generation"]
-    counted = {name: value * processes for name, value in steps.items() if type(value) is int}
-    return [text for name, value in counted.items() for text in (f"--{name}", str(value))]
-
-
 def rollout_end(facts: Facts, generation_kwargs: Any) -> str | None:
-    """The token that ends a sample of the recipe's own model: the template's where anything names it."""
+    """Return the token that ends a sample: the chat template's end of turn where any setting names it."""
     kwargs = generation_kwargs if isinstance(generation_kwargs, dict) else {}
     named = [kwargs.get("stop_token_ids"), kwargs.get("eos_token_id")]
     ids = {item for value in named for item in (value if isinstance(value, list) else [value])}
@@ -215,23 +209,29 @@ def check_probe(case: Case) -> None:
     from ..evaluation import probe
 
     script, args, model_args = case.arguments(probe.ARGUMENT_TYPES, *ON_CPU)
-    facts, prompt = case.recipe_facts(), case.prompt_of(script.eval_dataset_name or script.dataset_name)
+    facts, prompt = find_facts(case.path), case.prompt_of(script.eval_dataset_name or script.dataset_name)
     if facts is None:
         return
     check_stops(case, facts, rollout_end(facts, args.generation_kwargs))
     check_context(case, facts, "prompt and max_completion_length", prompt + args.max_completion_length)
     if case.hardware.gpus:
-        mine = -(-script.num_prompts // case.launch.processes) * script.num_samples
-        sizes = {"samples": min(script.batch_size, mine), "prompt": prompt, "new_tokens": args.max_completion_length}
-        bytes_ = 4 if model_args.dtype in (None, "float32") else 2
-        case.show(sampling_budget(shape_of(facts), case.hardware.gpu_gb, weight_bytes=bytes_, **sizes))
+        on_one_process = -(-script.num_prompts // case.launch.processes) * script.num_samples
+        sampled = sampling_budget(
+            shape_of(facts),
+            case.hardware.gpu_gb,
+            samples=min(script.batch_size, on_one_process),
+            prompt=prompt,
+            new_tokens=args.max_completion_length,
+            weight_bytes=4 if model_args.dtype in (None, "float32") else 2,
+        )
+        case.show(sampled)
 
 
 def check_eval(case: Case) -> None:
     from ..evaluation import evaluate
 
     (args,) = case.arguments(evaluate.ARGUMENT_TYPES)
-    facts, prompt = case.recipe_facts(), BENCHMARK_PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)
+    facts, prompt = find_facts(case.path), BENCHMARK_PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)
     if facts is None:
         return
     length, limit = prompt + args.max_new_tokens, args.max_model_len or facts.context
@@ -252,37 +252,33 @@ def check_eval(case: Case) -> None:
 
 
 def check_chain(case: Case) -> None:
-    """The stages' configs are there, and are launched as their own first lines say."""
+    """Note stages that the chain would launch in another way than the first lines of their configs say."""
     from ..chain.config import read_config
 
     config = read_config(case.path)
-    for name in ("sft", "probe", "grpo"):
-        section = getattr(config, name, None)
-        if section is None or section.config is None:
-            continue
-        hardware = hardware_of(Path(section.config))
-        if not hardware.gpus:
-            continue
-        wanted = hardware.launch
-        given = Path(section.accelerate_config).name if section.accelerate_config else None
-        case.expect(
-            wanted == given,
-            f"{name}.accelerate_config is {given}, but the first line of {Path(section.config).name} says {wanted}",
-        )
+    sections = {name: getattr(config, name, None) for name in ("sft", "probe", "grpo")}
+    for name, section in sections.items():
+        if section is not None and section.config is not None:
+            path, launch = Path(section.config), section.accelerate_config
+            hardware, given = hardware_of(path), Path(launch).name if launch else None
+            case.expect(
+                not hardware.gpus or hardware.launch == given,
+                f"{name}.accelerate_config is {given}, but the first line of {path.name} says {hardware.launch}",
+            )
 
 
 def check_compare(case: Case) -> None:
-    """Rows, files and budgets agree; each cell's chain is checked by `aesl compare --dry_run`, which takes longer."""
+    """Read the comparison: rows, files and budgets must agree. `aesl compare --dry_run` checks each cell's chain."""
     from ..compare.config import read_config
 
     read_config(case.path, to_come=case.promised.keys())
 
 
 def check_data(case: Case) -> None:
-    from ..data import prepare
+    from ..data.prepare import ARGUMENT_TYPES
 
-    (args,) = case.arguments(prepare.ARGUMENT_TYPES)
-    facts = case.recipe_facts()
+    (args,) = case.arguments(ARGUMENT_TYPES)
+    facts = find_facts(case.path)
     if facts is not None and args.max_length:
         check_context(case, facts, "max_length", args.max_length)
 
@@ -301,16 +297,13 @@ def check_batch(case: Case, args: Any) -> None:
 
 
 def check_groups(case: Case, args: Any) -> None:
-    """Completions of one generation are whole groups, as many as the first line says."""
-    drawn = args.per_device_train_batch_size * case.launch.processes * args.steps_per_generation
-    group, hardware = args.num_generations, case.hardware
-    case.expect(drawn % group == 0, f"a generation of {drawn} completions is no multiple of num_generations {group}")
-    if hardware.generations is not None:
-        said = (hardware.prompts, hardware.generations)
-        case.expect(
-            said == (drawn / group, group),
-            f"the first line says {said[0]} prompts x {said[1]}, a generation is {drawn / group:g} x {group}",
-        )
+    """Note a generation whose groups differ in number or size from those that the first line says."""
+    group, said = args.num_generations, (case.hardware.prompts, case.hardware.generations)
+    prompts = args.generation_batch_size // group
+    case.expect(
+        said in ((None, None), (prompts, group)),
+        f"the first line says {said[0]} prompts x {said[1]}, a generation is {prompts} x {group}",
+    )
 
 
 def check_context(case: Case, facts: Facts, what: str, length: int) -> None:
@@ -320,7 +313,7 @@ def check_context(case: Case, facts: Facts, what: str, length: int) -> None:
 
 
 def check_stops(case: Case, facts: Facts, token: str | None) -> None:
-    """What ends a sample must be what the chat template ends a turn with, or samples never stop."""
+    """Note a sample that ends with another token than a turn of the chat template: such samples never stop."""
     case.expect(
         facts.turn_end_token in (None, token),
         f"a sample ends with {token}, a turn of the chat template with {facts.turn_end_token} "
@@ -329,7 +322,7 @@ def check_stops(case: Case, facts: Facts, token: str | None) -> None:
 
 
 def check_weights(case: Case, args: Any, model_args: Any) -> None:
-    """Weights must be trained in a precision that a step can change, and saved whole."""
+    """Note weights that are trained in a precision too coarse for a step, or that are not saved whole."""
     if not model_args.use_peft and case.launch.sharding == "none":
         case.expect(
             model_args.dtype not in ("bfloat16", "float16", "auto"),
@@ -360,11 +353,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 def find_configs(paths: list[Path]) -> list[Path]:
-    """The YAML files that `paths` name, or that lie below them.
-
-    Raises:
-        InputError: a path that is not there, or holds no YAML file.
-    """
+    """Return the YAML files that `paths` name, or that lie below them; refuse a path without any."""
     found = []
     for path in paths:
         inside = sorted(path.rglob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
@@ -375,7 +364,7 @@ def find_configs(paths: list[Path]) -> list[Path]:
 
 
 def check_config(path: Path) -> Case:
-    """Everything that can be said of one file; what is wrong is in `problems`."""
+    """Check one file; return all that can be said of it, with what is wrong in `problems`."""
     case = Case(path, Hardware(0, 0.0), {})
     try:
         kind = kind_of(path)
@@ -388,8 +377,8 @@ def check_config(path: Path) -> Case:
             return case
         with _quiet():
             folder = path.absolute().parent
-            case.promised = promised_files(folder if kind not in ("sft", "grpo") else folder.parent)
-            case.hardware = Hardware(0, 0.0) if kind == "data" else hardware_of(path)
+            case.promised = promised_files(folder.parent if kind in ("sft", "grpo") else folder)
+            case.hardware = case.hardware if kind == "data" else hardware_of(path)
             CHECKS[kind](case)
     except InputError as error:
         case.problems.append(str(error).removeprefix(f"{path}: "))

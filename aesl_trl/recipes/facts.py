@@ -1,9 +1,9 @@
-"""What a recipe's files say, read for `aesl recipes check`: kinds of files, first lines, the model's public numbers.
+"""Read what a recipe's files say: kinds of files, first lines, launches, the model's public numbers.
 
 A recipe is a folder with `sft/`, `grpo/`, `chain*.yaml`, `eval*.yaml`, `probe*.yaml`, `data*.yaml` and
-`model_config.json`: the architecture and tokenizer facts of the model that its configs name, written down from its
+`model_config.json`. The latter holds facts about the architecture and the tokenizer of the model, copied from its
 public files, so that a recipe can be checked where the hub cannot be reached. The first line of a config is a comment
-that names its hardware in a form that is checked (see [`Hardware`]). Nothing is judged here; check.py does.
+that names its hardware in a fixed form (see [`Hardware`]).
 """
 
 import re
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import load_yaml
-from ..errors import InputError
+from ..arguments import load_yaml, parse
+from ..errors import InputError, in_one_line
 from ..files import read_json
 from .memory import Shape
 
@@ -24,13 +24,13 @@ SHARDING = {"FSDP": "fsdp", ("DEEPSPEED", 2): "zero2", ("DEEPSPEED", 3): "zero3"
 
 
 def kind_of(path: Path) -> str | None:
-    """`sft`, `grpo`, `accelerate`, or one of KINDS; None for a YAML file of another name."""
+    """Return `sft`, `grpo`, `accelerate`, or one of KINDS; None for a YAML file of another name."""
     folder = {"sft": "sft", "grpo": "grpo", ACCELERATE_CONFIGS: "accelerate"}.get(path.absolute().parent.name)
     return folder or next((kind for kind in KINDS if path.name.startswith(kind)), None)
 
 
 def first_comment(path: Path) -> str:
-    """The first line where that is a comment, without its mark."""
+    """Return the first line without its mark if it is a comment, else an empty string."""
     with open(path, encoding="utf-8") as file:
         line = file.readline().strip()
     return line.lstrip("# ") if line.startswith("#") else ""
@@ -41,9 +41,9 @@ def first_comment(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Hardware:
-    """`# 8 x 80 GB, 4 of them for vLLM, fsdp2.yaml, global batch 64 = 8 prompts x 8: ...`, in its parts.
+    """The parts of a first line: `# 8 x 80 GB, 4 of them for vLLM, fsdp2.yaml, global batch 64 = 8 prompts x 8: ...`.
 
-    `gpus` 0: a CPU recipe. `launch` names a file of accelerate_configs/; without one a single process runs.
+    A recipe for the CPU has 0 `gpus`. `launch` names a file of accelerate_configs/; None means a single process.
     """
 
     gpus: int
@@ -56,11 +56,7 @@ class Hardware:
 
 
 def hardware_of(path: Path) -> Hardware:
-    """The hardware that the first line names.
-
-    Raises:
-        InputError: it names none.
-    """
+    """Read the hardware that the first line names; refuse a line without one."""
     line = first_comment(path)
     found = re.search(r"(\d+) x (\d+) GB", line)
     if found is None and re.search(r"CPU cores?\b", line) is None:
@@ -70,17 +66,15 @@ def hardware_of(path: Path) -> Hardware:
     vllm = re.search(r"(\d+) of them for vLLM", line)
     launch = re.search(r"\b([\w-]+\.yaml)", line)
     batch = re.search(r"global batch (\d+)(?: = (\d+) prompts x (\d+))?", line)
-    numbers = [
-        None if batch is None or text is None else int(text) for text in (batch.groups() if batch else [None] * 3)
-    ]
+    total, prompts, generations = (text and int(text) for text in (batch.groups() if batch else [None] * 3))
     return Hardware(
         gpus=int(found[1]) if found else 0,
         gpu_gb=float(found[2]) if found else 0.0,
         vllm_gpus=int(vllm[1]) if vllm else 0,
         launch=launch[1] if launch else None,
-        global_batch=numbers[0],
-        prompts=numbers[1],
-        generations=numbers[2],
+        global_batch=total,
+        prompts=prompts,
+        generations=generations,
     )
 
 
@@ -89,7 +83,7 @@ def hardware_of(path: Path) -> Hardware:
 
 @dataclass(frozen=True)
 class Launch:
-    """What an accelerate config says that sizes depend on."""
+    """The settings of an accelerate config that sizes depend on."""
 
     processes: int = 1
     sharding: str = "none"
@@ -98,18 +92,14 @@ class Launch:
 
 
 def read_launch(path: Path) -> Launch:
-    """The accelerate config in `path`.
-
-    Raises:
-        InputError: accelerate cannot read it, or shards in a way that is not known here.
-    """
+    """Read the accelerate config in `path`; refuse a config that accelerate cannot read, or an unknown sharding."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     values = load_yaml(path)
     try:
         config = load_config_from_file(str(path))
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: accelerate cannot read it: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: accelerate cannot read it: {in_one_line(error)}") from None
     kind = config.distributed_type.value
     engine = values.get("deepspeed_config") or {}
     key = (kind, engine.get("zero_stage")) if kind == "DEEPSPEED" else kind
@@ -127,18 +117,14 @@ def read_launch(path: Path) -> Launch:
 
 
 def find_launch(config: Path, name: str) -> Path:
-    """accelerate_configs/`name`, in the recipes that `config` belongs to.
-
-    Raises:
-        InputError: there is none.
-    """
-    for folder in config.absolute().parents:
-        if (folder / ACCELERATE_CONFIGS).is_dir():
-            path = folder / ACCELERATE_CONFIGS / name
-            if path.is_file():
-                return path
-            raise InputError(f"{config}: {name} in the first line is not in {folder / ACCELERATE_CONFIGS}")
-    raise InputError(f"{config}: no folder {ACCELERATE_CONFIGS} above it, where {name} would be")
+    """Find accelerate_configs/`name` in the recipes that `config` belongs to; refuse a name that is not there."""
+    folders = [folder / ACCELERATE_CONFIGS for folder in config.absolute().parents]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise InputError(f"{config}: no folder {ACCELERATE_CONFIGS} above it, where {name} would be")
+    if not (folder / name).is_file():
+        raise InputError(f"{config}: {name} in the first line is not in {folder}")
+    return folder / name
 
 
 # ---- The model
@@ -146,7 +132,7 @@ def find_launch(config: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a recipe's model without its weights."""
+    """The facts about a recipe's model that are known without its weights."""
 
     name: str
     source: Path  # where it was read
@@ -162,7 +148,7 @@ class Facts:
 
 
 def find_facts(path: Path) -> Facts | None:
-    """The facts of the recipe folder that `path` lies in; None where it has no model_config.json."""
+    """Read the facts of the recipe folder that `path` lies in; return None if it has no model_config.json."""
     start = path.absolute()
     for folder in [start, *start.parents][:3]:
         if (folder / MODEL_CONFIG).is_file():
@@ -171,11 +157,7 @@ def find_facts(path: Path) -> Facts | None:
 
 
 def read_facts(path: Path) -> Facts:
-    """model_config.json: `model`, `sources`, `config`, `tokenizer`, `generation_config`.
-
-    Raises:
-        InputError: a part is missing.
-    """
+    """Read model_config.json; refuse it if `model`, `sources` or a part of the others is missing."""
     values = read_json(path)
     try:
         tokenizer, stops = values["tokenizer"], values["generation_config"]["eos_token_id"]
@@ -196,10 +178,10 @@ def read_facts(path: Path) -> Facts:
 
 
 def local_facts(model: str) -> Facts | None:
-    """The facts of a model that is here, in a folder or in the hub's cache: read from its own files."""
+    """Read the facts from the model's own files, in a folder or in the hub's cache; return None if there are none."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from ..models.tokens import turn_end_id
+    from ..models.tokens import id_list, turn_end_id
 
     local = {"local_files_only": True}
     try:
@@ -210,25 +192,20 @@ def local_facts(model: str) -> Facts | None:
         stops = GenerationConfig.from_pretrained(model, **local).eos_token_id
     except OSError:
         stops = config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     end = turn_end_id(tokenizer, strict=True)
     return Facts(
         name=model,
         source=Path(model),
         config=config.get_text_config().to_dict(),
         eos_token=tokenizer.eos_token,
-        eos_ids=frozenset({*stops, tokenizer.eos_token_id} - {None}),
+        eos_ids=frozenset({*id_list(stops), *id_list(tokenizer.eos_token_id)}),
         turn_end_token=None if end is None else tokenizer.convert_ids_to_tokens(end),
         turn_end_id=end,
     )
 
 
 def shape_of(facts: Facts) -> Shape:
-    """Sizes, counted on the model built on the meta device: nothing is allocated.
-
-    Raises:
-        InputError: the config is of no known architecture.
-    """
+    """Build the model on the meta device, which allocates nothing, and count its sizes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -237,13 +214,9 @@ def shape_of(facts: Facts) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{facts.source}: no model can be built of it: {' '.join(str(error).split())}") from None
-    head = model.get_output_embeddings()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+        raise InputError(f"{facts.source}: no model can be built of it: {in_one_line(error)}") from None
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    linears = {name: module for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
     first = [module for name, module in linears.items() if ".layers.0." in name]
     heads = config.num_attention_heads
     return Shape(
@@ -268,7 +241,7 @@ def shape_of(facts: Facts) -> Shape:
 
 @dataclass(frozen=True)
 class Promise:
-    """What a data.yaml says of the files that it will write."""
+    """The limits in a data.yaml of the rows that it will write."""
 
     config: Path
     max_prompt: int | None
@@ -276,16 +249,15 @@ class Promise:
 
 
 def promised_files(folder: Path) -> dict[str, Promise]:
-    """Absolute path of each file that the data*.yaml of a recipe will write -> what is known of its rows."""
-    from ..arguments import parse
+    """Map the absolute path of each file that the data*.yaml of a recipe will write to what is known of its rows."""
     from ..data.config import DIFFICULTIES
-    from ..data.output import HELD_OUT, RL
+    from ..data.output import HELD_OUT, RL, SFT
     from ..data.prepare import ARGUMENT_TYPES
 
     files = {}
     for path in sorted(folder.glob("data*.yaml")):
         (args,) = parse(ARGUMENT_TYPES, ["--config", str(path)], prog="aesl recipes check")
-        names = ["sft.jsonl", RL, HELD_OUT, *(f"sft_{size}.jsonl" for size in args.subsets or [])]
+        names = [SFT, RL, HELD_OUT, *(f"sft_{size}.jsonl" for size in args.subsets or [])]
         names += [f"sft_{name}.jsonl" for name in DIFFICULTIES] if args.has_pass_rates else []
         promise = Promise(path, args.max_prompt_length, args.max_length)
         files |= {str(Path(args.output_dir) / name): promise for name in names if args.output_dir}

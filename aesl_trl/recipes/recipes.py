@@ -1,27 +1,20 @@
-"""The recipes that travel with the package: where they are, what there is, a copy to work on, and a check.
+"""`aesl recipes`: list the recipes that travel with the package, copy them to a folder of one's own, or check them.
 
 In a checkout they are the folder `recipes` beside the package; a wheel carries the same files inside the package as
-`recipe_files` (see setup.cfg), a name of its own because a package `recipes` would hide this module.
+`recipe_files` (see setup.cfg).
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
+from ..arguments import ArgumentParser
 from ..errors import InputError
 from .facts import first_comment
 
 
-NAME = "aesl recipes"
-
-
 def recipes_dir() -> Path:
-    """The folder of the recipes, of this checkout or of the installed package.
-
-    Raises:
-        InputError: the package was taken out of its checkout without them.
-    """
+    """Return the folder of the recipes, of this checkout or of the installed package."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipe_files", package.parent / "recipes"):
         if folder.is_dir():
@@ -30,7 +23,7 @@ def recipes_dir() -> Path:
 
 
 def list_configs(folder: Path) -> list[str]:
-    """One line per YAML file below `folder`: its path, and its first line where that is a comment (its hardware)."""
+    """Return a line for each YAML file below `folder`: its path, and its first line if that is a comment."""
     paths = sorted(folder.rglob("*.yaml"))
     names = [path.relative_to(folder).as_posix() for path in paths]
     width = max(map(len, names), default=0)
@@ -38,11 +31,7 @@ def list_configs(folder: Path) -> list[str]:
 
 
 def copy_recipes(target: str | Path) -> Path:
-    """Copy all recipes to the new folder `target`: their configs name each other, and outputs, relative to themselves.
-
-    Raises:
-        InputError: `target` exists.
-    """
+    """Copy all recipes to the new folder `target`, where they work as they are, since their paths are relative."""
     target = Path(target)
     if target.exists():
         raise InputError(f"{target} exists; name a new folder, e.g. {target}-aesl")
@@ -50,26 +39,17 @@ def copy_recipes(target: str | Path) -> Path:
     return target
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see {NAME} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=NAME, description="List, copy or check the recipes.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | copy | check")
-    commands.add_parser("list", help="every config and its hardware")
-    copy = commands.add_parser("copy", help="copy all of them to a folder of your own")
-    copy.add_argument("target", metavar="DIR", help="a new folder; runs then go to DIR/../runs")
-    check = commands.add_parser("check", help="do they hold together, and fit their GPUs? Needs no weights")
-    check.add_argument("paths", metavar="FOLDER or FILE", nargs="*", type=Path, help="by default all recipes")
-    check.add_argument("--brief", action="store_true", help="of the memory only the sum, where it fits")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
-    """List, copy or check; exit code 2 where a check found a problem."""
-    given = _parser().parse_args(argv)
+    """List, copy or check; leave with exit code 2 where a check found a problem."""
+    parser = ArgumentParser("aesl recipes", "List, copy or check the recipes.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | copy | check")
+    commands.add_parser("list", help="show every config and its hardware")
+    copy = commands.add_parser("copy", help="copy all recipes to a folder of your own")
+    copy.add_argument("target", metavar="DIR", help="a new folder; runs then go to DIR/../runs")
+    check = commands.add_parser("check", help="check that they hold together and fit their GPUs; needs no weights")
+    check.add_argument("paths", metavar="FOLDER or FILE", nargs="*", type=Path, help="by default all recipes")
+    check.add_argument("--brief", action="store_true", help="show the memory's sum alone where it fits")
+    given = parser.parse_args(argv)
     if given.command == "check":
         from .check import check_config, find_configs, report
 

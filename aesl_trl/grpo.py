@@ -19,7 +19,7 @@ from .training.grpo import (
     load_rewards,
     save,
 )
-from .training.session import at_work, check_finished, end, resume_point, train
+from .training.session import check_finished, end_trackers, guarded_training, resume_point, train
 from .training.signals import StopSignals
 
 
@@ -41,12 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         reward_funcs = load_rewards(script_args)
         train_rows, eval_rows = load_datasets(script_args, training_args, reward_funcs)
         check_prompts_can_be_written(script_args, model_args, training_args, train_rows)
-        with at_work(training_args, signals):
+        with guarded_training(training_args, signals):
             trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train_rows, eval_rows)
             train(trainer, checkpoint, signals)
             check_finished(trainer, NAME)
             save(trainer, script_args, model_args)
-            end(trainer)
+            end_trackers(trainer)
 
 
 # ---- Checks before the model loads

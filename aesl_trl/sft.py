@@ -12,10 +12,10 @@ from .errors import InputError, exit_on_input_error
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .rewards.functions import check_columns, load_reward_funcs
 from .training.session import (
-    at_work,
     check_quantization,
+    guarded_training,
     resume_point,
-    source,
+    revision_and_trust,
     train,
 )
 from .training.sft import ARGUMENT_TYPES, MODEL, NAME, build_trainer, finish, load_datasets
@@ -35,19 +35,19 @@ def main(argv: list[str] | None = None) -> None:
         if not model_args.model_name_or_path:
             raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
         check_quantization(model_args)
-        check_model(model_args.model_name_or_path, MODEL, **source(model_args, args))
+        check_model(model_args.model_name_or_path, MODEL, **revision_and_trust(model_args, args))
         checkpoint = resume_point(args, NAME)
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
         train_rows, evaluation, prompts = load_datasets(script_args, args)
         examples = [*islice(train_rows, CHECKED_ROWS), *(prompts or [])[:CHECKED_ROWS]]
         name = model_args.model_name_or_path
-        check_tokenizer(name, name, examples, field=MODEL, settings=args, **source(model_args, args))
+        check_tokenizer(name, name, examples, field=MODEL, settings=args, **revision_and_trust(model_args, args))
         if prompts is not None and reward_funcs:
             where = f"diversity prompts {script_args.diversity_dataset_name or ''}"
             check_columns(reward_funcs, prompts[0], where=where)
-        with at_work(args, signals):
+        with guarded_training(args, signals):
             trainer = build_trainer(args, model_args, train_rows, evaluation, prompts, reward_funcs)
-            train(trainer, checkpoint, signals)
+            train(trainer, checkpoint, signals, trainer.diversity_callback)
             finish(trainer, script_args)
 
 

@@ -313,7 +313,8 @@ RUNS = {
     "resume from nothing": (sft(resume_from_checkpoint="./out/checkpoint-7"), "out/checkpoint-7", "'checkpoint-2'"),
     "resume from half": (
         sft(write={"out/checkpoint-4/trainer_state.json": "{"}, resume_from_checkpoint="./out/checkpoint-4"),
-        "checkpoint-4 cannot be gone on from",
+        "training cannot go on from",
+        "checkpoint-4: trainer_state.json is missing",
         "the last whole one is",
         "out/checkpoint-2",
     ),

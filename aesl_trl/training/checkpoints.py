@@ -53,12 +53,10 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: None) -> Path | None:
-    """Return the checkpoint that `resume_from_checkpoint` stands for; None means that training starts from step 0.
+    """Return the checkpoint that the setting `resume_from_checkpoint` asks for; None is a start from step 0.
 
-    Args:
-        asked: the setting. True stands for the last whole checkpoint of `folder`; None and False for a fresh start.
-        folder: the training's output folder.
-        say: prints a line for each torn checkpoint that we pass over, and a line for where training goes on.
+    True asks for the last whole checkpoint of the output folder `folder`. `say` prints a line for each torn checkpoint
+    that we pass over, and a line for where training goes on.
 
     Raises:
         InputError: the setting names a checkpoint, and that checkpoint is torn.
@@ -70,7 +68,7 @@ def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: Non
         problem = damage(Path(asked))
         if problem:
             hint = f"the last whole one is {last}" if last else f"there is no whole one in {folder}"
-            raise InputError(f"resume_from_checkpoint: {asked} cannot be gone on from: {problem}; {hint}")
+            raise InputError(f"resume_from_checkpoint: training cannot go on from {asked}: {problem}; {hint}")
         return Path(asked)
     for path in torn:
         say(f"{path} is not whole ({damage(path)}): passed over")
@@ -92,6 +90,8 @@ def damage(checkpoint: Path) -> str | None:
     """
     from ..models.folder import safetensors_problem  # imports torch, which a chain seldom needs
 
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     if (checkpoint / INCOMPLETE).exists():
         return f"it holds {INCOMPLETE}"
     try:
@@ -137,22 +137,19 @@ def _difference_from_manifest(checkpoint: Path) -> str | None:
     if not (checkpoint / MANIFEST).exists():
         return None
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        differences = (_difference(checkpoint, name, facts) for name, facts in listed.items())
-        return next(filter(None, differences), None)
+        for name, saved in json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"].items():
+            path = checkpoint / name
+            if not files.stays_inside(name):
+                return f"{MANIFEST} lists {name}, which is outside of it"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != saved["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {saved['bytes']} were saved"
+            if _checksum(path) != saved["crc32"]:
+                return f"{name} is not the file that was saved"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-
-
-def _difference(checkpoint: Path, name: str, facts: dict) -> str | None:
-    path = checkpoint / name
-    if not files.stays_inside(name):
-        return f"{MANIFEST} lists {name}, which is outside of it"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != facts["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, {facts['bytes']} were saved"
-    return None if _checksum(path) == facts["crc32"] else f"{name} is not the file that was saved"
+    return None
 
 
 def _checksum(path: Path) -> str:

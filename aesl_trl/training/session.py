@@ -1,41 +1,171 @@
-"""What the mains of SFT and GRPO share: checks before the model loads, how it loads, what it resumes from, and how a
-training has ended.
+"""What `aesl sft` and `aesl grpo` share: datasets, how a model is loaded, a guarded training, and its end.
 
-Data, rewards and the trainers themselves are each main's own.
+The two differ in their arguments, their checks of the rows and their trainers (sft.py, grpo.py).
 """
 
 import errno
 import importlib.util
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import TrainerCallback
 
-from ..errors import UNFINISHED, InputError
+from ..data.rows import load_rows
+from ..errors import UNFINISHED, InputError, in_one_line
 from ..files import TRAINING_LOCK
 from ..processes import lock
 from .checkpoints import find_checkpoint, last_whole_checkpoint
+from .resuming import CheckpointCallback
+from .signals import StopCallback, StopSignals
 
 
-SAID_AFTER = (2, 10, 100, 1000)  # steps that were timed; the first of a process is not, it warms up
+# The disk takes no more. Any other file error may be a mistake in the code, and keeps its traceback.
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# Some settings only transformers and PEFT can judge: words of their messages -> the setting that is meant
+SETTINGS = {"Target modules": "lora_target_modules", "attn_implementation": "attn_implementation"}
+SAID_AFTER = (2, 10, 100, 1000)  # steps timed so far; the first step of a process warms up and is not timed
+
+
+# ---- Datasets
+
+
+def load_split(script_args: Any, setting: str, split: str | None, *, seed: int, streaming: bool) -> Any:
+    """Load the rows that `setting` of TRL's script arguments names; `dataset_config` is for `dataset_name` alone."""
+    config = script_args.dataset_config if setting == "dataset_name" else None
+    name = getattr(script_args, setting)
+    return load_rows(name, split=split, config=config, streaming=streaming, seed=seed, field=setting)
+
+
+def load_train_and_eval(
+    script_args: Any, check: Callable, *, contents: str, seed: int, evaluates: bool, streams_eval: bool
+) -> tuple[Any, Any]:
+    """Load the rows to train on, and from `eval_dataset_name` or the test split the rows to evaluate on, or None.
+
+    `check(rows, field=setting)` refuses rows that cannot be used. `contents` says in words what `dataset_name` holds.
+    `streams_eval`: `dataset_streaming` is for `eval_dataset_name` as well.
+    """
+    if not script_args.dataset_name:
+        raise InputError(f"dataset_name is missing: name {contents}, a hub dataset or a local file")
+    streaming = script_args.dataset_streaming
+    train = load_split(script_args, "dataset_name", script_args.dataset_train_split, seed=seed, streaming=streaming)
+    check(train, field="dataset_name")
+    if not evaluates:
+        return train, None
+    setting, split = "dataset_name", script_args.dataset_test_split
+    if script_args.eval_dataset_name:
+        setting, split, streaming = "eval_dataset_name", None, streaming and streams_eval
+    evaluation = load_split(script_args, setting, split, seed=seed, streaming=streaming)
+    check(evaluation, field="eval_dataset_name")
+    return train, evaluation
+
+
+# ---- Loading the model
+
+
+def check_quantization(model_args: Any) -> None:
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install 'aesl_trl[qlora]'")
+
+
+def revision_and_trust(model_args: Any, training_args: Any) -> dict:
+    """Return the keywords that say which revision of a model is read, and whether the model's own code may run."""
+    return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+
+
+def model_init_kwargs(model_args: Any, training_args: Any) -> dict:
+    """Return the keywords for loading the model as TRL's scripts put them together; the config's own ones win."""
+    return {
+        **revision_and_trust(model_args, training_args),
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+@contextmanager
+def named_settings() -> Iterator[None]:
+    """Name the setting, in one line, when the libraries refuse its value while the model loads."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        setting = next((setting for words, setting in SETTINGS.items() if words in str(error)), None)
+        if setting is None or isinstance(error, InputError):
+            raise
+        raise InputError(f"{setting}: {error}") from None
+
+
+# ---- Training
+
+
+def resume_point(args: Any, command: str) -> Path | None:
+    """Return the checkpoint that `resume_from_checkpoint` stands for, with a line for each torn one on the way."""
+
+    def say(line: str) -> None:
+        if args.process_index == 0:
+            print(f"{command}: {line}", flush=True)
+
+    return find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir), say)
+
+
+@contextmanager
+def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
+    """Keep a second training out of the output folder, and end in one line when a signal or the disk is the reason.
+
+    Raises:
+        InputError: another process trains in the folder, such as one whose launcher was killed and left it behind.
+        SystemExit: a signal came (128 + signal), or the disk takes no more (1).
+    """
+    folder = Path(args.output_dir)
+    args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
+    message = f"another training is at work in {folder}: end it first"
+    with lock(folder / TRAINING_LOCK, message) if args.process_index == 0 else nullcontext():
+        try:
+            yield
+        except Exception as error:
+            if signals.received:  # another rank, or a process that the step needs, has ended before this one
+                signals.leave(f"the step could not be finished, nothing saved ({in_one_line(error)})")
+            if not is_write_error(error):
+                raise
+            last, _ = last_whole_checkpoint(folder)
+            kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
+            place = f"{folder} ({shutil.disk_usage(folder).free / 1e9:.3f} GB free)"
+            print(f"{signals.command}: {place} cannot be written: {in_one_line(error)}; {kept}", file=sys.stderr)
+            sys.exit(1)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Recognise a full disk and the like, as Python, torch.save (in C++) and safetensors (in Rust) report it."""
+    of_python = isinstance(error, OSError) and error.errno in WRITE_ERRORS
+    of_torch = "inline_container.cc" in str(error) and "Reader" not in str(error)
+    return of_python or of_torch or str(error).startswith("Error while serializing")  # the last is safetensors'
+
+
+def train(trainer: Any, checkpoint: Path | None, signals: StopSignals, diversity: Any = None) -> None:
+    """Train to the end, from `checkpoint` if there is one; a signal ends in a checkpoint and SystemExit.
+
+    `diversity` is the trainer's [`~callback.DiversityCallback`], if it measures.
+    """
+    saving = CheckpointCallback(trainer, checkpoint)
+    for callback in (saving, StopCallback(trainer, signals, saving, diversity), HoursLeft(signals.command)):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 class HoursLeft(TrainerCallback):
-    """Prints `aesl sft: step 3 of 252, 12.1 s a step, 0.8 h left` on the first process.
+    """Print `aesl sft: step 3 of 252, 12.1 s a step, 0.8 h left` on the first process.
 
-    The pace is the mean since the first step of this process, so that of a resumed run is its own. What interrupts the
-    steps (measurements, evaluation, checkpoints) counts as far as it has happened.
+    The pace is the mean since the first step of this process, so a resumed run has a pace of its own. Time between the
+    steps (measurements, evaluation, checkpoints) counts as far as it has passed.
     """
 
     def __init__(self, command: str):
         self.command = command
-        self.first: tuple[int, float] | None = None  # step and time of the first step's end
+        self.first: tuple[int, float] | None = None  # the first step, and the time of its end
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first = None
@@ -48,150 +178,25 @@ class HoursLeft(TrainerCallback):
         if timed not in SAID_AFTER or left <= 0 or not state.is_world_process_zero:
             return
         step_s = (time.monotonic() - self.first[1]) / timed
-        line = (
-            f"step {state.global_step} of {state.max_steps}, {step_s:.2g} s a step, {step_s * left / 3600:.2g} h left"
-        )
-        print(f"{self.command}: {line}", flush=True)
+        pace = f"{step_s:.2g} s a step, {step_s * left / 3600:.2g} h left"
+        print(f"{self.command}: step {state.global_step} of {state.max_steps}, {pace}", flush=True)
 
 
-# A disk that takes no more; anything else that a file can fail with may be a mistake in the code, and keeps its
-# traceback
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# What transformers and PEFT say of a setting that only they can judge -> the setting
-SETTINGS = {"Target modules": "lora_target_modules", "attn_implementation": "attn_implementation"}
-
-
-def check_quantization(model_args: Any) -> None:
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install 'aesl_trl[qlora]'")
-
-
-def check_exists(name: str, value: Any) -> None:
-    """Refuse a path that is not there; `org/name` may be a model on the hub and passes."""
-    is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith(".") or value.count("/") > 1)
-    if is_path and not Path(value).exists():
-        raise InputError(f"{name}: {value} does not exist")
-
-
-def source(model_args: Any, training_args: Any) -> dict:
-    """Which version of the model is meant, and whether its own code may run."""
-    return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-
-
-def model_init_kwargs(model_args: Any, training_args: Any) -> dict:
-    """Keyword arguments for loading the model, as TRL's scripts put them together; those of the config win."""
-    return {
-        **source(model_args, training_args),
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-
-
-@contextmanager
-def named_settings() -> Iterator[None]:
-    """What the libraries refuse of a setting while the model loads is the user's to mend: one line that names it."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        text = _in_one_line(error)
-        setting = next((setting for start, setting in SETTINGS.items() if start in text), None)
-        if setting is None or isinstance(error, InputError):
-            raise
-        raise InputError(f"{setting}: {text}") from None
-
-
-def resume_point(args: Any, command: str) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` stands for, with a line for each torn one that is passed over."""
-    check_exists("resume_from_checkpoint", args.resume_from_checkpoint)
-
-    def say(line: str) -> None:
-        if args.process_index == 0:
-            print(f"{command}: {line}", flush=True)
-
-    return find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir), say)
-
-
-@contextmanager
-def at_work(args: Any, signals: Any) -> Iterator[None]:
-    """Keep a second training out of the output folder, and end in one line where a signal or the disk is the reason.
-
-    Raises:
-        InputError: another process trains in the folder, such as one whose launcher was killed and left it behind.
-        SystemExit: a signal came (128 + signal), or the disk takes no more (1).
-    """
-    folder = Path(args.output_dir)
-    args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
-    with ExitStack() as stack:
-        if args.process_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            message = f"another training is at work in {folder}: end it first"
-            stack.enter_context(lock(folder / TRAINING_LOCK, message))
-        try:
-            yield
-        except Exception as error:
-            if signals.received:  # another rank, or a process that the step needs, has ended before it
-                signals.leave(f"the step could not be finished, nothing saved ({_in_one_line(error)})")
-            if not is_write_error(error):
-                raise
-            _leave_unwritten(error, folder, signals.command)
-
-
-def train(trainer: Any, checkpoint: Path | None, signals: Any) -> None:
-    """Train to the end, from `checkpoint` if there is one, with checkpoints that a kill or a signal can come between.
-
-    Raises:
-        SystemExit: a signal came, and a checkpoint is saved.
-    """
-    pass
-    from .resuming import CheckpointCallback
-    from .signals import StopCallback
-
-    callbacks = trainer.callback_handler.callbacks
-    saving = next((one for one in callbacks if isinstance(one, CheckpointCallback)), None)
-    if saving is None:
-        saving = CheckpointCallback(trainer)
-        trainer.add_callback(saving)
-    saving.resumed_from = checkpoint
-    trainer.add_callback(StopCallback(trainer, signals, saving))
-    trainer.add_callback(HoursLeft(signals.command))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _leave_unwritten(error: Exception, folder: Path, command: str) -> NoReturn:
-    last, _ = last_whole_checkpoint(folder)
-    kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
-    free_gb = shutil.disk_usage(folder).free / 1e9
-    text = _in_one_line(error)
-    print(f"{command}: {folder} ({free_gb:.3f} GB free) cannot be written: {text}; {kept}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def is_write_error(error: BaseException) -> bool:
-    """A full disk and the like, as Python, safetensors (in Rust) and torch.save (in C++) report it."""
-    known = isinstance(error, OSError) and error.errno in WRITE_ERRORS
-    torch_save = "inline_container.cc" in str(error) and "Reader" not in str(error)
-    return known or torch_save or str(error).startswith("Error while serializing")  # the last is safetensors'
+# ---- The end
 
 
 def check_finished(trainer: Any, command: str) -> None:
-    """Exit with [`~aesl_trl.errors.UNFINISHED`] before the last step.
+    """Exit with [`~aesl_trl.errors.UNFINISHED`] when the last step was not reached.
 
-    A callback may end a training as if all steps were done; what follows must not believe it.
+    A callback may end a training as if all steps were done, and the stages that follow must not believe it.
     """
-    state = trainer.state
-    if state.global_step < state.max_steps:
-        trainer.accelerator.print(
-            f"{command}: stopped at step {state.global_step} of {state.max_steps}", file=sys.stderr
-        )
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if step < last:
+        trainer.accelerator.print(f"{command}: stopped at step {step} of {last}", file=sys.stderr)
         sys.exit(UNFINISHED)
 
 
-def end(trainer: Any) -> None:
-    """Finish the trackers and the process group, where transformers can (from 5.18)."""
+def end_trackers(trainer: Any) -> None:
+    """End the trackers and the process group; transformers can do so from 5.18 on."""
     if hasattr(trainer, "end"):
         trainer.end()

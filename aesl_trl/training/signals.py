@@ -1,8 +1,7 @@
 """SIGTERM and SIGINT while `aesl sft` and `aesl grpo` run: finish the step, save, leave with exit code 128 + signal.
 
 Outside of a step (loading, measuring, saving the last weights) the process leaves at once: what it was writing is
-renamed into place when it is whole, or lies in a checkpoint that counts as torn. The chain's own signals are in
-processes.py.
+renamed into place when it is whole, or lies in a checkpoint that counts as torn. processes.py has a chain's signals.
 """
 
 import contextlib
@@ -15,18 +14,18 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from ..processes import GRACE_S
+from ..processes import GRACE_S, STOP_SIGNALS, handling
 from .resuming import CheckpointCallback
 
 
-REPEAT_S = 3  # within it a second signal is the same one: a launcher passes on what its whole group was sent
+REPEAT_S = 3  # a second signal within this time repeats the first: a launcher passes on what its whole group was sent
 
 
 class StopSignals:
-    """Handles both signals while it is entered; `received` is the first one.
+    """Handle both signals inside a `with` block; `received` is the first one.
 
-    While `is_deferred`, the first one is only noted. Another one, `REPEAT_S` later, ends the process as it would have
-    without a handler.
+    While `is_deferred` is set, the first signal is only noted. Another one, `REPEAT_S` later, ends the process as it
+    would have without a handler.
     """
 
     def __init__(self, command: str):
@@ -36,43 +35,41 @@ class StopSignals:
 
     def __enter__(self):
         self._process = os.getpid()
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = handling(STOP_SIGNALS, self._handle)
+        self._handlers.__enter__()
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error):
+        self._handlers.__exit__(*error)
 
     def _handle(self, number: int, _frame) -> None:
         if os.getpid() != self._process:
-            _handle_in_child(number)
+            # A forked process has our handler too. Ctrl-C reaches all processes, and the training answers it; with
+            # SIGTERM a pool ends its own.
+            if number == signal.SIGTERM:
+                _end_at_once(number)
         elif self.received is None:
             self.note(number)
             if not self.is_deferred:
                 self.leave("nothing was being trained, nothing saved")
             self._say("a checkpoint is saved after this step; the same again ends at once")
-        elif time.monotonic() - self._at > REPEAT_S:
+        elif time.monotonic() - self._received_at > REPEAT_S:
             _end_at_once(number)
 
     def note(self, number: int) -> None:
-        self.received, self._at = number, time.monotonic()
+        """Remember the signal and the time."""
+        self.received, self._received_at = number, time.monotonic()
 
-    def leave(self, what: str) -> None:
-        self._say(what)
+    def leave(self, outcome: str) -> None:
+        """Print the outcome and exit with 128 + signal."""
+        self._say(outcome)
         sys.exit(128 + self.received)
 
-    def _say(self, what: str) -> None:
-        line = f"{self.command}: {signal.Signals(self.received).name}: {what}\n"
+    def _say(self, outcome: str) -> None:
+        line = f"{self.command}: {signal.Signals(self.received).name}: {outcome}\n"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # whoever read it may be gone
-                os.write(2, line.encode())  # not print, which the signal may have come in the middle of
-
-
-def _handle_in_child(number: int) -> None:
-    """A forked process has our handler: Ctrl-C reaches all of them and is the training's affair; a pool ends its own
-    with SIGTERM."""
-    if number == signal.SIGTERM:
-        _end_at_once(number)
+            with contextlib.suppress(OSError):  # whoever read stderr may be gone
+                os.write(2, line.encode())  # the signal may have come in the middle of a print, so we cannot print
 
 
 def _end_at_once(number: int) -> None:
@@ -81,35 +78,38 @@ def _end_at_once(number: int) -> None:
 
 
 def spare_workers(loader) -> None:
-    """Let a loader's workers live on when their whole group is sent SIGTERM: the step still needs their rows."""
-    loader = getattr(loader, "base_dataloader", loader)  # accelerate's reads through to it, but does not write
+    """Let a loader's workers outlive a SIGTERM to their whole group: the step at hand still needs their rows."""
+    loader = getattr(loader, "base_dataloader", loader)  # attributes of accelerate's loader can be read, not written
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
 
 
 def _start_worker(init, number: int) -> None:
     if init is not None:
         init(number)
-    # torch's own handler ends the worker, and the training fails; not for ever, for its loader may mean it
+    # torch's own handler would end the worker, and the training with it. Ours gives it a time limit instead, because
+    # the loader itself may have sent the signal.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 class StopCallback(TrainerCallback):
     """
-    Saves and leaves at the end of the step in which a signal came, all ranks at the same one.
+    Save and leave at the end of the step in which a signal came; all ranks leave at the same step.
 
-    Where several steps share one generation (GRPO's `steps_per_generation`, `num_iterations`), at the last of them:
-    TRL does not save the samples, and resuming in between would draw others.
+    Where several steps share one generation (GRPO's `steps_per_generation`, `num_iterations`), this happens at the
+    last of them: TRL does not save the samples, and a run that resumed in between would draw others.
 
     Args:
         trainer ([`~transformers.Trainer`]): the trainer that it is added to, as its last callback.
-        signals ([`StopSignals`]): what was received.
-        saving ([`~resuming.CheckpointCallback`]): added before this one; by `on_save` it has finished the checkpoint.
+        signals ([`StopSignals`]): tells whether a signal has come.
+        saving ([`~resuming.CheckpointCallback`]): added before this one, so that it has finished the checkpoint.
+        diversity ([`~callback.DiversityCallback`], *optional*): measures at the end of some steps.
     """
 
-    def __init__(self, trainer, signals: StopSignals, saving: CheckpointCallback):
+    def __init__(self, trainer, signals: StopSignals, saving: CheckpointCallback, diversity=None):
         self.trainer = trainer
         self.signals = signals
         self.saving = saving
+        self.diversity = diversity
         self._stops = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -120,10 +120,9 @@ class StopCallback(TrainerCallback):
         self.signals.is_deferred = True
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        # The callbacks of a step's end come before ours; a measurement among them may take minutes
-        measures = getattr(self.trainer, "diversity_callback", None)
-        step = state.global_step + 1
-        self.signals.is_deferred = measures is None or (step % measures.steps != 0 and step != state.max_steps)
+        # A measurement at this step's end comes before our own `on_step_end`, and may take minutes.
+        measures = self.diversity is not None and self.diversity.measures_at(state.global_step + 1, state.max_steps)
+        self.signals.is_deferred = not measures
 
     def on_step_end(self, args, state, control, **kwargs):
         self.signals.is_deferred = True
@@ -143,7 +142,7 @@ class StopCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self._stops or self._stop_is_due(args, state):
-            self.trainer.accelerator.wait_for_everyone()  # a rank that leaves first would have the others killed
+            self.trainer.accelerator.wait_for_everyone()  # if a rank left early, the launcher would kill the others
             self.signals.leave(f"saved checkpoint-{state.global_step}; go on with --resume_from_checkpoint true")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -152,7 +151,7 @@ class StopCallback(TrainerCallback):
             self.signals.leave("the training was over, its last weights are not saved yet")
 
     def _stop_is_due(self, args, state) -> bool:
-        """Whether any rank has received a signal, and the step is one to stop at."""
+        """Say whether any rank has received a signal, and this step is one to stop at."""
         accelerator, received = self.trainer.accelerator, self.signals.received or 0
         if accelerator.num_processes > 1:
             received = int(accelerator.gather(torch.tensor([received], device=accelerator.device)).max())

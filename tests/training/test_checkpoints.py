@@ -197,7 +197,7 @@ def test_a_torn_one_asked_for_by_name_is_refused(tmp_path):
     with pytest.raises(InputError) as refused:
         find_checkpoint(str(torn), tmp_path)
     assert str(refused.value) == (
-        f"resume_from_checkpoint: {torn} cannot be gone on from: trainer_state.json is missing or cut off; "
+        f"resume_from_checkpoint: training cannot go on from {torn}: trainer_state.json is missing or cut off; "
         f"the last whole one is {tmp_path}/checkpoint-3"
     )
 

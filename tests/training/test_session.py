@@ -6,14 +6,14 @@ import pytest
 from small_runs import trainer_for
 from transformers import TrainerState
 
-from aesl_trl.training import session as progress
+from aesl_trl.training import session
 from aesl_trl.training.session import HoursLeft
 
 
 @pytest.fixture
 def clock(monkeypatch):
     times = iter(range(0, 10**6, 30))  # 30 s a step
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(times))
 
 
 def steps(callback, first, last, *, max_steps, main=True):
@@ -33,7 +33,7 @@ def test_the_pace_is_said_after_the_first_steps(clock, capsys):
 
 def test_the_arithmetic(monkeypatch, capsys):
     now = {"s": 0.0}
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now["s"])
+    monkeypatch.setattr(session.time, "monotonic", lambda: now["s"])
     callback = HoursLeft("aesl grpo")
     for step, time_s in ((101, 50.0), (102, 100.0), (103, 170.0)):  # resumed: 60 s a step since step 101
         now["s"] = time_s

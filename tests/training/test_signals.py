@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from aesl_trl.training import signals
 from aesl_trl.training.signals import StopSignals, spare_workers
 
 
@@ -26,11 +27,11 @@ def test_outside_of_a_step_the_process_leaves(capfd):
 
 
 def test_in_a_step_the_first_signal_is_noted(capfd):
-    with StopSignals("aesl grpo") as signals:
-        signals.is_deferred = True
+    with StopSignals("aesl grpo") as handled:
+        handled.is_deferred = True
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # at once after it: a launcher's, of the same event
-        assert signals.received == signal.SIGTERM
+        assert handled.received == signal.SIGTERM
     assert capfd.readouterr().err.startswith("aesl grpo: SIGTERM: a checkpoint is saved after this step; ")
 
 
@@ -43,11 +44,11 @@ def test_only_the_first_rank_of_a_machine_speaks(capfd, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(number, monkeypatch):
-    monkeypatch.setattr("aesl_trl.training.signals.REPEAT_S", 0.0)
+    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
     process = os.fork()
     if process == 0:
-        with StopSignals("aesl sft") as signals:
-            signals.is_deferred = True
+        with StopSignals("aesl sft") as handled:
+            handled.is_deferred = True
             for _ in range(2):
                 os.kill(os.getpid(), number)
                 time.sleep(0.01)

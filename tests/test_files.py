@@ -1,4 +1,4 @@
-"""The files of a run folder: valid JSON, and never half of it."""
+"""files: valid JSON and never half of it, folders swapped as a whole, and a run as it lies on disk."""
 
 import json
 import math
@@ -53,13 +53,185 @@ def test_replace_dir_takes_the_place_of_an_older_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_sft_dir(tmp_path):
+# ---- A folder is swapped
+
+
+def litter(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_swapped_makes_a_folder_and_replaces_it(tmp_path):
+    target = tmp_path / "new" / "target"
+    for number in range(3):
+        with files.swapped(target) as folder:
+            assert list(folder.iterdir()) == [] and folder.parent == target.parent
+            (folder / f"file-{number}").write_text("")
+        assert [path.name for path in target.iterdir()] == [f"file-{number}"]
+        assert litter(target.parent) == []
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_inside_leaves_the_old_folder_whole(tmp_path, is_there, error):
+    target = tmp_path / "target"
+    if is_there:
+        files.write_text(target / "weights", "old")
+    with pytest.raises(error), files.swapped(target) as folder:
+        (folder / "weights").write_text("half")
+        raise error
+    assert (target / "weights").read_text() == "old" if is_there else not target.exists()
+    assert litter(tmp_path) == []
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target, replace = tmp_path / "target", os.replace
+    files.write_text(target / "weights", "old")
+
+    def fails_for_the_new(source, to):
+        if str(source).endswith(".tmp"):
+            raise OSError("no")
+        replace(source, to)
+
+    monkeypatch.setattr(files.os, "replace", fails_for_the_new)
+    with pytest.raises(OSError, match="no"), files.swapped(target):
+        pass
+    assert (target / "weights").read_text() == "old"
+    assert litter(tmp_path) == []
+
+
+# ---- A run is read
+
+
+def sft_run(folder, **settings):
+    files.write_json(folder / files.RUN, {"stage": "sft", **settings})
+    return folder
+
+
+def test_the_sft_folder_of_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no SFT run"):
         files.sft_dir(tmp_path)
     files.write_json(tmp_path / "chain" / files.CHAIN, {"sft_dir": "../shared"})
     assert files.sft_dir(tmp_path / "chain") == (tmp_path / "shared").resolve()
-    files.write_json(tmp_path / "run" / "sft" / files.RUN, {})
+    sft_run(tmp_path / "run" / "sft")
     assert files.sft_dir(tmp_path / "run") == tmp_path / "run" / "sft"
     files.write_json(tmp_path / "base" / files.CHAIN, {"sft_dir": None})
     with pytest.raises(InputError, match="without an SFT stage"):
         files.sft_dir(tmp_path / "base")
+
+
+def test_has_sft(tmp_path):
+    cases = {
+        "itself": (sft_run(tmp_path / "itself"), True),
+        "inside": (sft_run(tmp_path / "inside" / "sft").parent, True),
+        "base": (tmp_path / "base", False),
+        "not begun": (tmp_path / "not begun", False),
+        "shared": (tmp_path / "shared", True),
+        "nothing": (tmp_path / "nothing", False),
+    }
+    files.write_json(tmp_path / "base" / files.CHAIN, {"sft_dir": None})
+    files.write_json(tmp_path / "not begun" / files.CHAIN, {"sft_dir": "sft"})
+    files.write_json(tmp_path / "shared" / files.CHAIN, {"sft_dir": "../itself"})
+    (tmp_path / "nothing").mkdir()
+    assert {name: files.RunFolder(path).has_sft for name, (path, _) in cases.items()} == {
+        name: expected for name, (_, expected) in cases.items()
+    }
+
+
+def test_an_old_chains_run_is_read_by_its_chain_json(tmp_path):
+    """Runs of the first chains keep their SFT elsewhere, and their selection beside chain.json."""
+    sft, run = sft_run(tmp_path / "shared", cold_start_loss="nll"), tmp_path / "run"
+    files.write_json(run / files.CHAIN, {"sft_dir": "../shared", "stages": {"sft": {"status": "done"}}})
+    files.write_json(run / files.SELECTION, {"step": 5})
+    files.write_json(sft / files.SELECTION, {"step": 7})
+    files.write_json(sft / files.READINESS, {"checkpoints": []})
+    files.write_jsonl(sft / files.DIVERSITY, [{"step": 0, "entropy": 1.0}])
+    found = files.RunFolder(run)
+    assert found.chain["stages"]["sft"]["status"] == "done"
+    assert found.settings["cold_start_loss"] == "nll"
+    assert found.rows(files.DIVERSITY, ["step"]) == [{"step": 0, "entropy": 1.0}]
+    assert found.object(files.SELECTION) == {"step": 5}  # the run's own goes before the SFT's
+    assert found.object(files.READINESS) == {"checkpoints": []}
+    assert found.object(files.EVALUATION) == {}
+
+
+def test_files_that_are_not_there_read_as_empty(tmp_path):
+    found = files.RunFolder(sft_run(tmp_path))
+    assert (found.chain, found.log, found.rows(files.DIVERSITY), found.sample_files) == ({}, [], [], {})
+    assert found.object(files.SELECTION) == {}
+    (tmp_path / files.RUN).unlink()
+    files.write_jsonl(tmp_path / files.DIVERSITY, [])  # DiversityCallback beside another trainer writes no run.json
+    assert files.RunFolder(tmp_path).settings == {}
+
+
+def test_no_folder_names_the_nearest(tmp_path):
+    (tmp_path / "seed-1").mkdir()
+    with pytest.raises(InputError, match="seed-10 is not a folder; did you mean 'seed-1'"):
+        files.RunFolder(tmp_path / "seed-10")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "read", "message"),
+    [
+        ("run.json", "{", lambda run: run.settings, "run.json is not valid JSON"),
+        ("run.json", "[]", lambda run: run.settings, "run.json holds a list, not an object"),
+        ("chain.json", "3", lambda run: run.chain, "chain.json holds a int, not an object"),
+        ("chain.json", '{"sft', lambda run: run.sft, "chain.json is not valid JSON"),
+        ("selection.json", "[]", lambda run: run.object("selection.json"), "selection.json holds a list"),
+        ("diversity.jsonl", "{}\n{\n", lambda run: run.rows("diversity.jsonl"), "line 2 is not valid JSON.*take that"),
+        ("diversity.jsonl", '{"a": 1}\n', lambda run: run.rows("diversity.jsonl", ["step"]), "row 1 has no 'step'"),
+        ("diversity.jsonl", "3\n", lambda run: run.rows("diversity.jsonl", ["step"]), "row 1 has no 'object'"),
+        ("trainer_state.json", '{"log_history": {}}', lambda run: run.log, "no list 'log_history'"),
+        ("trainer_state.json", "[1]", lambda run: run.log, "trainer_state.json holds a list"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named(name, text, read, message, tmp_path):
+    sft_run(tmp_path)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read(files.RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize("versions", [{"aesl_trl": "0.0.9"}, {"aesl_trl": "0.1.99"}, {"aesl_trl": None}, {}, None, 3])
+def test_an_older_versions_run_is_read(versions, tmp_path):
+    assert files.RunFolder(sft_run(tmp_path, versions=versions)).settings["stage"] == "sft"
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "1.0", "0.2.0rc1", "12.0.0"])
+def test_a_newer_versions_run_is_refused(version, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "__version__", "0.1.5")
+    run = files.RunFolder(sft_run(tmp_path, versions={"aesl_trl": version}))
+    with pytest.raises(InputError, match=f"was written by aesl_trl {version}, and this is 0.1.5: update aesl_trl"):
+        _ = run.settings
+
+
+def test_the_log_is_the_newest_checkpoints_while_the_run_goes_on(tmp_path):
+    sft_run(tmp_path)
+    for step in (9, 10, 100):
+        path = tmp_path / f"checkpoint-{step}" / files.TRAINER_STATE
+        files.write_json(path, {"log_history": [{"step": step}]})
+    (tmp_path / "checkpoint-200").mkdir()  # torn: it has no state yet
+    assert files.RunFolder(tmp_path).log == [{"step": 100}]
+    files.write_json(tmp_path / files.TRAINER_STATE, {"log_history": [{"step": 300}]})
+    assert files.RunFolder(tmp_path).log == [{"step": 300}]
+
+
+def test_candidates_and_samples_come_in_the_order_of_their_steps(tmp_path):
+    run = files.RunFolder(sft_run(tmp_path))
+    with pytest.raises(InputError, match="holds no candidate .*: train with diversity_steps above 0"):
+        _ = run.candidates
+    for step in (10, 9, 100):
+        run.candidate(step).mkdir(parents=True)
+        files.write_jsonl(tmp_path / files.SAMPLES / f"step-{step}.jsonl", [])
+    (tmp_path / files.CANDIDATES / "step-x").mkdir()
+    files.write_text(tmp_path / files.CANDIDATES / "step-7", "a file is no candidate")
+    files.write_text(tmp_path / files.SAMPLES / "step-x.jsonl", "")
+    assert run.candidates == [9, 10, 100]
+    assert list(run.sample_files) == [9, 10, 100]
+    assert run.sample_files[9] == tmp_path / files.SAMPLES / "step-9.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_inside"), [("selected", True), ("a/b", True), ("..", False), ("a/../../b", False), ("/etc", False)]
+)
+def test_a_name_that_leaves_its_folder_is_seen(name, is_inside):
+    assert files.stays_inside(name) == is_inside

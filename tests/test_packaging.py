@@ -94,7 +94,7 @@ def test_each_setting_has_one_owner():
 
 
 def test_no_package_registry_is_named():
-    """A registry is the user's choice (a mirror, a closed network): pip's configuration names it, never our files."""
+    """Leave the registry (a mirror, a closed network) to the user: pip's configuration names it, never our files."""
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -114,7 +114,7 @@ def files_below(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: a build/ left in the checkout would add files that are no longer there."""
+    """Build the wheel from a copy: a build/ left in the checkout would add files that are no longer there."""
     source = tmp_path_factory.mktemp("source")
     for name in ("aesl_trl", "recipes"):
         shutil.copytree(ROOT / name, source / name)
@@ -134,6 +134,7 @@ def test_wheel_carries_the_package_and_every_recipe_file(wheel):
     expected |= {f"aesl_trl/recipe_files/{name}" for name in files_below(ROOT / "recipes")}
     carried = {name for name in names if ".dist-info/" not in name}
     assert carried == expected
+    assert "aesl_trl/py.typed" in carried  # type checkers then read our annotations
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -201,7 +202,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout with the real scripts, whose Python only writes down what it is asked for."""
+    """Make a checkout with the real scripts, whose Python only writes down what it is asked for."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for name in ("setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -216,7 +217,7 @@ def write_executable(path: Path, text: str) -> None:
 
 
 def setup(checkout: Path, gpu: bool) -> list[str]:
-    """What pip was asked to install, in order."""
+    """Run setup.sh, and return what pip was asked to install, in order."""
     write_executable(checkout / "bin" / "nvidia-smi", f"#!/bin/sh\nexit {0 if gpu else 9}\n")
     (checkout / "asked").unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}"}
@@ -252,7 +253,7 @@ def test_failed_setup_leaves_no_stamp(checkout):
 
 @pytest.fixture
 def demo(checkout) -> Path:
-    """A checkout with two chains whose `aesl` only prints what it is asked for."""
+    """Make a checkout with two chains whose `aesl` only prints what it is asked for."""
     recipe = checkout / "recipes" / "skills-tiny"
     recipe.mkdir(parents=True)
     (recipe / "grpo.yaml").write_text("max_steps: 1\n")

@@ -18,57 +18,49 @@ from aesl_trl import files
 
 SFT_FILES = (files.RUN, files.POSITIONS, files.DIVERSITY)
 RUN_FILES = (files.SELECTION, files.HANDOFF, files.EVALUATION)
-STATE_KEYS = ("global_step", "max_steps", "log_history")  # of trainer_state.json: what a report reads
+STATE_KEYS = ("global_step", "max_steps", "log_history")  # the keys of trainer_state.json that a report reads
 
 
 def copy_json(source: Path, target: Path, run: Path) -> None:
-    """A copy in which paths of this machine are relative to the run."""
+    """Copy a file, with the paths of this machine made relative to the run."""
     text = source.read_text(encoding="utf-8").replace(f"{run.resolve().parents[3]}{os.sep}", "")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    files.write_text(target, text)
 
 
 def copy_state(source: Path, target: Path) -> None:
+    """Copy what a report reads of trainer_state.json, with six digits of each figure."""
     state = files.read_json(source)
     rows = [{key: _short(value) for key, value in row.items()} for row in state["log_history"]]
-    target.parent.mkdir(parents=True, exist_ok=True)
     kept = {**{key: state[key] for key in STATE_KEYS}, "log_history": rows}
-    target.write_text(json.dumps(files.to_json(kept)) + "\n", encoding="utf-8")
+    files.write_text(target, json.dumps(files.to_json(kept)) + "\n")
 
 
 def _short(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def record(run: Path, target: Path, with_samples: bool) -> None:
+def record(path: Path, target: Path, with_samples: bool) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    chain = files.read_json(run / files.CHAIN)
+    run = files.RunFolder(path)
+    chain = files.read_json(path / files.CHAIN)
     unfinished = [name for name, stage in chain["stages"].items() if stage["status"] != "done"]
     if unfinished:
-        raise SystemExit(f"{run}: not finished: {', '.join(unfinished)}")
-    for name in RUN_FILES:
-        if (run / name).exists():
-            copy_json(run / name, target / name, run)
-    for name in (files.RUN, files.TRAINER_STATE):
-        copy = copy_json if name == files.RUN else lambda source, place, _: copy_state(source, place)
-        copy(run / "grpo" / name, target / "grpo" / name, run)
+        raise SystemExit(f"{path}: not finished: {', '.join(unfinished)}")
+    copies = {path / name: target / name for name in RUN_FILES if (path / name).exists()}
+    copies[path / files.GRPO_DIR / files.RUN] = target / files.GRPO_DIR / files.RUN
+    copy_state(path / files.GRPO_DIR / files.TRAINER_STATE, target / files.GRPO_DIR / files.TRAINER_STATE)
     if chain["sft_dir"]:
-        sft = run / chain["sft_dir"]
-        for name in SFT_FILES:
-            copy_json(sft / name, target / "sft" / name, run)
-        copy_state(sft / files.TRAINER_STATE, target / "sft" / files.TRAINER_STATE)
+        copies |= {run.sft / name: target / "sft" / name for name in SFT_FILES}
+        copy_state(run.sft / files.TRAINER_STATE, target / "sft" / files.TRAINER_STATE)
         if with_samples:
-            copy_samples(run, sft, target)
+            found = run.sample_files
+            for step in {min(found), max(found), run.object(files.SELECTION)["step"]}:
+                copies[found[step]] = target / "sft" / files.SAMPLES / found[step].name
         chain["sft_dir"] = "sft"
+    for source, copy in copies.items():
+        copy_json(source, copy, path)
     files.write_json(target / files.CHAIN, chain)
-    copy_json(target / files.CHAIN, target / files.CHAIN, run)
-
-
-def copy_samples(run: Path, sft: Path, target: Path) -> None:
-    steps = sorted(int(path.stem.removeprefix("step-")) for path in (sft / files.SAMPLES).glob("step-*.jsonl"))
-    for step in {steps[0], steps[-1], files.read_json(run / files.SELECTION)["step"]}:
-        name = f"{files.SAMPLES}/step-{step}.jsonl"
-        copy_json(sft / name, target / "sft" / name, run)
+    copy_json(target / files.CHAIN, target / files.CHAIN, path)
 
 
 def main() -> None:

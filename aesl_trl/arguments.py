@@ -212,17 +212,6 @@ def read_dataclass(kind: type, mapping: Any, where: str) -> Any:
         InputError: an unknown, missing or mistyped key, a number out of its field's bounds (see [`check_bounds`]), or
             a value that the dataclass refuses.
     """
-    values = check_fields(mapping, kind, where)
-    try:
-        instance = kind(**values)
-    except REFUSALS as error:
-        raise InputError(f"{where}: {in_one_line(error, 2000)}") from error
-    check_bounds(instance, f"{where}: ")
-    return instance
-
-
-def check_fields(mapping: Any, kind: type, where: str) -> dict:
-    """Return `mapping` with each value of the type that the dataclass `kind` declares; see [`read_dataclass`]."""
     if not isinstance(mapping, dict):
         raise InputError(f"{where} must be a mapping (key: value), got {_shown(mapping)}")
     fields, hints = {field.name: field for field in dataclasses.fields(kind) if field.init}, get_type_hints(kind)
@@ -232,7 +221,13 @@ def check_fields(mapping: Any, kind: type, where: str) -> dict:
     for name, field in fields.items():
         if name not in mapping and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: {name} is missing")
-    return {key: _check_value(value, hints[key], fields[key], where) for key, value in mapping.items()}
+    values = {key: _check_value(value, hints[key], fields[key], where) for key, value in mapping.items()}
+    try:
+        instance = kind(**values)
+    except REFUSALS as error:
+        raise InputError(f"{where}: {in_one_line(error, 2000)}") from error
+    check_bounds(instance, f"{where}: ")
+    return instance
 
 
 def _check_value(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
@@ -478,10 +473,9 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
         config: dict = {}
 
         def add_argument(self, *names, **options):
-            # TrlParser hands on a field's metadata as it is, and argparse knows nothing of bounds.
-            return super().add_argument(
-                *names, **{key: value for key, value in options.items() if key not in IN_METADATA}
-            )
+            for key in IN_METADATA:  # TrlParser hands on all metadata of a field, and argparse knows nothing of bounds
+                options.pop(key, None)
+            return super().add_argument(*names, **options)
 
         def error(self, message):
             raise InputError(message)
@@ -496,10 +490,7 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
             namespace, rest = super().parse_known_args(args, argparse.Namespace(**self.config))
             if rest:
                 flag = rest[0].partition("=")[0]
-                kind, known = (
-                    "flag" if flag.startswith("-") else "argument",
-                    [CONFIG_FLAG, *self._option_string_actions],
-                )
+                kind, known = "flag" if flag[0] == "-" else "argument", [CONFIG_FLAG, *self._option_string_actions]
                 raise InputError(f"unknown {kind} {flag}{nearest(flag, known)}")
             values = vars(namespace)
             for name, value in values.items():
@@ -516,16 +507,17 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
 
 
 def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
-    """Check the parsed numbers before a dataclass is built, whose own messages tell less."""
+    """Check the parsed numbers before the dataclasses are built, whose own messages tell less."""
     own = {field.name: _bounds_of(field) for kind in dataclass_types for field in dataclasses.fields(kind)}
+    bounds = TRL_BOUNDS | {name: limits for name, limits in own.items() if limits}
     if values.get("max_steps", -1) != -1:
         check_bound("max_steps", values["max_steps"], at_least=1, hint="-1 trains for num_train_epochs")
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if bounds := own.get(name) or (number != math.inf and TRL_BOUNDS.get(name)):  # inf: max_grad_norm takes it
-                if is_number:
-                    check_bound(name, number, **bounds)
+            # An infinite max_grad_norm measures the norm and clips nothing.
+            if name in bounds and is_number and (name, number) != ("max_grad_norm", math.inf):
+                check_bound(name, number, **bounds[name])
 
 
 def _check_output_dir(values: dict[str, Any]) -> None:

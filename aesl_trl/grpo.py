@@ -1,30 +1,22 @@
-"""`accelerate launch -m aesl_trl.grpo --config ...`: TRL's GRPO script with this project's data, rewards, adapters.
+"""`accelerate launch -m aesl_trl.grpo --config FILE`: RL, from one YAML file.
 
-It adds to `trl.scripts.grpo`: strict arguments, local data, rewards from files, `adapter_name_or_path` (an adapter
-from SFT that RL continues to train), checks before the model loads, and `run.json`. Training itself is GRPOTrainer,
-which stops before a step whose gradient is not finite.
+It adds to TRL's own grpo script: strict arguments, local data, rewards from files, `adapter_name_or_path` (an adapter
+from SFT that RL continues to train), checks before the model loads, and `run.json`. Training itself is GRPOTrainer's,
+and stops before a step whose gradient is not finite.
 """
 
 import sys
 
 from .arguments import parse
 from .errors import exit_on_input_error
-from .training.grpo import (
-    ARGUMENT_TYPES,
-    NAME,
-    build_trainer,
-    check_prompts_can_be_written,
-    find_model,
-    load_datasets,
-    load_rewards,
-    save,
-)
+from .training import grpo
+from .training.grpo import ARGUMENT_TYPES, NAME
 from .training.session import check_finished, end_trackers, guarded_training, resume_point, train
 from .training.signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, save to `output_dir`, write `run.json`.
+    """Train, save to `output_dir`, and write `run.json`.
 
     Raises:
         InputError: arguments, data, rewards, model or adapter that cannot be used; before any model loads.
@@ -33,29 +25,18 @@ def main(argv: list[str] | None = None) -> None:
         Diverged: a gradient that is not finite.
     """
     with StopSignals(NAME) as signals:
-        script_args, training_args, model_args = parse(
-            ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME
-        )
-        find_model(script_args, model_args, training_args)
-        checkpoint = resume_point(training_args, NAME)
-        reward_funcs = load_rewards(script_args)
-        train_rows, eval_rows = load_datasets(script_args, training_args, reward_funcs)
-        check_prompts_can_be_written(script_args, model_args, training_args, train_rows)
-        with guarded_training(training_args, signals):
-            trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train_rows, eval_rows)
+        script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME)
+        grpo.find_model(script_args, model_args, args)
+        checkpoint = resume_point(args, NAME)
+        reward_funcs = grpo.load_rewards(script_args)
+        train_rows, eval_rows = grpo.load_datasets(script_args, args, reward_funcs)
+        grpo.check_prompts_can_be_written(script_args, model_args, args, train_rows)
+        with guarded_training(args, signals):
+            trainer = grpo.build_trainer(script_args, args, model_args, reward_funcs, train_rows, eval_rows)
             train(trainer, checkpoint, signals)
             check_finished(trainer, NAME)
-            save(trainer, script_args, model_args)
+            grpo.save(trainer, script_args, model_args)
             end_trackers(trainer)
-
-
-# ---- Checks before the model loads
-
-
-# ---- Training
-
-
-# ---- Results
 
 
 if __name__ == "__main__":

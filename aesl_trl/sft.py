@@ -1,7 +1,7 @@
-"""`accelerate launch -m aesl_trl.sft --config ...`: the cold start, from one YAML file.
+"""`accelerate launch -m aesl_trl.sft --config FILE`: the cold start, from one YAML file.
 
-What TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the diversity, strict arguments, and every
-check of the data before the model loads.
+It does what TRL's own sft script does, with AESLSFTTrainer, held-out prompts for the diversity, strict arguments, and
+every check of the data before the model loads.
 """
 
 import sys
@@ -11,13 +11,7 @@ from .arguments import parse
 from .errors import InputError, exit_on_input_error
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .rewards.functions import check_columns, load_reward_funcs
-from .training.session import (
-    check_quantization,
-    guarded_training,
-    resume_point,
-    revision_and_trust,
-    train,
-)
+from .training.session import check_quantization, guarded_training, resume_point, revision_and_trust, train
 from .training.sft import ARGUMENT_TYPES, MODEL, NAME, build_trainer, finish, load_datasets
 from .training.signals import StopSignals
 
@@ -32,21 +26,21 @@ def main(argv: list[str] | None = None) -> None:
     """
     with StopSignals(NAME) as signals:
         script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME)
-        if not model_args.model_name_or_path:
+        model, access = model_args.model_name_or_path, revision_and_trust(model_args, args)
+        if not model:
             raise InputError("model_name_or_path is missing: name the model to train, e.g. Qwen/Qwen2.5-1.5B-Instruct")
         check_quantization(model_args)
-        check_model(model_args.model_name_or_path, MODEL, **revision_and_trust(model_args, args))
+        check_model(model, MODEL, **access)
         checkpoint = resume_point(args, NAME)
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
-        train_rows, evaluation, prompts = load_datasets(script_args, args)
+        train_rows, eval_rows, prompts = load_datasets(script_args, args)
         examples = [*islice(train_rows, CHECKED_ROWS), *(prompts or [])[:CHECKED_ROWS]]
-        name = model_args.model_name_or_path
-        check_tokenizer(name, name, examples, field=MODEL, settings=args, **revision_and_trust(model_args, args))
+        check_tokenizer(model, model, examples, field=MODEL, settings=args, **access)
         if prompts is not None and reward_funcs:
             where = f"diversity prompts {script_args.diversity_dataset_name or ''}"
             check_columns(reward_funcs, prompts[0], where=where)
         with guarded_training(args, signals):
-            trainer = build_trainer(args, model_args, train_rows, evaluation, prompts, reward_funcs)
+            trainer = build_trainer(args, model_args, train_rows, eval_rows, prompts, reward_funcs)
             train(trainer, checkpoint, signals, trainer.diversity_callback)
             finish(trainer, script_args)
 

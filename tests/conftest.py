@@ -1,4 +1,4 @@
-"""What every test needs before aesl_trl is imported, and the fixtures that many share."""
+"""Settings that every test needs before aesl_trl is imported, and the fixtures that many tests share."""
 
 import os
 
@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tokenizer):
-    """Folder of an untrained two-layer Qwen2 of width 16, saved as a hub model would be."""
+    """Save an untrained two-layer Qwen2 of width 16 as a hub model would be, and return the folder."""
     folder = tmp_path_factory.mktemp("tiny-qwen2")
     model = build_model(tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -294,7 +294,7 @@ def test_json_text_is_no_path(config, tmp_path):
 
 
 def defaults(kind) -> dict:
-    """Each field's default as YAML would hold it."""
+    """Return each field's default as YAML would hold it."""
     values = {}
     for item in dataclasses.fields(kind):
         if item.init:

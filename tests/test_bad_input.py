@@ -48,7 +48,7 @@ def chat(text):
     return [*user(text), {"role": "assistant", "content": "yes"}]
 
 
-# ---- Commands: what makes their arguments in a project. `write` replaces files beforehand, ... drops a key
+# ---- Commands: functions that make a command's arguments in a project. `write` replaces files first, ... drops a key
 
 
 def handoff(model, *flags):
@@ -56,7 +56,7 @@ def handoff(model, *flags):
 
 
 def on_run(command, *flags, run="out", write=None, edit=None):
-    """A command on a run folder; `edit` changes the text of one file of `out`."""
+    """Build a command on a run folder; `edit` changes the text of one file of `out`."""
 
     def arguments(project):
         for name, content in (write or {}).items():
@@ -368,8 +368,8 @@ def test_one_line_and_nothing_lost(project, capsys, monkeypatch, name):
     assert parts and before
     if name not in AFTER_LOADING:
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
-    # It would be another process, of which the line would not be seen here
-    monkeypatch.setattr(chain, "check_in_child", lambda argv: None)
+    # In another process we would not see the line
+    monkeypatch.setattr(chain, "check_in_child", lambda command, argv: None)
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)
     line = only_line(capsys.readouterr().err, arguments[0])
@@ -383,7 +383,7 @@ def test_one_line_and_nothing_lost(project, capsys, monkeypatch, name):
 
 @pytest.mark.slow
 def test_a_reward_that_hangs_ends_in_one_line(project):
-    """Nothing but the end of the process ends it, so it needs one of its own."""
+    """Run in a process of its own, because nothing but the end of the process ends the reward."""
     arguments = grpo(reward_funcs=["rewards.py:hangs"])(project)
     code = (
         "from aesl_trl import cli; from aesl_trl.rewards import functions as rewards\n"

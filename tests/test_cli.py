@@ -53,7 +53,7 @@ def loaded_by(*argv) -> set[str]:
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """A cold start's folder with three measurements and two candidates, and the evaluation of a chain."""
+    """Write a cold start's folder with three measurements and two candidates, and the evaluation of a chain."""
     series = [
         {"step": step, "entropy": entropy, "self_bleu": 0.5} for step, entropy in ((0, 1.0), (5, 2.0), (10, 1.5))
     ]

@@ -222,7 +222,7 @@ def test_accumulation_steps_of_the_current_update(trainer):
 
 
 def test_log_clears_should_log():
-    """The diversity callback restores it around a log of its own."""
+    """Check what makes the diversity callback restore the flag around a log of its own."""
     from transformers.trainer_callback import CallbackHandler
 
     assert "should_log = False" in source(CallbackHandler.on_log)
@@ -244,7 +244,7 @@ def test_load_balancing_loss():
 
 
 def test_processors_of_the_caller_run_before_the_temperature(tokenizer, tiny_model_dir):
-    """The recorded entropy is at temperature 1."""
+    """Check that the recorded entropy is that at temperature 1."""
     from aesl_trl.sampling.generate import StepRecorder
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -269,7 +269,7 @@ def test_adapters_keep_whether_they_are_merged():
 
 
 def test_units_of_fsdp2_can_be_kept_whole():
-    """generating.unsharded sets by unit what `set_reshard_after_forward` sets for good."""
+    """Check the internals by which `unsharded` sets for one unit what `set_reshard_after_forward` sets for good."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
@@ -279,7 +279,7 @@ def test_units_of_fsdp2_can_be_kept_whole():
 
 
 def test_products_of_half_precision_with_a_float32_result_exist():
-    """CUDA only, so that a CPU can look at no more than the schema."""
+    """Look at the schema alone, since these products run on CUDA only."""
     assert "out_dtype" in str(torch.ops.aten.mm.dtype_out._schema)
     assert "out_dtype" in str(torch.ops.aten.addmm.dtype_out._schema)
 

@@ -138,7 +138,7 @@ def test_has_sft(tmp_path):
 
 
 def test_an_old_chains_run_is_read_by_its_chain_json(tmp_path):
-    """Runs of the first chains keep their SFT elsewhere, and their selection beside chain.json."""
+    """Find the SFT elsewhere, and the selection beside chain.json, as the first chains left them."""
     sft, run = sft_run(tmp_path / "shared", cold_start_loss="nll"), tmp_path / "run"
     files.write_json(run / files.CHAIN, {"sft_dir": "../shared", "stages": {"sft": {"status": "done"}}})
     files.write_json(run / files.SELECTION, {"step": 5})

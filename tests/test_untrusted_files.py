@@ -31,7 +31,7 @@ def project(tmp_path, tiny_model_dir):
 
 @pytest.fixture
 def bomb(tmp_path):
-    """Writes a bomb to a path; at the end none may have gone off, and each must be one."""
+    """Return a function that writes a bomb to a path. At the end, none may have gone off, and each must be a bomb."""
     goes_off, written = tmp_path / "gone-off", []
 
     def write(path):
@@ -48,7 +48,7 @@ def bomb(tmp_path):
 
 
 def run(*argv):
-    """Exit code of a command; None: it returned."""
+    """Run a command, and return its exit code, or None where it returned."""
     try:
         cli.main([str(word) for word in argv])
     except SystemExit as exit:
@@ -103,7 +103,7 @@ def test_a_selection_cannot_point_out_of_its_run(project, capsys, path):
 
 
 def test_code_of_a_model_is_not_run_unasked(project, tmp_path, capsys):
-    """A model's own code (`auto_map`) makes a folder; it is refused in one line by each command that loads a model."""
+    """Refuse a model's own code (`auto_map`), which makes a folder, in one line of each command that loads a model."""
     folder = Path(project.model())
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}

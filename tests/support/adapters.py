@@ -7,7 +7,7 @@ from tiny_models import build_tokenizer
 
 
 def make_adapter(base: str, folder: Path) -> str:
-    """A LoRA adapter with an effect: PEFT starts B at zero, which would let a lost adapter go unseen."""
+    """Save a LoRA adapter with an effect: PEFT starts B at zero, which would let a lost adapter go unseen."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""A project of small files whose settings tests spoil, and the one line that a command must say of it."""
+"""A project of small files whose settings tests spoil, and the one line that a command must print about it."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ class Project:
         checkpoint(self.out, 2)
 
     def write(self, name: str, content) -> str:
-        """Bytes, a text, or rows; None: no such file."""
+        """Write bytes, a text or rows to a file of the project; None removes the file."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
@@ -101,7 +101,7 @@ class Project:
     # ---- Something to break
 
     def model(self, files=None) -> str:
-        """A copy of the model with other files."""
+        """Copy the model, with other `files` in it, and return the folder."""
         shutil.copytree(self.base, self.folder / "model")
         for name, content in (files or {}).items():
             self.write(f"model/{name}", content)
@@ -111,7 +111,7 @@ class Project:
         return self.model({WEIGHTS: Path(self.base, WEIGHTS).read_bytes()[:5000]})
 
     def tokenizer(self, **changes) -> str:
-        """A copy of the model with a changed tokenizer."""
+        """Copy the model with a changed tokenizer, and return the folder."""
         folder = self.model({"tokenizer.json": None, "chat_template.jinja": None})
         tokenizer = build_tokenizer()
         for name, value in changes.items():
@@ -120,7 +120,7 @@ class Project:
         return folder
 
     def adapter(self, base) -> str:
-        """A copy of the adapter that names another base."""
+        """Copy the adapter, let it name another base, and return the folder."""
         folder = Path(shutil.copytree(self.trained_adapter, self.folder / "adapter"))
         config = json.loads((folder / "adapter_config.json").read_text())
         self.write("adapter/adapter_config.json", json.dumps({**config, "base_model_name_or_path": base}))
@@ -176,7 +176,7 @@ def evaluate(model, **changes):
 
 
 def only_line(stderr: str, command: str) -> str:
-    """The one line of `command`; libraries may warn before it."""
+    """Check that `command` said one line, before which libraries may warn, and return the line."""
     name = f"aesl {command}" if command in cli.COMMANDS else "aesl"
     said = [line for line in stderr.splitlines() if line.startswith("aesl")]
     assert len(said) == 1 and said[0].startswith(f"{name}: "), stderr

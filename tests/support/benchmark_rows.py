@@ -39,7 +39,7 @@ ROWS = {
 
 
 def write_copy(folder, name, rows=None, suffix=".jsonl"):
-    """A local copy of a benchmark."""
+    """Write a local copy of a benchmark, and return its folder."""
     folder.mkdir(exist_ok=True)
     rows = ROWS[name] if rows is None else rows
     if suffix == ".parquet":

@@ -1,4 +1,4 @@
-"""What test_crashes.py kills: a server that forks one process for each run, and the points at which a run is struck.
+"""The process that test_crashes.py kills: a server that forks one process for each run, and the points of a strike.
 
 `python crash_script.py` reads a job a line from stdin (command, argv, env, log, and delay_s after which to kill it, or
 null) and answers with its exit code. A fork spares the imports, which take longer than the training; it is a process
@@ -33,7 +33,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.trun
 
 
 def install() -> None:
-    """Strike this process where CRASH says."""
+    """Kill this process, or fill its disk, at the point that CRASH names."""
     import torch
 
     event, number, *blow = (os.environ.get("CRASH") or "none:0").split(":")

@@ -1,4 +1,4 @@
-"""Inputs of the fused head's tests, the truth by definition, and what the head finds."""
+"""Inputs of the fused head's tests, the true result by the definition, and the result of the head."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,7 @@ AESL_SETTINGS = [
 
 
 def problem(lengths=LENGTHS, width=16, vocab=337, dtype=torch.float64, seed=0, spread=1.0):
-    """Hidden states, weight and bias with gradients on, labels, sequence ids."""
+    """Return hidden states, weight and bias that take gradients, labels, and sequence ids."""
     torch.manual_seed(seed)
     count = sum(lengths)
     hidden = (torch.randn(count, width).double() * spread).to(dtype).requires_grad_()
@@ -42,7 +42,7 @@ def true_logits(hidden, weight, bias, transform=LogitTransform()):  # noqa: B008
 
 
 def truth(hidden, weight, bias, labels, sequence_ids, transform, weights=None, **settings):
-    """Loss, statistics and gradients of the definition in float64; `weights` in place of AESL's."""
+    """Return loss, statistics and gradients by the definition in float64; `weights` stand in for those of AESL."""
     inputs = [None if value is None else value.detach().double().requires_grad_() for value in (hidden, weight, bias)]
     logits = true_logits(*inputs, transform).unsqueeze(0)
     log_probs = gold_log_probs(logits, labels.unsqueeze(0)).squeeze(0)
@@ -90,7 +90,7 @@ def assert_equal(scores, gradients, expected, *, atol, rtol=0.0):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any operation returned."""
+    """Keeps the largest number of elements that any operation returned."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of recorded comparisons share: their cells, and how a results README shows a row."""
+"""For the tests of recorded comparisons: their cells, and a row as a results README shows it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ def cells_of(comparison: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def seeds_of(comparison: Path) -> dict[str, str]:
-    """Row -> pass@1 after RL, its mean and every seed: `0.30 | 0.31 0.29`."""
+    """Return for each row its pass@1 after RL, the mean and every seed, as in `0.30 | 0.31 0.29`."""
     found: dict[str, list[float]] = {}
     for (row, _), cell in cells_of(comparison).items():
         found.setdefault(row, []).append(cell["after"]["pass@1"])
@@ -21,7 +21,7 @@ def seeds_of(comparison: Path) -> dict[str, str]:
 
 
 def rows_with_intervals(comparison: Path) -> Iterator[str]:
-    """Each row of a table with intervals: `**0.30** [0.28, 0.32] | 0.31 0.29`."""
+    """Yield each row of a table with intervals, as in `**0.30** [0.28, 0.32] | 0.31 0.29`."""
     seeds = seeds_of(comparison)
     for row in read_json(comparison / "compare.json")["rows"]:
         after, (mean, values) = row["after"]["pass@1"], seeds[row["row"]].split(" | ")

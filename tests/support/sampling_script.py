@@ -1,4 +1,4 @@
-"""What test_groups_processes.py launches with torchrun: `python sampling_script.py FOLDER RUN...`, names of RUNS.
+"""The script that test_groups_processes.py launches with torchrun: `python sampling_script.py FOLDER RUN...`.
 
 Each process writes what it holds to FOLDER/rank-R.pt.
 """

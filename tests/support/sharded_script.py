@@ -1,5 +1,6 @@
-"""What test_trainer_sharded.py launches with torchrun, and trains itself in one process: `python sharded_script.py
-FOLDER RUN...`, with names of RUNS.
+"""The script that test_trainer_sharded.py launches with torchrun: `python sharded_script.py FOLDER RUN...`.
+
+A RUN is a name of RUNS. The test also trains the runs itself in one process.
 
 Each process writes what it holds to FOLDER/rank-R.pt.
 """
@@ -79,14 +80,14 @@ class Head(torch.nn.Linear):
 
 
 def is_even(completions, **kwargs):
-    """About half of what an untrained model writes."""
+    """Reward about half of the completions that an untrained model writes."""
     return [float(sum(completion.encode()) % 2 == 0) for completion in completions]
 
 
 def train(
     folder: Path, *, sharding=None, tied=False, loss="aesl", accumulation=1, average=True, measured=False
 ) -> dict:
-    """Four steps of the same global batch, with evaluations between them."""
+    """Train four steps of the same global batch, with evaluations between them, and return what came of it."""
     tokenizer, rows = build_tokenizer(), 4 // (2 if sharding else 1)
     model = build_model(tokenizer, tie_word_embeddings=tied)
     if sharding == "own":
@@ -147,9 +148,9 @@ def sharding_settings(sharding: str | None) -> dict:
 
 
 def shard_on_cpu(args) -> None:
-    """Over gloo on the CPU accelerate shards nothing and falls back to DDP: tell it that it has the devices for it.
+    """Tell accelerate that it has devices to shard over: over gloo on the CPU it would fall back to DDP.
 
-    And let DeepSpeed use gloo alone: compiling its own all-reduce takes minutes.
+    Also let DeepSpeed use gloo alone, because compiling its own all-reduce takes minutes.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -165,7 +166,7 @@ def shard_on_cpu(args) -> None:
 
 
 def layers_and_root(accelerator, model):
-    """What accelerate before 1.15 does with a model whose decoder layers are to be wrapped."""
+    """Wrap a model as accelerate before 1.15 does it when the decoder layers are to be wrapped."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.model.layers:
@@ -174,8 +175,10 @@ def layers_and_root(accelerator, model):
 
 
 def watched_parameters(heads: set, average: bool):
-    """scoring._parameters that notes in `heads` whether it found the head sharded; without `average`, one that takes
-    the default way back through `full_tensor`."""
+    """Return a `scoring._parameters` that notes in `heads` whether it found the head sharded.
+
+    Without `average`, the gradient takes the default way back through `full_tensor`.
+    """
     original = scoring._parameters
 
     def parameters(head):
@@ -187,7 +190,7 @@ def watched_parameters(heads: set, average: bool):
 
 
 def is_sharded(weight) -> bool:
-    """A DTensor of FSDP2, or a placeholder of ZeRO-3."""
+    """Say whether `weight` is a DTensor of FSDP2 or a placeholder of ZeRO-3."""
     return isinstance(weight, DTensor) or (getattr(weight, "ds_numel", 0) > 0 and weight.numel() == 0)
 
 

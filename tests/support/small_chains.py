@@ -1,4 +1,4 @@
-"""What the chain's tests share: a chain.yaml beside small configs, and checkpoints shaped as Trainer's."""
+"""For the chain's tests: a chain.yaml beside small configs, and checkpoints in the shape of Trainer's."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ALL = ["sft", "select", "handoff", "probe", "grpo", "eval", "report"]
 
 
 def chain_project(folder: Path) -> Callable[..., Path]:
-    """Configs in `folder`, and what writes a chain.yaml beside them; `write(**sections)` replaces parts of it."""
+    """Write configs to `folder`. Return `write(**sections)`, which adds a chain.yaml with these sections replaced."""
     for name in ("sft.yaml", "grpo.yaml", "eval.yaml"):
         (folder / name).write_text("learning_rate: 0.1\n")
     (folder / "grpo.yaml").write_text("model_name_or_path: base\n")

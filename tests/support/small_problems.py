@@ -12,7 +12,7 @@ THINGS = ("pears", "stamps", "marbles", "tickets", "buttons")
 
 
 def problem_text(number: int) -> str:
-    """One of 60 texts of about 20 words; no two share eight words in a row."""
+    """Return one of 60 texts of about 20 words, of which no two share eight words in a row."""
     a, b, name, thing = 3 * number + 2, 5 * number + 7, NAMES[number % 6], THINGS[number % 5]
     return (
         f"{name} has ${a}$ {thing} and gets ${b}$ more. {name} then loses {number % 7} of the {thing} while running "
@@ -33,7 +33,7 @@ def demonstration(number: int) -> str:
 
 
 def openr1_row(number: int, **changes) -> dict:
-    """A row as Elliott/Openr1-Math-46k-8192 has it; `changes` replace columns."""
+    """Return a row as Elliott/Openr1-Math-46k-8192 has it; `changes` replace columns."""
     row = {
         "data_source": "own",
         "prompt": [{"content": SYSTEM, "role": "system"}, {"content": problem_text(number), "role": "user"}],
@@ -46,7 +46,7 @@ def openr1_row(number: int, **changes) -> dict:
 
 
 def asked(text: str) -> dict:
-    """The column `prompt` for another problem."""
+    """Return the column `prompt` for another problem."""
     return {"prompt": [{"content": SYSTEM, "role": "system"}, {"content": text, "role": "user"}]}
 
 
@@ -72,7 +72,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 def problems_in(path: Path) -> list[str]:
-    """The problems of a file, in order."""
+    """Return the problems of a file, in order."""
     return [row["prompt"][-1]["content"] for row in read_jsonl(path)]
 
 

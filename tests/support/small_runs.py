@@ -1,4 +1,4 @@
-"""What the trainer's tests share: tiny demonstrations, settings for one CPU core, and the truth from plain logits."""
+"""For the trainer's tests: tiny demonstrations, settings for one CPU core, and the true loss from plain logits."""
 
 import copy
 from functools import cache
@@ -36,7 +36,7 @@ def text_rows(pairs=PAIRS):
 
 
 def cpu_settings(folder, **changes):
-    """Arguments of an SFTConfig for three small steps on the CPU in float32, each logged, nothing saved."""
+    """Return arguments of an SFTConfig for three small steps on the CPU in float32, each logged, nothing saved."""
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -73,7 +73,7 @@ def trainer_for(
 
 
 def documents(dataset):
-    """The documents of a prepared dataset, packed or not: a list of (input_ids, labels)."""
+    """Return the documents of a prepared dataset, packed or not, as a list of (input_ids, labels)."""
     found = []
     for row in dataset:
         start = 0
@@ -98,7 +98,7 @@ DEFINITIONS = {
 
 
 def true_gradients(model, documents, cold_start_loss="aesl", old_model=None, **loss_arguments):
-    """Loss and gradients of the definition on plain logits, one document at a time: no padding, no packing."""
+    """Return loss and gradients by the definition on plain logits, one document at a time: no padding, no packing."""
     num_items = sum(label != -100 for _, labels in documents for label in labels[1:])
     total = 0.0
     for input_ids, labels in documents:
@@ -126,7 +126,7 @@ def trained_weights(trainer):
 
 @cache
 def _fitted_model():
-    """Half learnt demonstrations: an untrained model is never right, and its weights are all near 1, plain nll."""
+    """Train a model halfway: an untrained one is never right, and all its weights are near 1, which is plain nll."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     texts = [prompt + completion + "<|im_end|>" for prompt, completion in PAIRS]
@@ -143,12 +143,12 @@ def _fitted_model():
 
 
 def double_model():
-    """A model in float64 that is sure of some tokens and unsure of others."""
+    """Return a model in float64 that is sure of some tokens and unsure of others."""
     model = copy.deepcopy(_fitted_model())
     model.zero_grad()
     return model
 
 
 def steps_of(trainer, key="loss"):
-    """The logged series of `key`."""
+    """Return the logged series of `key`."""
     return [row[key] for row in trainer.state.log_history if key in row]

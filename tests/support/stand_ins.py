@@ -77,7 +77,7 @@ CHAT_TEMPLATES = {"qwen2": "qwen2_5.jinja", "llama": "llama3_1.jinja"}
 
 
 def build_stand_in(recipe: Path, folder: Path) -> Path:
-    """The recipe's architecture shrunk, with a byte-level tokenizer of the model's own special tokens and template.
+    """Build a shrunk model of the recipe's architecture; its byte-level tokenizer has the model's own special tokens.
 
     It is taught for seconds to answer with a digit in a box and to stop: rewards differ, and training moves weights.
     """
@@ -138,7 +138,7 @@ def _teach_to_answer(model, tokenizer, end: int, steps: int = 100) -> None:
 
 
 def copy_recipe(name: str, root: Path) -> Path:
-    """`root`/recipes/`name` with a stand-in, rows and a benchmark; runs go to `root`/runs, as the recipe's do."""
+    """Copy a recipe to `root`/recipes/`name`, with a stand-in, rows and a benchmark; its runs go to `root`/runs."""
     target = root / "recipes" / name
     shutil.copytree(RECIPES / name, target)
     shutil.copytree(RECIPES / "accelerate_configs", root / "recipes" / "accelerate_configs")
@@ -153,7 +153,7 @@ def copy_recipe(name: str, root: Path) -> Path:
 
 
 def overridden(path: Path, values: dict, model: str) -> dict:
-    """The values of a config with the overrides of its kind."""
+    """Return the values of a config with the overrides of its kind."""
     kind = kind_of(path)
     changes = {key: value for key, value in OVERRIDDEN[kind].items() if key in values or _needs(kind, key, values)}
     if ALSO in values:
@@ -166,7 +166,7 @@ def _needs(kind: str, key: str, values: dict) -> bool:
 
 
 def _problems(gsm8k: bool) -> list[dict]:
-    """Sixty rows in the schema of GSM8K or OpenR1-Math-46k, with answers that the stand-in can hit."""
+    """Return sixty rows in the schema of GSM8K or OpenR1-Math-46k, with answers that the stand-in can hit."""
     rows = []
     for number in range(60):
         answer = number % ANSWERS
@@ -180,7 +180,7 @@ def _problems(gsm8k: bool) -> list[dict]:
 
 
 def _write_rows(recipe: Path) -> None:
-    """Rows for the recipe's data configs, and benchmarks of further problems in their own columns."""
+    """Write rows for the recipe's data configs, and benchmarks of further problems in their own columns."""
     for path in recipe.glob("data*.yaml"):
         name = "rows_gsm8k.jsonl" if "gsm8k" in path.name else "rows.jsonl"
         _write_lines(recipe / name, _problems("gsm8k" in path.name))

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer():
-    """A byte-level tokenizer with ChatML tokens: 256 bytes and three special tokens."""
+    """Build a byte-level tokenizer with ChatML tokens: 256 bytes and three special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ def build_tokenizer():
 
 
 def tiny_shape(tokenizer):
-    """What every architecture's config takes: two layers of width 16, and the tokenizer's ids."""
+    """Return what every architecture's config takes: two layers of width 16, and the tokenizer's ids."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,

@@ -1,5 +1,6 @@
-"""What test_trainer_processes.py launches with torchrun, and runs itself for one process: `python torchrun_script.py
-FOLDER`.
+"""The script that test_trainer_processes.py launches with torchrun: `python torchrun_script.py FOLDER`.
+
+The test also runs it itself in one process.
 
 Each process writes what it holds to FOLDER/rank-R.pt.
 """

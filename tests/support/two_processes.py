@@ -1,4 +1,4 @@
-"""A script on two real processes over gloo, on the CPU: what its ranks have saved."""
+"""Runs a script as two real processes over gloo, on the CPU, and reads what its ranks have saved."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 
 def results_of_two(script, folder, *names, **env) -> list[dict]:
-    """Run `script FOLDER NAMES...` under torchrun; what rank R wrote to FOLDER/rank-R.pt.
+    """Run `script FOLDER NAMES...` under torchrun, and return what each rank R wrote to FOLDER/rank-R.pt.
 
     `accelerate launch --cpu` would silently start one process. No GPU is visible: FSDP2 and DeepSpeed would take one,
     whatever the trainer uses.

@@ -1,5 +1,7 @@
-"""vLLM is not run by the tests: TRL's classes are autospecced from the installed ones, so that a drift of their
-signatures fails, and draw with transformers from the weights that TRL's own syncing hands over.
+"""A stand-in for vLLM, which the tests do not run.
+
+TRL's classes are autospecced from the installed ones, so that a test fails when their signatures change. They draw
+with transformers, from the weights that TRL's own syncing hands over.
 """
 
 import copy
@@ -16,14 +18,14 @@ from aesl_trl.sampling import vllm_synced as engines
 
 
 class StandIn:
-    """What takes the place of `VLLMGeneration` in engines.py.
+    """Takes the place of `VLLMGeneration` in sampling/vllm_synced.py.
 
     Attributes:
         made: the autospecced class; its calls are checked against the constructor's signature.
         generation: the instance that the class returns.
         client: an autospecced VLLMClient.
-        served: the model as TRL's syncing has last brought it over; None before.
-        events: what was done, in order.
+        served: the model as TRL's syncing has last brought it over, or None before that.
+        events: names of the calls, in order.
         fail: name of an event -> the exception that it raises.
     """
 
@@ -46,7 +48,7 @@ class StandIn:
             raise self.fail[name]
 
     def _construct(self, *args, **kwargs):
-        """Keeps its arguments as attributes, as TRL does, and takes the random states for itself, as vLLM does."""
+        """Keep the arguments as attributes, as TRL does, and take over the random states, as vLLM does."""
         self._event("start")
         bound = inspect.signature(VLLMGeneration.__init__).bind(None, *args, **kwargs)
         bound.apply_defaults()
@@ -110,7 +112,7 @@ class StandIn:
 
     @torch.no_grad()
     def _sample(self, prompt, generator):
-        """(ids, log-probabilities) of one sample, the latter at the temperature of the sampling ("processed")."""
+        """Return (ids, log-probabilities) of one sample, at the temperature of the sampling ("processed")."""
         settings, ids, values = self.generation, [], []
         while len(ids) < settings.max_completion_length:
             logits = self.served(torch.tensor([prompt + ids])).logits[0, -1].float() / settings.temperature
@@ -124,7 +126,7 @@ class StandIn:
 
 
 def _columns(samples):
-    """The shapes of TRL: ids, and for each token the list of its alternatives, here of one."""
+    """Return the shapes of TRL: ids, and for each token the list of its alternatives, here one."""
     return (
         [ids for ids, _ in samples],
         [[[value] for value in values] for _, values in samples],

@@ -1,21 +1,25 @@
-"""chain.yaml: its sections as dataclasses, read strictly, paths made absolute.
+"""chain.yaml: its sections as dataclasses, read strictly, with absolute paths.
 
-What the stages' own configs say is left out: stages.py has each checked by its stage's parser.
+Left out: the configs of the stages themselves, which each stage's own parser reads.
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..arguments import check_fields, check_folder, load_yaml
+from ..arguments import check_folder, load_yaml, read_dataclass
 from ..errors import InputError, nearest
 
 
 @dataclass
-class SFTOptions:
+class TrainingOptions:
     config: str
     accelerate_config: str | None = None
+
+
+@dataclass
+class SFTOptions(TrainingOptions):
     output_dir: str | None = None
 
 
@@ -24,7 +28,7 @@ class SelectionOptions:
     rule: Literal["turning_point", "last", "best_eval", "readiness"] | None = None
     metric: Literal["entropy", "self_bleu"] | None = None
     patience: int | None = None
-    step: int | None = None  # this candidate, by no rule
+    step: int | None = None  # the candidate of this step, in place of a rule's choice
 
 
 @dataclass
@@ -41,12 +45,6 @@ class ProbeOptions:
 
 
 @dataclass
-class GRPOOptions:
-    config: str
-    accelerate_config: str | None = None
-
-
-@dataclass
 class EvalOptions:
     config: str
 
@@ -59,13 +57,14 @@ class ReportOptions:
 
 @dataclass
 class ChainConfig:
-    """chain.yaml, its paths absolute. `{seed}` in an output folder or a compared run stands for the seed.
+    """chain.yaml with absolute paths. `{seed}` in an output folder or a compared run stands for the seed.
 
-    Left out, `probe` is made with GRPO's config; null turns it off. `ignore_readiness`: go on to RL whatever it says.
+    Without a `probe` section the probe runs with GRPO's config, and null turns it off. With `ignore_readiness` the
+    chain goes on to RL whatever the probe's verdict is.
     """
 
     output_dir: str
-    grpo: GRPOOptions
+    grpo: TrainingOptions
     seed: int = 0
     sft: SFTOptions | None = None
     selection: SelectionOptions = field(default_factory=SelectionOptions)
@@ -76,57 +75,25 @@ class ChainConfig:
     report: ReportOptions = field(default_factory=ReportOptions)
 
 
-SECTIONS = {
-    "sft": SFTOptions,
-    "selection": SelectionOptions,
-    "handoff": HandoffOptions,
-    "probe": ProbeOptions,
-    "grpo": GRPOOptions,
-    "eval": EvalOptions,
-    "report": ReportOptions,
-}
-
-
 def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | None = None) -> ChainConfig:
-    """The chain in `path`; `output_dir` (from the current folder) and `seed` win over it.
+    """Read the chain in `path`. `output_dir` (from the current folder) and `seed` win over it.
 
     Raises:
         InputError: an unknown or mistyped key, or a named file or run that does not exist.
     """
-    path = Path(path)
-    values, known = load_yaml(path), {item.name for item in fields(ChainConfig)}
-    for key in values:
-        if key not in known:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    path, values = Path(path), load_yaml(path)
     if "sft" not in values and (unused := [name for name in ("selection", "handoff") if name in values]):
         raise InputError(f"{path}: {unused[0]} needs an sft section: without one, RL starts from grpo's own model")
-    scalars = {
-        "output_dir": values.get("output_dir", output_dir),
-        "seed": values.get("seed", 0),
-        "ignore_readiness": values.get("ignore_readiness", False),
-    }
-    if scalars["output_dir"] is None or "grpo" not in values:
-        raise InputError(f"{path}: {'grpo' if scalars['output_dir'] else 'output_dir'} is missing")
-    scalars = check_fields(scalars, _Scalars, str(path))
-    without_probe = "probe" in values and values["probe"] is None
-    sections = {
-        name: kind(**check_fields(values[name], kind, f"{path}: {name}"))
-        for name, kind in SECTIONS.items()
-        if name in values and not (name == "probe" and without_probe)
-    }
-    sections |= {"probe": None} if without_probe else {}
-    config = ChainConfig(**(scalars | ({} if seed is None else {"seed": seed})), **sections)
-    _resolve_paths(config, path)
+    for name in ("sft", "eval"):  # only of the probe we know what null says: there is one unless it is turned off
+        if name in values and values[name] is None:
+            raise InputError(f"{path}: {name} must be a mapping (key: value), got null; leave it out")
     if output_dir is not None:
-        config.output_dir = os.path.abspath(output_dir.replace("{seed}", str(config.seed)))
+        values["output_dir"] = os.path.abspath(output_dir)
+    config = read_dataclass(ChainConfig, values, str(path))
+    if seed is not None:
+        config.seed = seed
+    _resolve_paths(config, path)
     return config
-
-
-@dataclass
-class _Scalars:
-    output_dir: str
-    seed: int
-    ignore_readiness: bool
 
 
 def _resolve_paths(config: ChainConfig, path: Path) -> None:
@@ -140,10 +107,9 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
     for name in ("sft", "probe", "grpo", "eval"):
         section = getattr(config, name)
         for key in ("config", "accelerate_config"):
-            value = getattr(section, key, None)
-            if value is not None:
+            if (value := getattr(section, key, None)) is not None:
                 setattr(section, key, absolute(value))
-                _check_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
+                check_config_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
     if config.sft and config.sft.output_dir:
         config.sft.output_dir = absolute(config.sft.output_dir)
     config.report.compare = [absolute(run) for run in config.report.compare]
@@ -152,7 +118,8 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
             raise InputError(f"{path}: report.compare: {run} is no run folder")
 
 
-def _check_file(what: str, path: Path) -> None:
+def check_config_file(name: str, path: Path) -> None:
+    """Refuse the missing config `path`, and say which config beside it has the nearest name."""
     if not path.is_file():
         siblings = [item.name for item in path.parent.glob("*.y*ml")]
-        raise InputError(f"{what} does not exist, looked for {path}{nearest(path.name, siblings)}")
+        raise InputError(f"{name} does not exist, looked for {path}{nearest(path.name, siblings)}")

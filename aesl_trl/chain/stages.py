@@ -1,26 +1,31 @@
-"""A chain's stages: each one's command, what its configs must say, and the fingerprint of what it depends on.
+"""A chain's stages: the command of each, and the checks of their configs before the first one starts."""
 
-Nothing is started or recorded here; chain.py runs what this describes.
-"""
-
-import hashlib
-import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import ENV_PREFIXES, INPUT_FIELDS, load_yaml, parse, resolve
+from ..arguments import ENV_PREFIXES, load_config, load_yaml, parse, resolve
 from ..errors import InputError
-from ..files import GRPO_DIR, REPORT
 from ..processes import GRACE_S, MARK
-from .config import ChainConfig, GRPOOptions, SFTOptions
+from .config import ChainConfig
 
 
 NAME = "aesl chain"
+CLI = [sys.executable, "-m", "aesl_trl.cli"]
+# The module whose ARGUMENT_TYPES read a stage's config. TRL takes seconds to import, so we do it when we need them.
+READ_BY = {
+    "sft": "aesl_trl.training.sft",
+    "candidates": "aesl_trl.evaluation.probe",
+    "probe": "aesl_trl.evaluation.probe",
+    "grpo": "aesl_trl.training.grpo",
+    "eval": "aesl_trl.evaluation.evaluate",
+}
 
 
 @dataclass
@@ -48,83 +53,125 @@ class Chain:
 
     @property
     def selects_by_readiness(self) -> bool:
-        """By the chain's rule, or by the one of SFT's config, which leaves the selection to the chain."""
+        """By the chain's rule, or by that of SFT's config, which leaves the selection to the chain."""
         if not self.config.sft:
             return False
         return (self.config.selection.rule or load_yaml(self.config.sft.config).get("selection")) == "readiness"
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The options of the selection that chain.yaml names."""
+        return {key: value for key, value in vars(self.config.selection).items() if value is not None}
+
+    @property
+    def start(self) -> str:
+        """Where RL starts: the handed-over folder, or the model of GRPO's config."""
+        return str(self.run / files.HANDOFF_DIR) if self.config.sft else base_model(self.config.grpo.config)
+
+    @property
+    def own_start(self) -> dict[str, str]:
+        """The start as an input of a stage. A start inside of the run is none: it follows from the stages before."""
+        return {} if self.config.sft else {"start": self.start}
+
+    def recorded(self, name: str) -> dict:
+        """Return the record of a stage's last run. SFT's lies beside SFT, since another chain may have trained it."""
+        if name == "sft":
+            return files.read_object(self.sft_dir / files.STAGE)
+        return self.record["stages"].get(name, {})
+
+    def note(self, name: str, **facts) -> None:
+        """Write the record of a stage."""
+        self.record["stages"][name] = facts
+        if name == "sft":
+            files.write_json(self.sft_dir / files.STAGE, facts)
+        files.write_json(self.run / files.CHAIN, self.record)
+
+    def read_record(self) -> None:
+        """Read the record of the run's stages."""
+        self.record = {
+            "config": os.path.relpath(self.path, self.run),
+            "seed": self.config.seed,
+            "sft_dir": os.path.relpath(self.sft_dir, self.run) if self.sft_dir else None,
+            "stages": files.read_object(self.run / files.CHAIN).get("stages", {}),
+        }
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what to run, and what its result depends on.
+    """One stage: its command, and what its result depends on.
 
-    `folder` is where it trains and has checkpoints to go on from; `output` is there once it is done.
+    `output` exists once the stage is done. `given` are the settings that the chain adds to the config. A stage that
+    trains does so in `folder`, and goes on from the checkpoints there.
     """
 
     name: str
     command: list[str]
     output: Path
-    configs: tuple[str, ...] = ()
+    config: str | None = None
+    accelerate_config: str | None = None
+    given: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
 
-def launch(module: str, options: SFTOptions | GRPOOptions, *flags: str) -> list[str]:
-    """The module under accelerate, by this Python: `accelerate` need not be on the PATH."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    named = ["--config_file", options.accelerate_config] if options.accelerate_config else []
-    return [*accelerate, *named, "-m", module, "--config", options.config, *flags]
+def launch(accelerate_config: str | None, *arguments: str) -> list[str]:
+    """Return the command of a module under accelerate, by this Python: `accelerate` need not be on the PATH."""
+    named = ["--config_file", accelerate_config] if accelerate_config else []
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *named, "-m", *arguments]
 
 
 def build_sft(chain: Chain) -> Stage:
-    options, folder = chain.config.sft, chain.sft_dir
-    command = launch("aesl_trl.sft", options, "--output_dir", str(folder), "--seed", str(chain.config.seed))
-    return Stage("sft", command, folder / files.TRAINER_STATE, _configs(options), folder)
+    options, folder, seed = chain.config.sft, chain.sft_dir, chain.config.seed
+    flags = ["--config", options.config, "--output_dir", str(folder), "--seed", str(seed)]
+    command = launch(options.accelerate_config, "aesl_trl.sft", *flags)
+    output = folder / files.TRAINER_STATE
+    return Stage("sft", command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
 
 
 def build_select(chain: Chain) -> Stage:
     """Selection runs in this process: it reads and writes small files. The command is only its record."""
-    given = {key: value for key, value in vars(chain.config.selection).items() if value is not None}
-    flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    flags = [text for key, value in chain.selection.items() for text in (f"--{key}", str(value))]
     command = ["aesl", "select", str(chain.sft_dir), "--out", str(chain.run), *flags]
-    return Stage("select", command, chain.run / files.SELECTION)
+    return Stage("select", command, chain.run / files.SELECTION, given=chain.selection)
 
 
 def build_handoff(chain: Chain) -> Stage:
-    command = [sys.executable, "-m", "aesl_trl.models.handoff", str(chain.run), "--mode", chain.config.handoff.mode]
-    return Stage("handoff", command, chain.run / files.HANDOFF)
+    mode = chain.config.handoff.mode
+    command = [*CLI, "handoff", str(chain.run), "--mode", mode]
+    return Stage("handoff", command, chain.run / files.HANDOFF, given={"mode": mode})
 
 
 def build_candidates(chain: Chain) -> Stage:
-    """Every saved candidate is probed, for the selection; the file lies beside them, where a replay finds it."""
-    output = chain.sft_dir / files.READINESS
-    return Stage("candidates", *_probe_command(chain, str(chain.sft_dir), output))
+    """Every saved candidate is probed for the selection. The file lies beside them, where a replay finds it."""
+    return _probe_stage(chain, "candidates", str(chain.sft_dir), chain.sft_dir / files.READINESS)
 
 
 def build_probe(chain: Chain) -> Stage:
-    """What RL starts from, after the handoff has settled what ends a sample: before it, a candidate may not stop."""
-    return Stage("probe", *_probe_command(chain, rl_start(chain), chain.run / files.READINESS))
+    """RL's start is probed after the handoff has settled what ends a sample: before it, a candidate may not stop."""
+    return _probe_stage(chain, "probe", chain.start, chain.run / files.READINESS)
 
 
-def _probe_command(chain: Chain, start: str, output: Path) -> tuple[list[str], Path, tuple[str, ...]]:
-    options = chain.config.probe
+def _probe_stage(chain: Chain, name: str, start: str, output: Path) -> Stage:
+    options, seed = chain.config.probe, chain.config.seed
     config = options.config or chain.config.grpo.config
-    flags = [start, "--config", config, "--output", str(output), "--seed", str(chain.config.seed)]
-    launcher = [sys.executable, "-m"]
-    if options.accelerate_config:
-        launcher += ["accelerate.commands.launch", "--quiet", "--config_file", options.accelerate_config, "-m"]
-    configs = tuple(filter(None, (config, options.accelerate_config)))
-    return [*launcher, "aesl_trl.evaluation.probe", *flags], output, configs
+    arguments = ["probe", start, "--config", config, "--output", str(output), "--seed", str(seed)]
+    accelerate = options.accelerate_config
+    command = launch(accelerate, "aesl_trl.cli", *arguments) if accelerate else [*CLI, *arguments]
+    return Stage(name, command, output, config, accelerate, {"seed": seed, **chain.own_start})
 
 
 def build_grpo(chain: Chain) -> Stage:
-    options, folder = chain.config.grpo, chain.run / GRPO_DIR
-    flags = ["--output_dir", str(folder), "--seed", str(chain.config.seed)]
-    command = launch("aesl_trl.grpo", options, *start_flags(chain), *flags)
-    return Stage("grpo", command, folder / files.RUN, _configs(options), folder)
+    options, folder, seed = chain.config.grpo, chain.run / files.GRPO_DIR, chain.config.seed
+    flags = ["--config", options.config, *start_flags(chain), "--output_dir", str(folder), "--seed", str(seed)]
+    command = launch(options.accelerate_config, "aesl_trl.grpo", *flags)
+    output = folder / files.RUN
+    return Stage("grpo", command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
 
 
 def start_flags(chain: Chain) -> list[str]:
-    """What RL starts from: the handed-over model, the adapter that it goes on training, or its config's own model."""
+    """Return GRPO's flags for its start: the handed-over model, or the adapter that it goes on training.
+
+    Without SFT there are none: the config names the model.
+    """
     if not chain.config.sft:
         return []
     handoff, folder = chain.run / files.HANDOFF, str(chain.run / files.HANDOFF_DIR)
@@ -137,23 +184,20 @@ def start_flags(chain: Chain) -> list[str]:
 
 def build_eval(chain: Chain) -> Stage:
     # The config's own seed: every seed of a chain is measured on the same prompts.
-    output = chain.run / files.EVALUATION
-    flags = ["--start", rl_start(chain), "--final", str(chain.run / GRPO_DIR), "--output", str(output)]
-    command = [sys.executable, "-m", "aesl_trl.evaluation.evaluate", "--config", chain.config.eval.config, *flags]
-    return Stage("eval", command, output, (chain.config.eval.config,))
-
-
-def rl_start(chain: Chain) -> str:
-    """Where RL starts: the handed-over folder, or its config's own model."""
-    return str(chain.run / files.HANDOFF_DIR) if chain.config.sft else base_model(chain.config.grpo.config)
+    config, output = chain.config.eval.config, chain.run / files.EVALUATION
+    flags = ["--start", chain.start, "--final", str(chain.run / files.GRPO_DIR), "--output", str(output)]
+    return Stage("eval", [*CLI, "eval", "--config", config, *flags], output, config, given=chain.own_start)
 
 
 def build_report(chain: Chain) -> Stage:
     options = chain.config.report
     compare = ["--compare", *options.compare] if options.compare else []
     title = [f"--title={options.title}"] if options.title else []
-    command = [sys.executable, "-m", "aesl_trl.report.report", str(chain.run), *compare, *title]
-    return Stage("report", command, chain.run / REPORT)
+    evaluations = [path for run in options.compare if (path := Path(run) / files.EVALUATION).exists()]
+    given = {"title": options.title, "compare": [run_name(Path(run)) for run in options.compare]}
+    given["evaluation_file"] = list(map(str, evaluations))
+    command = [*CLI, "report", str(chain.run), *compare, *title]
+    return Stage("report", command, chain.run / files.REPORT, given=given)
 
 
 BUILDERS = {
@@ -168,12 +212,13 @@ BUILDERS = {
 }
 
 
-def _configs(options: SFTOptions | GRPOOptions) -> tuple[str, ...]:
-    return tuple(filter(None, (options.config, options.accelerate_config)))
+def run_name(run: Path) -> str:
+    """Return `arm/seed-N` for a run folder of that form, else the folder's name."""
+    return f"{run.parent.name}/{run.name}" if run.name.startswith("seed-") else run.name
 
 
 def base_model(config: str) -> str:
-    """The model that a GRPO config starts from by itself."""
+    """Return the model that a GRPO config starts from by itself."""
     values, folder = load_yaml(config), Path(config).parent
     for name in ("adapter_name_or_path", "model_name_or_path"):
         if values.get(name):
@@ -182,8 +227,8 @@ def base_model(config: str) -> str:
 
 
 def child_env(stage: Stage) -> dict[str, str]:
-    """This environment and the config's `env`, which the stage itself can only apply after torch is imported."""
-    env = load_yaml(stage.configs[0]).get("env", {}) if stage.configs else {}
+    """Return this environment with the config's `env`, which the stage could only apply after torch is imported."""
+    env = load_yaml(stage.config).get("env", {}) if stage.config else {}
     return {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),  # torchrun's own is 30 s, then it kills its workers
         **os.environ,
@@ -193,7 +238,18 @@ def child_env(stage: Stage) -> dict[str, str]:
     }
 
 
+def portable(command: Sequence[str], folder: Path) -> list[str]:
+    """Return `command` with the paths as seen from `folder`, so that a record names no place of this machine."""
+    relative = [os.path.relpath(part, folder) if os.path.isabs(part) else part for part in command[1:]]
+    return ["python" if command[0] == sys.executable else command[0], *relative]
+
+
 # ---- Checks before anything starts
+
+
+def argument_types(name: str) -> tuple[type, ...]:
+    """Return the dataclasses that read a stage's config; none for a stage without one."""
+    return import_module(READ_BY[name]).ARGUMENT_TYPES if name in READ_BY else ()
 
 
 def check_stages(chain: Chain) -> None:
@@ -202,78 +258,36 @@ def check_stages(chain: Chain) -> None:
     Raises:
         InputError: a config that its stage would refuse.
     """
-    from ..arguments import load_config
-    from ..evaluation import evaluate, probe
-    from ..training import grpo, sft
-
     config, seed = chain.config, ["--seed", str(chain.config.seed)]
     for options in filter(None, (config.sft, config.grpo)):
         if options.accelerate_config:
             load_yaml(options.accelerate_config)
     if config.sft:
         flags = ["--config", config.sft.config, "--output_dir", str(chain.sft_dir), *seed]
-        _, args, _ = parse(sft.ARGUMENT_TYPES, flags, prog=NAME)
+        _, args, _ = parse(argument_types("sft"), flags, prog=NAME)
         if not args.diversity_steps:
-            raise InputError(
-                f"{config.sft.config}: diversity_steps is 0, so the chain has no candidates to select from"
-            )
+            raise InputError(f"{config.sft.config}: diversity_steps is 0: the chain has no candidates to select from")
     else:
         base_model(config.grpo.config)
-    folder = ["--output_dir", str(chain.run / GRPO_DIR)]
-    parsed = parse(grpo.ARGUMENT_TYPES, ["--config", config.grpo.config, *folder, *seed], prog=NAME)
+    flags = ["--config", config.grpo.config, "--output_dir", str(chain.run / files.GRPO_DIR), *seed]
+    parsed = parse(argument_types("grpo"), flags, prog=NAME)
     uses_peft = any(getattr(part, "use_peft", False) for part in parsed)
     if config.sft and config.handoff.mode == "continue" and uses_peft:
-        raise InputError(
-            f"{config.grpo.config}: use_peft adds a new adapter, handoff.mode: continue trains the old one"
-        )
+        raise InputError(f"{config.grpo.config}: use_peft adds an adapter, handoff.mode: continue trains the old one")
     if config.probe:
         named = config.probe.config or config.grpo.config
-        _, args, _ = parse(probe.ARGUMENT_TYPES, ["--config", named, *seed], prog=NAME)
+        _, args, _ = parse(argument_types("probe"), ["--config", named, *seed], prog=NAME)
         if args.deepspeed:
             raise InputError(f"{named}: the probe does without deepspeed: give chain.yaml's probe a config of its own")
     elif chain.selects_by_readiness:
         raise InputError(f"{chain.path}: selection by readiness needs the probe: leave out probe: null")
     if config.eval:
-        load_config(config.eval.config, evaluate.ARGUMENT_TYPES)
+        load_config(config.eval.config, argument_types("eval"))
 
 
 def plan(chain: Chain) -> str:
-    """Every stage's command, as `--dry_run` prints it."""
+    """Return every stage's command, as `--dry_run` prints it."""
     lines = [f"{chain.path} -> {chain.run}, seed {chain.config.seed}"]
     for number, name in enumerate(chain.names, 1):
         lines.append(f"{number}. {name}: {shlex.join(BUILDERS[name](chain).command)}")
     return "\n".join(lines)
-
-
-# ---- Fingerprints
-
-
-def portable(command: list[str], folder: Path) -> list[str]:
-    """`command` as given from inside `folder`: a run that is moved, or recorded elsewhere, keeps its fingerprint."""
-    relative = [os.path.relpath(part, folder) if os.path.isabs(part) else part for part in command[1:]]
-    return ["python" if command[0] == sys.executable else command[0], *relative]
-
-
-def fingerprint(stage: Stage, folder: Path, previous: str | None) -> str:
-    """sha256 over the command, its configs, the local files that they name, and the stage before."""
-    contents = {os.path.relpath(path, folder): _sha256(path) for path in stage.configs}
-    for config in stage.configs:
-        contents |= {os.path.relpath(path, folder): _sha256(path) for path in named_files(config)}
-    facts = {"command": portable(stage.command, folder), "files": contents, "previous": previous}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def named_files(config: str) -> list[str]:
-    """The local files (data, rewards, DeepSpeed config) that a stage's config names, function names dropped."""
-    values, found = load_yaml(config), []
-    for name in INPUT_FIELDS & values.keys():
-        value = resolve(name, values[name], Path(config).parent)
-        for item in value if isinstance(value, list) else [value]:
-            path = str(item).rpartition(":")[0] if ".py:" in str(item) else str(item)
-            found += [path] if os.path.isfile(path) else []
-    return sorted(found)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """The vLLM server that GRPO samples from: its command, and the wait for it before GRPO starts.
 
-GRPO would wait as well, with the GPUs taken and all processes up, and end in a traceback. The server itself is not
-started here: it has its own GPUs, its own log, and may outlive the run.
+GRPO would wait as well, but with its GPUs taken and all processes up, and it would end in a traceback. We do not start
+the server: it has its own GPUs and its own log, and it may outlive the run.
 """
 
 import json
@@ -21,13 +21,13 @@ RETRY_S = 2.0
 
 
 def wait_for_server(config: str, model: str, say: Callable[[str], None]) -> None:
-    """Return once the server that the GRPO config `config` names is healthy; at once where it names none.
+    """Return once the server that the GRPO config `config` names is healthy, or at once where it names none.
 
     Args:
-        model: what the server has to serve, for the command that is shown.
+        model: the model that the server has to serve, for the command that we show.
 
     Raises:
-        InputError: it did not answer within the config's `vllm_server_timeout`.
+        InputError: the server did not answer within the config's `vllm_server_timeout`.
     """
     values = load_yaml(config)
     if not values.get("use_vllm") or values.get("vllm_mode", "colocate") != "server":
@@ -46,22 +46,21 @@ def wait_for_server(config: str, model: str, say: Callable[[str], None]) -> None
 
 
 def server_url(values: dict[str, Any]) -> str:
+    """Return the address that GRPO will ask."""
     base = values.get("vllm_server_base_url")
-    return base.rstrip("/") if base else f"http://{values.get('vllm_server_host', '0.0.0.0')}:{_port(values)}"
-
-
-def _port(values: dict[str, Any]) -> int:
-    return values.get("vllm_server_port", 8000)
+    host, port = values.get("vllm_server_host", "0.0.0.0"), values.get("vllm_server_port", 8000)
+    return base.rstrip("/") if base else f"http://{host}:{port}"
 
 
 def serve_command(values: dict[str, Any], model: str) -> str:
-    """The flags that TRL 1.16 asks for (trl.generation.vllm_client): weights pushed over NCCL, processed logprobs."""
+    """Return the command with the flags of TRL 1.16 (trl.generation.vllm_client): NCCL weights, processed logprobs."""
     flags = ["--weight-transfer-config", json.dumps({"backend": "nccl"}), "--logprobs-mode", "processed_logprobs"]
-    flags += ["--max-logprobs", "-1", "--port", str(_port(values))]
+    flags += ["--max-logprobs", "-1", "--port", str(values.get("vllm_server_port", 8000))]
     return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(['vllm', 'serve', model, *flags])}"
 
 
 def is_healthy(url: str) -> bool:
+    """Ask the server whether it can serve."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200

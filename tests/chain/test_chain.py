@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,16 +60,49 @@ def test_done_stages_are_skipped(project, fakes, capfd):
 
 
 @pytest.mark.parametrize(
-    "name, again",
-    [("sft.yaml", ALL), ("rows.jsonl", ALL), ("grpo.yaml", ALL[3:]), ("eval.yaml", ALL[5:]), ("cpu.yaml", ALL)],
+    "name, line, again",
+    [
+        ("sft.yaml", "learning_rate: 0.2", ALL),
+        ("rows.jsonl", '{"text": "b"}', ALL),
+        ("grpo.yaml", "learning_rate: 0.2", ALL[3:]),
+        ("eval.yaml", "samples: 3", ALL[5:]),
+        ("cpu.yaml", "num_processes: 2", ALL),
+    ],
 )
-def test_a_changed_file_reruns_its_stage_and_what_follows(project, fakes, tmp_path, name, again):
+def test_a_changed_file_reruns_its_stage_and_what_follows(project, fakes, tmp_path, name, line, again):
     path = project()
     run(path)
     with open(tmp_path / name, "a") as file:
-        file.write("\n")
+        file.write(f"{line}\n")
     assert run(path) == again
     assert run(path) == []
+
+
+def test_another_spelling_reruns_nothing(project, fakes, tmp_path):
+    (tmp_path / "sft.yaml").write_text("dataset_name: rows.jsonl\ndiversity_steps: 5\nlearning_rate: 1.0\n")
+    run(project())
+    spelled = "# as before\nlearning_rate: 1\n\ndiversity_steps: 5\ndataset_name: ./rows.jsonl\nmax_grad_norm: 1.0\n"
+    (tmp_path / "sft.yaml").write_text(spelled)
+    assert run(project()) == []
+    (tmp_path / "sft.yaml").write_text(spelled.replace("max_grad_norm: 1.0", "max_grad_norm: 2.0"))
+    assert run(project()) == ALL
+
+
+def test_a_moved_or_copied_run_is_the_same_run(project, fakes, tmp_path):
+    path = project()
+    run(path)
+    folder = Path(read_config(path).output_dir)
+    shutil.copytree(folder, tmp_path / "far/away/runs/copy")
+    assert run(project(output_dir="far/away/runs/copy")) == []
+    # with its configs, and chain.yaml under another name
+    moved = tmp_path.with_name(f"{tmp_path.name}_moved") / "deeper"
+    shutil.copytree(tmp_path, moved)
+    (moved / "chain.yaml").rename(moved / "runs/other.yaml")
+    text = (moved / "runs/other.yaml").read_text().replace('"far/away/', '"../far/away/')
+    for name in ("sft", "grpo", "eval", "cpu"):
+        text = text.replace(f'"{name}.yaml"', f'"../{name}.yaml"')
+    (moved / "runs/other.yaml").write_text(text)
+    assert run(moved / "runs/other.yaml") == []
 
 
 def test_a_changed_option_reruns(project, fakes):
@@ -212,7 +246,7 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
         seen.update(folder=folder, out=out, **given)
         return {"step": 7, "applied": "last", "reason": "asked for"}
 
-    monkeypatch.setattr("aesl_trl.diversity.selection.select_run", select_run)
+    monkeypatch.setattr(chains, "select_run", select_run)
     chain = make(project(selection={"rule": "last", "patience": 2}))
     assert chains._select(chain, chain.run / "logs/select.log") == 0
     assert seen == {"folder": chain.sft_dir, "out": chain.run, "rule": "last", "patience": 2}
@@ -226,7 +260,7 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
 DRIVER = """
 import sys
 from aesl_trl.chain import chain as chains
-from aesl_trl.chain.stages import Stage
+from aesl_trl.chain.stages import BUILDERS, Stage
 
 STAGE = '''
 import pathlib, signal, subprocess, sys, time
@@ -254,8 +288,8 @@ def build(name):
         return Stage(name, [sys.executable, "-c", STAGE, worker, ready, sys.argv[2]], chain.run / f"out_{name}")
     return stage
 
-chains.BUILDERS = {name: build(name) for name in ("grpo", "report")}
-chains.check_in_child = lambda argv: None
+BUILDERS.update({name: build(name) for name in ("grpo", "report")})
+chains.check_in_child = lambda command, argv: None
 chains.main(["--config", sys.argv[1]])
 """
 
@@ -339,15 +373,16 @@ def test_what_a_killed_chain_left_at_work_is_ended(project, tmp_path):
 # A chain of FAKE stages that kills itself as it is about to rename its n-th file; 0: never.
 KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from aesl_trl.chain import chain as chains; from aesl_trl import files
-from aesl_trl.chain.stages import Stage
+from aesl_trl.chain.stages import BUILDERS
 
 def fake(builder):
     def build(chain):
         real = builder(chain)
         os.environ["FAKE_RUN"] = str(chain.run)
         command = [sys.executable, "-c", sys.argv[3], real.name, str(real.output)]
-        return Stage(real.name, command, real.output, real.configs, real.folder)
+        return replace(real, command=command)
     return build
 
 def select(chain, log):
@@ -361,8 +396,8 @@ def audit(event, arguments):
     if event == "os.rename" and renamed == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-chains.BUILDERS = {name: fake(builder) for name, builder in chains.BUILDERS.items()}
-chains.check_in_child = lambda argv: None
+BUILDERS.update({name: fake(builder) for name, builder in BUILDERS.items()})
+chains.check_in_child = lambda command, argv: None
 chains._select = select
 sys.addaudithook(audit)
 chains.main(["--config", sys.argv[1]])
@@ -386,7 +421,7 @@ def test_a_chain_killed_between_stages_goes_on(project, tmp_path, number):
     folder = Path(read_config(path).output_dir)
     code = killed_chain(tmp_path, path, number)
     assert code == (0 if number > RENAMES else -signal.SIGKILL)
-    record, sft = folder / files.CHAIN, folder / "sft" / chains.STAGE
+    record, sft = folder / files.CHAIN, folder / "sft" / files.STAGE
     stages = files.read_json(record)["stages"] if record.exists() else {}
     stages |= {"sft": files.read_json(sft)} if sft.exists() else {}  # written first
     done = [name for name, stage in stages.items() if stage["status"] == "done"]
@@ -429,7 +464,7 @@ def test_closing_table(project, tmp_path):
 
 
 def aesl_chain(*argv):
-    command = [sys.executable, "-m", "aesl_trl.chain.chain", *map(str, argv)]
+    command = [sys.executable, "-m", "aesl_trl.cli", "chain", *map(str, argv)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 

@@ -395,7 +395,7 @@ def chain_config(project):
 
 
 def chained(config: Path, out: Path, sleep_s: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "aesl_trl.chain.chain", "--config", str(config), "--output_dir", str(out)]
+    command = [sys.executable, "-m", "aesl_trl.cli", "chain", "--config", str(config), "--output_dir", str(out)]
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= {"CRASH_FOLDER": str(out), "CRASH_SLEEP": str(sleep_s)}
     return subprocess.Popen(

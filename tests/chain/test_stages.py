@@ -1,7 +1,6 @@
-"""Stages: their commands and environment, and what their fingerprints see."""
+"""Stages: their commands and environment."""
 
 import os
-import shutil
 import sys
 
 import pytest
@@ -18,7 +17,6 @@ from aesl_trl.chain.stages import (
     build_report,
     build_sft,
     child_env,
-    fingerprint,
 )
 from aesl_trl.errors import InputError
 
@@ -45,7 +43,7 @@ def test_stage_commands(project, tmp_path):
     assert (sft["--config"], sft["--output_dir"]) == (str(tmp_path / "sft.yaml"), str(chain.run / "sft"))
     assert sft["--seed"] == grpo["--seed"] == "4"
     assert grpo["--model_name_or_path"] == str(chain.run / "handoff")
-    assert build_handoff(chain).command[1:] == ["-m", "aesl_trl.models.handoff", str(chain.run), "--mode", "merge"]
+    assert build_handoff(chain).command[1:] == ["-m", "aesl_trl.cli", "handoff", str(chain.run), "--mode", "merge"]
     evaluation = flags_of(build_eval(chain))
     assert (evaluation["--start"], evaluation["--final"]) == (str(chain.run / "handoff"), str(chain.run / "grpo"))
     assert build_report(chain).command[-1] == "--title=-t"
@@ -54,11 +52,11 @@ def test_stage_commands(project, tmp_path):
 def test_probe_by_default_takes_grpos_config(project, tmp_path):
     chain = make(project(), seed=4)
     stage = build_probe(chain)
-    assert stage.command[1:4] == ["-m", "aesl_trl.evaluation.probe", str(chain.run / "handoff")]
+    assert stage.command[1:5] == ["-m", "aesl_trl.cli", "probe", str(chain.run / "handoff")]
     flags = flags_of(stage)
     assert (flags["--config"], flags["--seed"]) == (str(tmp_path / "grpo.yaml"), "4")
     assert flags["--output"] == str(chain.run / "readiness.json") == str(stage.output)
-    assert stage.configs == (str(tmp_path / "grpo.yaml"),) and stage.folder is None
+    assert (stage.config, stage.accelerate_config) == (str(tmp_path / "grpo.yaml"), None) and stage.folder is None
 
 
 def test_probe_with_settings_of_its_own(project, tmp_path):
@@ -66,10 +64,10 @@ def test_probe_with_settings_of_its_own(project, tmp_path):
     chain = make(project(probe={"config": "probe.yaml", "accelerate_config": "cpu.yaml"}))
     for stage, start in ((build_probe(chain), chain.run / "handoff"), (build_candidates(chain), chain.sft_dir)):
         assert stage.command[1:3] == ["-m", "accelerate.commands.launch"]
-        at = stage.command.index("aesl_trl.evaluation.probe")
-        assert stage.command[at - 1 : at + 2] == ["-m", "aesl_trl.evaluation.probe", str(start)]
+        at = stage.command.index("aesl_trl.cli")
+        assert stage.command[at - 1 : at + 3] == ["-m", "aesl_trl.cli", "probe", str(start)]
         assert flags_of(stage)["--config"] == str(tmp_path / "probe.yaml")
-        assert stage.configs == (str(tmp_path / "probe.yaml"), str(tmp_path / "cpu.yaml"))
+        assert (stage.config, stage.accelerate_config) == (str(tmp_path / "probe.yaml"), str(tmp_path / "cpu.yaml"))
     assert build_candidates(chain).output == chain.sft_dir / "readiness.json"
 
 
@@ -91,7 +89,7 @@ def test_continued_adapter(project):
 def test_without_sft_rl_starts_from_its_configs_model(project, tmp_path):
     chain = make(project(sft=...))
     assert chain.names == ["probe", "grpo", "eval", "report"]
-    assert build_probe(chain).command[3] == str(tmp_path / "base")
+    assert build_probe(chain).command[4] == str(tmp_path / "base")
     assert "--model_name_or_path" not in flags_of(build_grpo(chain))
     assert flags_of(build_eval(chain))["--start"] == str(tmp_path / "base")
     (tmp_path / "grpo.yaml").write_text("learning_rate: 1\n")
@@ -105,40 +103,3 @@ def test_environment_of_a_stage(project, tmp_path, monkeypatch):
     env = child_env(build_sft(make(project())))
     assert (env["HF_TEST"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
     assert env["PATH"] == os.environ["PATH"]
-
-
-# ---- Fingerprints
-
-
-def sft_print(path, **given) -> str:
-    chain = make(path, **given)
-    return fingerprint(build_sft(chain), chain.sft_dir, None)
-
-
-@pytest.mark.parametrize("name", ["sft.yaml", "cpu.yaml", "rows.jsonl"])
-def test_fingerprint_sees_every_file(project, tmp_path, name):
-    before = sft_print(project())
-    assert sft_print(project()) == before
-    with open(tmp_path / name, "a") as file:
-        file.write("\n")
-    assert sft_print(project()) != before
-
-
-def test_fingerprint_sees_seed_and_the_stage_before(project):
-    chain = make(project())
-    stage = build_grpo(chain)
-    prints = {fingerprint(stage, chain.run, previous) for previous in (None, "a", "b")}
-    assert len(prints) == 3
-    assert sft_print(project(), seed=1) != sft_print(project())
-
-
-def test_fingerprint_survives_a_move(project, tmp_path):
-    before = sft_print(project())
-    moved = tmp_path.with_name(tmp_path.name + "_moved")
-    shutil.copytree(tmp_path, moved)
-    assert sft_print(moved / "chain.yaml") == before
-
-
-def test_chains_that_share_an_sft_agree_on_it(project):
-    shared = {"config": "sft.yaml", "accelerate_config": "cpu.yaml", "output_dir": "shared"}
-    assert sft_print(project(sft=shared)) == sft_print(project("b.yaml", sft=shared, output_dir="other/deep/two"))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from small_chains import chain_project
 from aesl_trl import files
 from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
-from aesl_trl.chain.stages import Chain, Stage
+from aesl_trl.chain.stages import BUILDERS, Chain, Stage
 
 
-# Stands for every stage: notes its name and flags, obeys `fail` (an exit code) in the run folder, writes its output, a
-# probe's with the verdict in `verdict`.
+# This stands for every stage. It notes its name and flags, obeys `fail` (an exit code) in the run folder, and writes
+# its output; a probe's output has the verdict in `verdict`.
 FAKE = """
 import json, os, pathlib, sys
 name, output, *flags = sys.argv[1:]
@@ -40,20 +41,20 @@ def project(tmp_path):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Every stage replaced by FAKE, with the real stage's folder, configs and output."""
+    """Replace every stage by FAKE, with the real stage's folder, configs and output."""
 
     def fake(builder):
         def build(chain: Chain) -> Stage:
             real = builder(chain)
-            # Not an argument: the fingerprint of a shared SFT must not see which chain trained it.
             monkeypatch.setenv("FAKE_RUN", str(chain.run))
             command = [sys.executable, "-c", FAKE, real.name, str(real.output), *real.command[1:]]
-            return Stage(real.name, command, real.output, real.configs, real.folder)
+            return replace(real, command=command)
 
         return build
 
-    monkeypatch.setattr(chains, "BUILDERS", {name: fake(builder) for name, builder in chains.BUILDERS.items()})
-    monkeypatch.setattr(chains, "check_in_child", lambda argv: None)
+    for name, builder in BUILDERS.items():
+        monkeypatch.setitem(BUILDERS, name, fake(builder))
+    monkeypatch.setattr(chains, "check_in_child", lambda command, argv: None)
 
     def select(chain, log):
         files.write_json(chain.run / files.SELECTION, {"step": 3})
@@ -65,7 +66,7 @@ def fakes(monkeypatch):
 
 
 def run(path, *flags) -> list[str]:
-    """Run the chain; the stages that were started by this call."""
+    """Run the chain, and return the stages that this call started."""
     order = Path(read_config(path).output_dir) / "order.txt"
     before = started(order)
     try:

@@ -1,0 +1,62 @@
+"""Fingerprints as aesl_trl 0.1.0 recorded them, over command lines and paths, so that its runs need not start again.
+
+A record of that kind has no settings. Where the old formula gives its fingerprint, we rewrite the record.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ..arguments import INPUT_FIELDS, load_yaml, resolve
+from .fingerprints import Inputs, file_hash, settings_of
+from .stages import BUILDERS, Chain, Stage, portable
+
+
+# Each stage was a module of its own, which `aesl_trl.cli` and the command's name stand for now.
+MODULES = {"handoff": "aesl_trl.handoff", "probe": "aesl_trl.probe", "eval": "aesl_trl.evaluate"}
+MODULES |= {"report": "aesl_trl.report"}
+
+
+def renew(chain: Chain) -> None:
+    """Give each record with an old fingerprint the new one, where the stage's inputs are still those of the record."""
+    if all("settings" in record or "inputs" not in record for record in map(chain.recorded, chain.names)):
+        return
+    old = previous = None
+    for name in chain.names:
+        stage, record = BUILDERS[name](chain), chain.recorded(name)
+        found = old_fingerprint(stage, chain.sft_dir if name == "sft" else chain.run, old)
+        inputs = Inputs(name, settings_of(stage), previous).as_recorded(record)
+        if record.get("inputs") == found:
+            chain.note(name, **(record | {"inputs": inputs.fingerprint, "settings": inputs.settings}))
+        if name != "probe":
+            old, previous = found, inputs.fingerprint
+
+
+def old_fingerprint(stage: Stage, folder: Path, previous: str | None) -> str:
+    """Hash the command, the configs, the files that these name, and the stage before, with paths from `folder`."""
+    configs = [path for path in (stage.config, stage.accelerate_config) if path]
+    paths = [*configs, *(path for config in configs for path in _named_files(config))]
+    facts = {
+        "command": portable(_old_command(stage.command), folder),
+        "files": {os.path.relpath(path, folder): file_hash(path) for path in paths},
+        "previous": previous,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _old_command(command: list[str]) -> list[str]:
+    if "aesl_trl.cli" not in command:
+        return command
+    place = command.index("aesl_trl.cli")
+    return [*command[:place], MODULES[command[place + 1]], *command[place + 2 :]]
+
+
+def _named_files(config: str) -> list[str]:
+    values, found = load_yaml(config), []
+    for name in INPUT_FIELDS & values.keys():
+        value = resolve(name, values[name], Path(config).parent)
+        for item in value if isinstance(value, list) else [value]:
+            path = str(item).rpartition(":")[0] if ".py:" in str(item) else str(item)
+            found += [path] if os.path.isfile(path) else []
+    return found

@@ -1,7 +1,7 @@
-"""compare.yaml: methods, settings, seeds and tuning, read strictly, paths absolute.
+"""compare.yaml: methods, settings, seeds and tuning, read strictly, with absolute paths.
 
-A method is a name and what it changes in the config of the cold start; losses are known to AESLSFTConfig, not here.
-What the chain's own configs say is left out: cells.py writes each cell's chain.yaml, and the chain checks it.
+A method is a name and what it changes in the config of the cold start, so a new loss needs no change here. Left out:
+the configs of the chain's stages. cells.py writes each cell's chain.yaml, and the chain checks it.
 """
 
 import itertools
@@ -12,22 +12,22 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_fields, check_folder, load_yaml, resolve
-from ..chain.config import ChainConfig
+from ..arguments import check_folder, load_yaml, read_dataclass, resolve
+from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import RULES, default_rule
 from ..errors import InputError, nearest
 
 
-STEP = "step-"  # a selection by number, from rl_from_steps
+STEP = "step-"  # begins the selections that come from rl_from_steps
 TUNE_DIR, SFT_DIR = "tune", "sft"
 FOLDERS = (TUNE_DIR, SFT_DIR)  # of the output folder, so no method or setting may have these names
 OURS = ("output_dir", "seed", "selection", "report")  # keys of chain.yaml that differ from cell to cell
-FIXED = ("output_dir", "seed")  # keys of a stage's config that do
+FIXED = ("output_dir", "seed")  # keys of a stage's config that differ from cell to cell
 
 
 @dataclass(frozen=True)
 class Point:
-    """What tuning tries: values for the cold start's config."""
+    """A point of tuning's grid: values for the cold start's config."""
 
     values: tuple[tuple[str, Any], ...] = ()
 
@@ -37,7 +37,7 @@ class Point:
 
 @dataclass
 class MethodOptions:
-    """`sft`: what it changes in the cold start's config; null: RL from the base. `grid`: in place of tune's."""
+    """`sft`: what the method changes in the cold start's config; null: RL from the base. `grid` replaces tune's."""
 
     sft: dict[str, Any] | None
     selections: list[str] | None = None
@@ -46,7 +46,7 @@ class MethodOptions:
 
 @dataclass
 class SettingOptions:
-    """What it changes in every method's configs. `methods`: those that run in it, by default all."""
+    """What the setting changes in every method's configs. `methods` names those that run in it, by default all."""
 
     sft: dict[str, Any] = field(default_factory=dict)
     grpo: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class SettingOptions:
 
 @dataclass
 class TuneOptions:
-    """`by`: the figure after RL that is highest at the point chosen. `keep`: how many points see the next seed."""
+    """`by`: the figure after RL whose highest mean decides. `keep`: how many points go on to the next seed."""
 
     seeds: list[int]
     grid: Any
@@ -74,13 +74,13 @@ class EstimateOptions:
 
 @dataclass
 class CompareConfig:
-    """compare.yaml. `chain` is the template of each cell's chain.yaml, its `config` paths absolute."""
+    """compare.yaml. `chain` is the template of each cell's chain.yaml, with absolute `config` paths."""
 
     output_dir: str
     seeds: list[int]
     chain: dict[str, Any]
     methods: dict[str, MethodOptions]
-    settings: dict[str, SettingOptions]
+    settings: dict[str, SettingOptions] = field(default_factory=dict)
     rl_from_steps: list[int] = field(default_factory=list)
     reference: list[str] = field(default_factory=list)
     metric: str = "pass@1"
@@ -88,108 +88,82 @@ class CompareConfig:
     estimate: EstimateOptions | None = None
 
     def selections(self, method: str) -> list[str | None]:
-        """How the start of RL is chosen, one row each; [None] without a cold start."""
+        """Return the ways to choose the start of RL, one for each row; [None] without a cold start."""
         options = self.methods[method]
         if options.sft is None:
             return [None]
         return [*(options.selections or []), *(f"{STEP}{step}" for step in self.rl_from_steps)]
 
     def points(self, method: str) -> list[Point]:
-        """What tuning tries for a method; nothing for one without a cold start."""
+        """Return the points that tuning tries for a method; none for a method without a cold start."""
         options = self.methods[method]
         if self.tune is None or options.sft is None:
             return []
         return list(grid_points(self.tune.grid if options.grid is None else options.grid))
 
 
-@dataclass
-class _Scalars:
-    output_dir: str
-    seeds: list[int]
-    chain: dict[str, Any]
-    methods: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
-    rl_from_steps: list[int] = field(default_factory=list)
-    reference: list[str] = field(default_factory=list)
-    metric: str = "pass@1"
-    tune: dict[str, Any] | None = None
-    estimate: dict[str, Any] | None = None
-
-
 def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Collection[str] = ()) -> CompareConfig:
-    """The comparison in `path`; `output_dir`, from the current folder, wins over it; `to_come` need not be there yet.
+    """Read the comparison in `path`. `output_dir`, from the current folder, wins over it.
+
+    Args:
+        to_come: absolute paths that the configs may name although they do not exist yet.
 
     Raises:
         InputError: an unknown or mistyped key, a file that does not exist, names that would share a folder, a
             reference that is no row, tuning on the table's seeds or with unequal budgets.
     """
     path = Path(path)
-    values = load_yaml(path)
+    values, folder = load_yaml(path), path.absolute().parent
     if output_dir is not None:
         values["output_dir"] = os.path.abspath(output_dir)
-    values = check_fields(values, _Scalars, str(path))
-    folder = path.absolute().parent
-    values["output_dir"] = os.path.abspath(folder / Path(values["output_dir"]).expanduser())
-    check_folder(f"{path}: output_dir", values["output_dir"])
-    values["methods"] = {
-        name: MethodOptions(**check_fields(item, MethodOptions, f"{path}: methods.{name}"))
-        for name, item in values["methods"].items()
-    }
-    values["settings"] = {
-        name: SettingOptions(**check_fields(item or {}, SettingOptions, f"{path}: settings.{name}"))
-        for name, item in (values.get("settings") or {"": {}}).items()
-    }
-    for name, kind in (("tune", TuneOptions), ("estimate", EstimateOptions)):
-        if values.get(name) is not None:
-            values[name] = kind(**check_fields(values[name], kind, f"{path}: {name}"))
-    config = CompareConfig(**values)
-    _resolve_chain(config, path, folder)
-    _resolve_changes(config, path, folder, to_come)
-    _set_default_selections(config)
-    _check_selections(config, path)
-    _check_names(config, path)
-    _check_seeds(config, path)
-    _check_reference(config, path)
-    _check_tuning(config, path)
+    if not values.get("settings"):
+        values["settings"] = {"": {}}
+    if isinstance(values["settings"], dict):  # a setting without changes may be left empty
+        values["settings"] = {name: {} if item is None else item for name, item in values["settings"].items()}
+    config = read_dataclass(CompareConfig, values, str(path))
+    config.output_dir = os.path.abspath(folder / Path(config.output_dir).expanduser())
+    try:
+        check_folder("output_dir", config.output_dir)
+        _resolve_chain(config, folder)
+        # Paths that a method or a setting puts into a stage's config are relative to compare.yaml too.
+        changes = {f"methods.{name}.sft": options.sft or {} for name, options in config.methods.items()}
+        for name, options in config.settings.items():
+            changes |= {f"settings.{name}.{stage}": getattr(options, stage) for stage in ("sft", "grpo", "eval")}
+        for where, mapping in changes.items():
+            _resolve_mapping(mapping, where, folder, to_come)
+        _set_default_selections(config)
+        _check_selections(config)
+        _check_names(config)
+        _check_seeds(config)
+        rows = [row_label(method, each) for method in config.methods for each in config.selections(method)]
+        for name in config.reference:
+            if name not in rows:
+                raise InputError(f"reference: no row {name!r}, there are {', '.join(rows)}{nearest(name, rows)}")
+        _check_tuning(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return config
 
 
-# ---- Paths
-
-
-def _resolve_chain(config: CompareConfig, path: Path, folder: Path) -> None:
-    """The template's own files, absolute; what else it says is checked as a chain.yaml."""
+def _resolve_chain(config: CompareConfig, folder: Path) -> None:
+    """Make the paths of the template's own configs absolute. The rest is checked as a chain.yaml."""
     known = [item.name for item in fields(ChainConfig) if item.name not in OURS]
     for name in config.chain:
         if name in OURS:
-            raise InputError(f"{path}: chain: {name} is set for each cell by the comparison; leave it out")
+            raise InputError(f"chain: {name} is set for each cell by the comparison; leave it out")
         if name not in known:
-            raise InputError(f"{path}: chain: unknown key {name!r}{nearest(name, known)}")
+            raise InputError(f"chain: unknown key {name!r}{nearest(name, known)}")
     for name in ("grpo", "eval"):
         if name not in config.chain:
-            raise InputError(f"{path}: chain.{name} is missing: what a comparison shows is measured after RL")
+            raise InputError(f"chain.{name} is missing: what a comparison shows is measured after RL")
     if "sft" not in config.chain and any(options.sft is not None for options in config.methods.values()):
-        raise InputError(f"{path}: chain.sft is missing: the methods with a cold start need its config")
+        raise InputError("chain.sft is missing: the methods with a cold start need its config")
     for name, section in config.chain.items():
         for key in ("config", "accelerate_config"):
             if isinstance(section, dict) and isinstance(section.get(key), str):
                 target = Path(os.path.abspath(folder / Path(section[key]).expanduser()))
-                if not target.is_file():
-                    siblings = [item.name for item in target.parent.glob("*.y*ml")]
-                    raise InputError(
-                        f"{path}: chain.{name}.{key}: {section[key]} does not exist, looked for {target}"
-                        f"{nearest(target.name, siblings)}"
-                    )
+                check_config_file(f"chain.{name}.{key}: {section[key]}", target)
                 section[key] = str(target)
-
-
-def _resolve_changes(config: CompareConfig, path: Path, folder: Path, to_come: Collection[str]) -> None:
-    """Paths that a method, a setting or a grid puts into a stage's config are relative to compare.yaml too."""
-    for name, options in config.methods.items():
-        _resolve_mapping(options.sft or {}, f"{path}: methods.{name}.sft", folder, to_come)
-    for name, options in config.settings.items():
-        for stage in ("sft", "grpo", "eval"):
-            _resolve_mapping(getattr(options, stage), f"{path}: settings.{name}.{stage}", folder, to_come)
 
 
 def _resolve_mapping(values: dict[str, Any], where: str, folder: Path, to_come: Collection[str]) -> None:
@@ -203,7 +177,7 @@ def _resolve_mapping(values: dict[str, Any], where: str, folder: Path, to_come: 
 
 
 def _set_default_selections(config: CompareConfig) -> None:
-    """That of its loss for a method that names none; none beside rl_from_steps."""
+    """Give a method that names no selection the default of its loss, or none beside rl_from_steps."""
     if "sft" not in config.chain:
         return
     loss = load_yaml(config.chain["sft"]["config"]).get("cold_start_loss", "aesl")
@@ -216,101 +190,89 @@ def _set_default_selections(config: CompareConfig) -> None:
 # ---- Checks
 
 
-def _check_names(config: CompareConfig, path: Path) -> None:
-    """Names of methods and settings are folders' names: no two rows may share one."""
+def _check_names(config: CompareConfig) -> None:
+    """Refuse names of methods and settings that are no folder's name, or that would give two rows one folder."""
     if not config.methods:
-        raise InputError(f"{path}: methods is empty: name at least one")
+        raise InputError("methods is empty: name at least one")
     seen: dict[str, str] = {}
     for kind, names in (("methods", config.methods), ("settings", [name for name in config.settings if name])):
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", str(name)) or name in FOLDERS:
                 wanted = f"letters, digits and _ . + -, and not {' or '.join(FOLDERS)}"
-                raise InputError(f"{path}: {kind}: {name!r} names a folder: {wanted}")
+                raise InputError(f"{kind}: {name!r} names a folder: {wanted}")
     places = [(method, row_name(method, each)) for method in config.methods for each in config.selections(method)]
     for owner, place in [*((f"setting {name}", name) for name in config.settings if name), *places]:
         if place in seen:
-            raise InputError(f"{path}: {owner} and {seen[place]} would both write to the folder {place}: rename one")
+            raise InputError(f"{owner} and {seen[place]} would both write to the folder {place}: rename one")
         seen[place] = owner
     for name, options in config.settings.items():
         for method in options.methods or []:
             if method not in config.methods:
-                raise InputError(
-                    f"{path}: settings.{name}.methods: no method {method!r}{nearest(method, config.methods)}"
-                )
+                raise InputError(f"settings.{name}.methods: no method {method!r}{nearest(method, config.methods)}")
 
 
-def row_name(method: str, selection: str | None) -> str:
-    """The folder of a row's cells, as the recipes name theirs."""
-    return method if selection is None else f"{method}_{selection}"
-
-
-def _check_seeds(config: CompareConfig, path: Path) -> None:
+def _check_seeds(config: CompareConfig) -> None:
     lists = {"seeds": config.seeds} | ({"tune.seeds": config.tune.seeds} if config.tune else {})
     for name, seeds in lists.items():
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise InputError(f"{path}: {name} must be different whole numbers from 0 on, at least one, got {seeds}")
+            raise InputError(f"{name} must be different whole numbers from 0 on, at least one, got {seeds}")
     if config.tune and (shared := sorted({*config.seeds} & {*config.tune.seeds})):
-        raise InputError(f"{path}: tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
+        raise InputError(f"tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
 
 
-def _check_selections(config: CompareConfig, path: Path) -> None:
+def _check_selections(config: CompareConfig) -> None:
     for name, options in config.methods.items():
         if options.sft is None and options.selections:
-            raise InputError(f"{path}: methods.{name}: selections need a cold start, and sft is null")
+            raise InputError(f"methods.{name}: selections need a cold start, and sft is null")
         for rule in options.selections or []:
             if rule not in RULES:
                 raise InputError(
-                    f"{path}: methods.{name}.selections: {rule!r} is not one of {', '.join(RULES)}"
-                    f"{nearest(rule, RULES)}"
+                    f"methods.{name}.selections: {rule!r} is not one of {', '.join(RULES)}{nearest(rule, RULES)}"
                 )
         if options.sft is not None and not config.selections(name):
-            raise InputError(f"{path}: methods.{name}: neither selections nor rl_from_steps says where RL starts")
+            raise InputError(f"methods.{name}: neither selections nor rl_from_steps says where RL starts")
         if len(set(config.selections(name))) != len(config.selections(name)):
-            raise InputError(f"{path}: methods.{name}: the same selection twice")
+            raise InputError(f"methods.{name}: the same selection twice")
     if any(step < 1 for step in config.rl_from_steps):
         raise InputError(
-            f"{path}: rl_from_steps must be steps from 1 on, got {config.rl_from_steps}; RL from the base is a method "
+            f"rl_from_steps must be steps from 1 on, got {config.rl_from_steps}; RL from the base is a method "
             "with sft: null"
         )
 
 
-def _check_reference(config: CompareConfig, path: Path) -> None:
-    rows = [row_label(method, each) for method in config.methods for each in config.selections(method)]
-    for name in config.reference:
-        if name not in rows:
-            raise InputError(f"{path}: reference: no row {name!r}, there are {', '.join(rows)}{nearest(name, rows)}")
+def row_name(method: str, selection: str | None) -> str:
+    """Return the folder of a row's cells, as the recipes name theirs."""
+    return method if selection is None else f"{method}_{selection}"
 
 
 def row_label(method: str, selection: str | None) -> str:
+    """Return the name of a row without its setting, as `reference` and the tables give it."""
     return method if selection is None else f"{method}/{selection}"
 
 
-def _check_tuning(config: CompareConfig, path: Path) -> None:
-    """Every method tries the same number of points: a method with one more knob must not get more looks."""
+def _check_tuning(config: CompareConfig) -> None:
+    """Refuse grids of unequal size: a method with one more knob must not try more points."""
     if config.tune is None:
         for name, options in config.methods.items():
             if options.grid is not None:
-                raise InputError(f"{path}: methods.{name}.grid needs a section tune, with seeds of its own")
+                raise InputError(f"methods.{name}.grid needs a section tune, with seeds of its own")
         return
-    budget = len(_named_points(config.tune.grid, f"{path}: tune.grid", path))
+    budget = len(_named_points(config.tune.grid, "tune.grid"))
     if config.tune.keep is not None and not 1 <= config.tune.keep <= budget:
-        raise InputError(
-            f"{path}: tune.keep must lie from 1 to {budget}, the points of the grid, got {config.tune.keep}"
-        )
+        raise InputError(f"tune.keep must lie from 1 to {budget}, the points of the grid, got {config.tune.keep}")
     for name, options in config.methods.items():
         if options.grid is None:
             continue
         if options.sft is None:
-            raise InputError(f"{path}: methods.{name}.grid: without a cold start there is nothing to tune")
-        tried = len(_named_points(options.grid, f"{path}: methods.{name}.grid", path))
+            raise InputError(f"methods.{name}.grid: without a cold start there is nothing to tune")
+        tried = len(_named_points(options.grid, f"methods.{name}.grid"))
         if tried != budget:
             raise InputError(
-                f"{path}: methods.{name}.grid has {tried} points, tune.grid {budget}: every method gets the same "
-                "budget"
+                f"methods.{name}.grid has {tried} points, tune.grid {budget}: every method gets the same budget"
             )
 
 
-def _named_points(grid: Any, where: str, path: Path) -> list[Point]:
+def _named_points(grid: Any, where: str) -> list[Point]:
     is_lists = isinstance(grid, dict) and all(isinstance(item, list) and item for item in grid.values())
     is_points = isinstance(grid, list) and all(isinstance(item, dict) and item for item in grid)
     if not grid or not (is_lists or is_points):
@@ -330,7 +292,7 @@ def _named_points(grid: Any, where: str, path: Path) -> list[Point]:
 
 
 def grid_points(grid: dict[str, list] | list[dict]) -> Iterator[Point]:
-    """All combinations of a mapping's values, or the points of a list as they stand."""
+    """Yield all combinations of a mapping's values, or the points of a list as they stand."""
     if isinstance(grid, list):
         yield from (Point(tuple(point.items())) for point in grid)
     else:

@@ -1,15 +1,17 @@
 """compare.json as markdown: the tables of a comparison, and what its intervals mean. Nothing is computed here."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from ..diversity.intervals import with_interval
+from ..report.parts import markdown_table
 
 
 TITLES = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "groups_mixed": "groups with signal"}
 
 
 def page(result: dict[str, Any], plots: Sequence[str]) -> str:
-    """The tables and, below them, how to read them and where they come from."""
+    """Return the tables, with how to read them and where they come from."""
     rows = result["rows"]
     parts = [
         f"# Comparison: {result['metric']} after RL",
@@ -37,47 +39,25 @@ def _reading(result: dict[str, Any]) -> str:
     )
 
 
-def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [list(head), ["---"] + ["---:"] * (len(head) - 1), *map(list, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
 def interval(found: dict[str, Any]) -> str:
-    """`0.960 [0.945, 0.975]`, the brackets left out where one seed gives no interval."""
-    if found["mean"] is None:
-        return "-"
-    brackets = "" if found["low"] is None else f" [{number(found['low'])}, {number(found['high'])}]"
-    return number(found["mean"]) + brackets
+    """Return `0.960 [0.945, 0.975]`, without the brackets where one seed gives no interval."""
+    return with_interval(found["mean"], (found["low"], found["high"]), 3)
+
+
+def number(value: float | None) -> str:
+    """Return a figure with three decimals."""
+    return with_interval(value, None, 3)
 
 
 def _figures_table(rows: list[dict], when: str, result: dict[str, Any]) -> str:
-    names = result["figures"]
+    names, lines = result["figures"], []
+    for row in rows:
+        known = sorted({step for step in row["steps"] if step is not None})
+        ends = dict.fromkeys([*known[:1], *known[-1:]])  # one number where all seeds agree
+        steps = ["..".join(map(str, ends)) or "-"] if when == "before" else []
+        lines.append([row["row"], str(len(row["seeds"])), *steps, *(interval(row[when][name]) for name in names)])
     steps = ["SFT step"] if when == "before" else []
-    head = ["RL starts from", "seeds", *steps, *(TITLES.get(name, name) for name in names)]
-    return markdown_table(
-        head,
-        (
-            [
-                row["row"],
-                str(len(row["seeds"])),
-                *([_steps(row["steps"])] if steps else []),
-                *(interval(row[when][name]) for name in names),
-            ]
-            for row in rows
-        ),
-    )
-
-
-def _steps(steps: list[int | None]) -> str:
-    """`30` where all seeds agree, else `20..40`."""
-    known = sorted({step for step in steps if step is not None})
-    if not known:
-        return "-"
-    return str(known[0]) if len(known) == 1 else f"{known[0]}..{known[-1]}"
+    return markdown_table(["RL starts from", "seeds", *steps, *(TITLES.get(name, name) for name in names)], lines)
 
 
 def _difference_parts(result: dict[str, Any]) -> list[str]:
@@ -90,17 +70,8 @@ def _difference_parts(result: dict[str, Any]) -> list[str]:
             decided = {None: "-", True: "yes", False: "no"}[found["decided"]]
             needed = found["seeds_to_decide"]
             beyond = "-" if found["decided"] is None else "over 1000"
-            seeds = str(found["n"])
-            lines.append(
-                [
-                    row["row"],
-                    interval(found),
-                    number(found["sd"]),
-                    seeds,
-                    decided,
-                    beyond if needed is None else str(needed),
-                ]
-            )
+            to_decide = beyond if needed is None else str(needed)
+            lines.append([row["row"], interval(found), number(found["sd"]), str(found["n"]), decided, to_decide])
         head = ["RL starts from", "difference", "sd", "seeds", "decided", "seeds to decide"]
         parts += [f"## {metric} after RL: paired difference to {name}", markdown_table(head, lines)]
     if parts:
@@ -114,21 +85,13 @@ def _difference_parts(result: dict[str, Any]) -> list[str]:
 
 def _correlation_table(result: dict[str, Any]) -> str:
     head = [f"before RL, against {result['metric']} after", "Spearman", "95% interval", "cells", "rows"]
-    table = markdown_table(
-        head,
-        (
-            [
-                TITLES.get(found["figure"], found["figure"]),
-                number(found["rho"], 2),
-                "-" if found["low"] is None else f"[{number(found['low'], 2)}, {number(found['high'], 2)}]",
-                str(found["cells"]),
-                str(found["rows"]),
-            ]
-            for found in result["correlations"]
-        ),
-    )
+    lines = []
+    for found in result["correlations"]:
+        rho, _, brackets = with_interval(found["rho"], (found["low"], found["high"])).partition(" ")
+        name = TITLES.get(found["figure"], found["figure"])
+        lines.append([name, rho, brackets or "-", str(found["cells"]), str(found["rows"])])
     note = "Percentile bootstrap over rows, each with all its seeds. Selections that came to one step are one point."
-    return f"{table}\n\n{note}"
+    return f"{markdown_table(head, lines)}\n\n{note}"
 
 
 def _tuning_parts(result: dict[str, Any]) -> list[str]:
@@ -154,14 +117,17 @@ def _tuning_parts(result: dict[str, Any]) -> list[str]:
 def _cells_part(result: dict[str, Any]) -> str:
     cells = result["cells"]
     own = [cell for cell in cells if cell["same_as"] is None]
-    hours = sum(sum(_without_sft(cell).values()) for cell in own) / 3600 + _sft_hours(cells)
+    # Cells that share a cold start say its seconds again.
+    shared = {tuple(cell[key] for key in ("setting", "method", "point", "seed")): cell["seconds"] for cell in cells}
+    seconds = sum(stages.get("sft", 0.0) for stages in shared.values())
+    seconds += sum(value for cell in own for name, value in cell["seconds"].items() if name != "sft")
     lines = [
-        f"{len(cells)} cells are finished, {len(own)} of them runs of their own: {hours:.2f} process-hours without "
-        "tuning, cold starts counted once (compare.json has each cell's figures, seconds, command and commit)."
+        f"{len(cells)} cells are finished, {len(own)} of them runs of their own: {seconds / 3600:.2f} process-hours "
+        "without tuning, cold starts counted once (compare.json has each cell's figures, seconds, command and commit)."
     ]
     for key, title in (("hardware", "Hardware"), ("commit", "Commit"), ("command", "Command")):
-        known = sorted({one for cell in own for one in cell["provenance"][key] or [] if one})
-        lines.append(f"{title}: {'; '.join(f'`{one}`' for one in known) or 'not recorded'}.")
+        known = sorted({text for cell in own for text in cell["provenance"][key] or [] if text})
+        lines.append(f"{title}: {'; '.join(f'`{text}`' for text in known) or 'not recorded'}.")
     if result["missing"]:
         lines.append(f"**Not finished**, and not in the tables: {'; '.join(result['missing'])}.")
     if outdated := [f"{cell['row']}, seed {cell['seed']}" for cell in cells if cell["outdated"]]:
@@ -169,15 +135,3 @@ def _cells_part(result: dict[str, Any]) -> str:
             f"**Run from other configs, data or code than these are now**, and in the tables: {'; '.join(outdated)}."
         )
     return "\n\n".join(lines)
-
-
-def _without_sft(cell: dict) -> dict[str, float]:
-    return {name: seconds for name, seconds in cell["seconds"].items() if name != "sft"}
-
-
-def _sft_hours(cells: list[dict]) -> float:
-    shared = {
-        (cell["setting"], cell["method"], cell["point"], cell["seed"]): cell["seconds"].get("sft", 0.0)
-        for cell in cells
-    }
-    return sum(shared.values()) / 3600

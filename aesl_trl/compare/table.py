@@ -6,7 +6,6 @@ sampling, and problems inside a seed are averaged. Intervals over seeds are Stud
     mean ± t(0.975, n - 1) * s / sqrt(n)        s: standard deviation with n - 1 in its denominator
 
 as narrow as few seeds allow, not clipped to [0, 1], and not adjusted for the number of rows that are compared.
-Left out: reading runs (cells.py), tables as text (page.py), plots (plots.py).
 """
 
 import math
@@ -22,35 +21,33 @@ MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds
 SIGNAL = "groups_mixed"
 
 
-# ---- Student's t
+# ---- One row, and two rows
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """`{"mean", "low", "high", "sd", "n"}` of one value a seed; low, high and sd are None below two seeds."""
+    """Return mean, ends of the interval (low, high), sd and n of one value a seed.
+
+    Below two seeds low, high and sd are None, and without a seed the mean too.
+    """
     n = len(values)
-    if n == 0:
-        return {"mean": None, "low": None, "high": None, "sd": None, "n": 0}
-    mean = statistics.fmean(values)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "sd": None, "n": 1}
+    mean = statistics.fmean(values) if n else None
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "sd": None, "n": n}
     sd = statistics.stdev(values)
     half = t_quantile(n - 1) * sd / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "n": n}
 
 
-# ---- Paired differences
-
-
 def seeds_to_decide(mean: float, sd: float) -> int | None:
-    """The smallest n at which the t interval of the paired difference would exclude zero,
+    """Return the smallest n at which the t interval of the paired difference would exclude zero,
 
         t(0.975, n - 1) * sd / sqrt(n) < |mean|
 
-    were mean and standard deviation what they are now. At that n a difference of this size is found in about half of
-    all repetitions: it is the least that makes sense, not a plan with 80 % power.
+    if mean and standard deviation stayed as they are now. At that n about half of all repetitions find a difference of
+    this size. So n is the least that makes sense, and no plan with 80 % power.
 
     Returns:
-        n from 2 on; None where the difference is zero or more than [`MAX_SEEDS`] would be needed.
+        n from 2 on; None where the difference is zero, or where it would take more than [`MAX_SEEDS`] seeds.
     """
 
     def decides(n: int) -> bool:
@@ -66,10 +63,10 @@ def seeds_to_decide(mean: float, sd: float) -> int | None:
 
 
 def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
-    """`values - reference` over the seeds that both have: a [`summary`], its `seeds`, and whether zero is excluded.
+    """Return the [`summary`] of `values - reference` over the seeds that both have, and whether it excludes zero.
 
     Seeds are paired because they share demonstrations and RL's problems: what a seed does to both drops out.
-    `decided` is None below two seeds, and so is `seeds_to_decide`.
+    `decided` and `seeds_to_decide` are None below two seeds.
     """
     seeds = sorted(values.keys() & reference.keys())
     found = summary([values[seed] - reference[seed] for seed in seeds])
@@ -79,14 +76,11 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
     return {**found, "seeds": seeds, "decided": decided, "seeds_to_decide": needed}
 
 
-# ---- Rank correlation
-
-
 # ---- The table
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
-    """pass@1, the largest pass@k that every cell has, entropy, self-BLEU and the share of groups with signal."""
+    """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of groups with signal."""
     known = [set(cell[when]) for cell in cells for when in ("before", "after")]
     shared = set.intersection(*known) if known else set()
     powers = [name for name in shared if name.startswith("pass@") and name[5:].isdigit()]
@@ -95,19 +89,19 @@ def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
 
 
 def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[str], metric: str) -> dict[str, Any]:
-    """What compare.json holds beside the cells.
+    """Return the part of compare.json that holds the statistics.
 
     Args:
         cells: finished cells of the table: `row`, `seed`, `before` and `after` (figures by name),
             `setting`, `method`, `selection`, `point`, `step`.
         rows: in order: `row`, `setting`, `method`, `selection`, and `name` (the row without its setting).
-        reference: names of the rows whose paired differences are taken, each inside its own setting.
+        reference: names of the rows to which we take paired differences, each inside its own setting.
         metric: the figure after RL that counts.
 
     Returns:
         `figures`, `metric`, `level`, `rows` (each with `seeds`, `steps`, `before`, `after` and `differences`) and
-        `correlations`, of each figure before RL with the metric after it (with the metric before it: what choosing
-        the start with the best score is worth).
+        `correlations` of each figure before RL with the metric after it. The correlation with the metric before RL
+        tells what it is worth to choose the start with the best score.
 
     Raises:
         InputError: no cell has the figure `metric`.
@@ -152,7 +146,7 @@ def _by_seed(cells: Sequence[dict], when: str, name: str) -> dict[int, float]:
 
 
 def correlations(cells: Sequence[dict], names: Sequence[str], metric: str) -> list[dict[str, Any]]:
-    """Each figure before RL against `metric` after it: `rho`, `low`, `high`, `cells`, `rows`.
+    """Return the rank correlation of each figure before RL with `metric` after it, and its interval.
 
     Every run is a point ([`distinct_runs`]).
     """
@@ -171,7 +165,7 @@ def correlations(cells: Sequence[dict], names: Sequence[str], metric: str) -> li
 
 
 def distinct_runs(cells: Sequence[dict]) -> list[dict]:
-    """Cells without those whose selection came to the step of an earlier one: same weights, same seed, same run."""
+    """Return the cells without those that are the same run: a selection that came to the step of an earlier cell."""
     found: dict[Any, dict] = {}
     for cell in cells:
         start = cell["step"] if cell["selection"] is not None else None
@@ -186,10 +180,10 @@ def distinct_runs(cells: Sequence[dict]) -> list[dict]:
 def tuned(
     cells: Sequence[dict], points: Sequence[str], seeds: Sequence[int], key: Callable[[dict], float | None]
 ) -> tuple[str | None, list[dict[str, Any]]]:
-    """The point with the highest mean of `key` over the tuning seeds, and each point's figures.
+    """Return the point with the highest mean of `key` over the tuning seeds, and each point's figures.
 
     A point of which a seed failed cannot win: its other seeds would flatter it. Of equal means the first in the grid
-    wins. None where no point is whole.
+    wins. The point is None where every point lacks a seed.
     """
     found = []
     for point in points:

@@ -1,47 +1,44 @@
 """Which points of a grid are tried on which tuning seed, and which of them wins.
 
-Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` only the best so many of them go on to the
-next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
-method has the same number of points and keeps as many, so that none gets more looks.
-
-What is finished is read from the cells' folders (cells.py); compare.py runs them.
+Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` only that many of the best points go on to
+the next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
+method tries the same number of points on every seed. The cells' folders say which of them are finished.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from . import cells as cells_of
-from .cells import Cell
+from .cells import Cell, failure, rows
 from .config import CompareConfig, Point
 from .table import tuned
 
 
 def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
-    """What to run one after the other: each round is known once the one before it has ended."""
+    """Yield the cells of one round after the other. A round is known once the round before it has ended."""
     if config.tune is None:
         return
     if config.tune.keep is None:
         yield planned(config)
         return
     for number in range(len(config.tune.seeds)):
-        known = [_known(config, row) for row in cells_of.rows(config)]
+        known = [_known(config, row) for row in rows(config)]
         yield [cell for by_seed in known for cells in by_seed[number : number + 1] for cell in cells]
 
 
 def planned(config: CompareConfig) -> list[Cell]:
-    """All tuning cells; where it is still open which points go on, as many as will, the first of the grid."""
+    """Return every tuning cell. Where a round's survivors are not known yet, use the first `keep` points."""
     if config.tune is None:
         return []
     all_rows = []
-    for row in cells_of.rows(config):
+    for row in rows(config):
         known, first = _known(config, row), config.points(row["method"])[: config.tune.keep]
         open_seeds = config.tune.seeds[len(known) :]
-        all_rows.append([*known, *(_cells(row, seed, first) for seed in open_seeds)])
+        all_rows.append([*known, *(_cells(config, row, seed, first) for seed in open_seeds)])
     return [cell for of_one_seed in zip(*all_rows, strict=True) for cells in of_one_seed for cell in cells]
 
 
 def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
-    """The point of each row whose tuning cells have all finished or failed, and the tuning's table."""
+    """Return the point of each row whose tuning cells have all finished or failed, and the tuning's table."""
     chosen, lines = {}, []
     by_row: dict[str, list[Cell]] = {}
     for cell in planned(config):
@@ -56,19 +53,20 @@ def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]
 
 
 def untuned(config: CompareConfig, cells: list[Cell], chosen: dict[str, Point]) -> list[str]:
-    """Rows that the table needs and tuning could not settle."""
+    """Return the rows that the table needs and tuning could not settle."""
     return sorted({cell.row for cell in cells if config.points(cell.method)} - chosen.keys())
 
 
 # ---- One row
 
 
-def _cells(row: dict[str, Any], seed: int, points: list[Point]) -> list[Cell]:
-    return [Cell(row["setting"], row["method"], row["selection"], seed, point, tuning=True) for point in points]
+def _cells(config: CompareConfig, row: dict[str, Any], seed: int, points: list[Point]) -> list[Cell]:
+    place = (row["setting"], row["method"], row["selection"])
+    return [Cell(config, *place, seed, point, tuning=True) for point in points]
 
 
 def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
-    """The row's cells of each tuning seed, up to the first whose points are still open."""
+    """Return the row's cells of each tuning seed, up to the first seed whose points are still open."""
     points, keep, seeds = config.points(row["method"]), config.tune.keep, config.tune.seeds
     found: list[list[Cell]] = []
     for number, seed in enumerate(seeds):
@@ -80,13 +78,16 @@ def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
             whole = [item for item in figures if len(item["values"]) == number]
             going_on = {item["point"] for item in sorted(whole, key=lambda item: -item["mean"])[:keep]}
             points = [point for point in points if str(point) in going_on]
-        found.append(_cells(row, seed, points))
+        found.append(_cells(config, row, seed, points))
     return found
 
 
 def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:
-    """The best point, each point's figures, and how many cells are finished; no best one while a cell is at work."""
-    found = [item for cell in cells if (item := cells_of.record(config, cell))]
-    failed = [cell for cell in cells if cells_of.failure(cells_of.folder(config, cell))]
+    """Return the best point, each point's figures, and the number of finished cells.
+
+    The best point is None while a cell is at work.
+    """
+    found = [item for cell in cells if (item := cell.record())]
+    failed = [cell for cell in cells if failure(cell.home)]
     best, figures = tuned(found, points, seeds, lambda item: item["after"].get(config.tune.by))
     return (best if len(found) + len(failed) >= len(cells) else None), figures, len(found)

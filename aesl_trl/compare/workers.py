@@ -1,6 +1,6 @@
-"""Several child processes at a time, each with devices of its own; signals are passed on to all of them.
+"""Several child processes at a time, each with devices of its own. All of them get the signals that this one gets.
 
-What is run is left to the caller. A group's jobs run one after the other on one worker.
+The caller says what a job runs. A group's jobs run one after the other on one worker.
 """
 
 import os
@@ -9,8 +9,11 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
+
+from ..processes import STOP_SIGNALS, handling
 
 
 POLL_S = 0.1
@@ -18,7 +21,7 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without any."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without any."""
     named = os.environ.get(DEVICES)
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
@@ -28,9 +31,9 @@ def visible_devices() -> list[str]:
 
 
 def split_devices(devices: list[str], workers: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker: equal shares, one device in turn where there are more workers.
+    """Return CUDA_VISIBLE_DEVICES of each worker: equal shares, or one device in turn where there are more workers.
 
-    None, which leaves the variable alone, without devices and for a single worker.
+    A None leaves the variable alone: without devices, and for a single worker.
     """
     if not devices or workers == 1:
         return [None] * workers
@@ -40,11 +43,11 @@ def split_devices(devices: list[str], workers: int) -> list[str | None]:
     ]
 
 
-class Workers:
-    """`run` works through groups of jobs; SIGINT and SIGTERM reach every process, and nothing is started after them.
+class Workers(ExitStack):
+    """Works through groups of jobs. SIGINT and SIGTERM reach every process, and nothing is started after them.
 
     Args:
-        environments: of each worker's processes, one entry a worker.
+        environments: the environment of each worker's processes.
         launch: job, environment -> its process in a session of its own, or None where there is nothing to run.
         ended: job, exit code -> whether the group goes on.
     """
@@ -55,23 +58,23 @@ class Workers:
         launch: Callable[[Any, dict[str, str]], subprocess.Popen | None],
         ended: Callable[[Any, int], bool],
     ):
+        super().__init__()
         self._workers = [_Worker(environment) for environment in environments]
         self._launch, self._ended = launch, ended
         self.received: list[int] = []
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.enter_context(handling(STOP_SIGNALS, self._handle))
+        self.callback(self._end)
         return self
 
-    def __exit__(self, *_):
+    def _end(self) -> None:
         # An error of our own must not leave processes behind that go on writing.
         for worker in self._workers:
             worker.send(signal.SIGTERM)
         for worker in self._workers:
             if worker.process is not None:
                 worker.process.wait()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
@@ -106,12 +109,12 @@ class Workers:
                 worker.send(self.received[0])
 
 
+@dataclass
 class _Worker:
-    def __init__(self, environment: dict[str, str]):
-        self.environment = environment
-        self.group: deque = deque()
-        self.job: Any = None
-        self.process: subprocess.Popen | None = None
+    environment: dict[str, str]
+    group: deque = field(default_factory=deque)
+    job: Any = None
+    process: subprocess.Popen | None = None
 
     def send(self, number: int) -> None:
         if self.process is not None:

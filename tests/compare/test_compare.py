@@ -15,14 +15,18 @@ import yaml
 from small_compare import compare_project, started
 
 from aesl_trl import files
+from aesl_trl.chain import chain as chains
+from aesl_trl.chain.fingerprints import walk
+from aesl_trl.chain.old_fingerprints import old_fingerprint
 from aesl_trl.compare import cells as compare_cells
 from aesl_trl.compare import compare
 from aesl_trl.compare.cells import Cell
 from aesl_trl.compare.config import Point, read_config
-from aesl_trl.compare.plan import check, hours, plan
+from aesl_trl.compare.plan import FIGURES, check, hours, plan
 from aesl_trl.compare.plots import colours, result_panels, step_lines
 from aesl_trl.compare.tuning import planned
 from aesl_trl.compare.workers import split_devices
+from aesl_trl.diversity.figures import Group, measure
 from aesl_trl.errors import InputError
 from aesl_trl.report.parts import LIGHT
 
@@ -52,8 +56,8 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_ROOT", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # else torch is asked, which takes seconds to import
     monkeypatch.setattr(compare, "CHAIN", [sys.executable, small_compare.__file__])
-    monkeypatch.setattr(compare, "check_in_child", lambda argv: None)
-    monkeypatch.setattr("aesl_trl.chain.chain.check_in_child", lambda argv: None)
+    monkeypatch.setattr(compare, "check_in_child", lambda command, argv: None)
+    monkeypatch.setattr(chains, "check_in_child", lambda command, argv: None)
     small_compare.install()
     yield tmp_path / "runs"
     small_compare.uninstall()
@@ -194,7 +198,7 @@ def test_refused_configs(project, changes, parts):
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (["--workers", "0"], "--workers must be at least 1"),
+        (["--workers", "0"], "--workers is 0, but must be at least 1"),
         (["--methods", "nl"], "has no nl; did you mean 'nll'"),
         (["--seeds", "5"], "has no 5"),
         (["--sedes", "5"], "--sedes"),
@@ -213,8 +217,8 @@ def test_the_files_of_a_cell(project, tmp_path):
     settings = {"few": {"sft": {"max_steps": 5}, "grpo": {"max_steps": 7}}}
     methods = {"nll": {"sft": {"cold_start_loss": "nll", "dataset_name": "rows.jsonl"}, "selections": ["last"]}}
     config = read_config(project(settings=settings, methods=methods))
-    found = compare_cells.configs(config, Cell("few", "nll", "last", 1, Point((("learning_rate", 0.2),))))
-    found = {str(path.relative_to(tmp_path)): yaml.safe_load(text) for path, text in found.items()}
+    found = Cell(config, "few", "nll", "last", 1, Point((("learning_rate", 0.2),))).configs()
+    found = {str(path.relative_to(tmp_path)): values for path, values in found.items()}
     home = "runs/few/nll_last/seed-1/chain.yaml"
     assert list(found) == ["runs/few/sft/nll@learning_rate=0.2.yaml", "runs/few/grpo.yaml", home]
     assert found["runs/few/sft/nll@learning_rate=0.2.yaml"] == {
@@ -238,16 +242,16 @@ def test_the_files_of_a_cell(project, tmp_path):
 
 def test_direct_rl_has_no_cold_start_and_a_step_is_a_selection(project):
     config = read_config(project(rl_from_steps=[30]))
-    base = yaml.safe_load(list(compare_cells.configs(config, Cell("", "base", None, 0)).values())[-1])
+    *_, base = Cell(config, "", "base", None, 0).configs().values()
     assert not {"sft", "selection", "handoff"} & base.keys()
     assert base["ignore_readiness"] is True and base["probe"] is None
-    step = yaml.safe_load(list(compare_cells.configs(config, Cell("", "nll", "step-30", 0)).values())[-1])
+    *_, step = Cell(config, "", "nll", "step-30", 0).configs().values()
     assert step["selection"] == {"step": 30}
 
 
 def test_selections_share_a_cold_start(project):
     config = read_config(project())
-    grouped = compare_cells.groups(config, compare_cells.table_cells(config, {}))
+    grouped = compare_cells.groups(compare_cells.table_cells(config, {}))
     assert [[cell.label for cell in group] for group in grouped[:3]] == [
         ["base, seed 0"],
         ["nll/turning_point, seed 0", "nll/last, seed 0"],
@@ -328,6 +332,29 @@ def test_changed_inputs_are_refused_or_run_again(project, fakes, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(InputError, match="sft/nll/seed-0 was trained from other inputs"):
         run(path)
+
+
+def test_other_spellings_and_old_records_run_no_cell_again(project, fakes, tmp_path):
+    path = project(methods=ONE, seeds=[0])
+    assert run(path) == 0
+    before, home = started(fakes), fakes / "nll_last/seed-0"
+    (tmp_path / "sft.yaml").write_text(
+        "# why\nlearning_rate: 1.0e-1\ndiversity_steps: 10\ndataset_name: ./rows.jsonl\n"
+    )
+    run(path, "--table_only")
+    assert result(fakes)["cells"][0]["outdated"] is False
+    assert run(path) == 0 and started(fakes) == before
+    # as the version before recorded it
+    chain, previous = compare_cells.chain_of(home), None
+    for stage, _ in walk(chain):
+        previous = old_fingerprint(stage, stage.folder if stage.name == "sft" else chain.run, previous)
+        facts = chain.recorded(stage.name)
+        chain.note(stage.name, **{key: facts[key] for key in facts.keys() - {"settings"}} | {"inputs": previous})
+    run(path, "--table_only")
+    assert result(fakes)["cells"][0]["outdated"] is False
+    assert run(path) == 0 and started(fakes) == before
+    renewed = [*files.read_json(home / files.CHAIN)["stages"].values(), files.read_json(chain.sft_dir / files.STAGE)]
+    assert all("settings" in stage and stage["inputs"] != previous for stage in renewed)
 
 
 def test_a_failed_cell_costs_only_itself_and_is_tried_again(project, fakes, capfd):
@@ -498,7 +525,7 @@ def test_a_second_comparison_in_the_folder_is_refused(project, fakes):
 def test_a_real_comparison_killed_in_the_middle(tmp_path):
     """Two methods, two seeds, the tiny base: SIGKILL in the midst of RL, and the figures of an undisturbed cell."""
     path = real_comparison(tmp_path)
-    command = [sys.executable, "-m", "aesl_trl.compare.compare", "--config", str(path)]
+    command = [sys.executable, "-m", "aesl_trl.cli", "compare", "--config", str(path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 900
@@ -555,25 +582,25 @@ def test_hours_as_estimated_and_as_measured(project, fakes):
     cells = compare_cells.table_cells(config, {})
     found = hours(config, cells, 2)
     # 8 cells of 120 s and 4 cold starts of 60 s; two workers
-    assert (found["cells"], found["cold_starts"]) == (8, 4)
-    assert found["process_h"] == pytest.approx((8 * 120 + 4 * 60) / 3600)
-    assert found["wall_h"] == pytest.approx((8 * 120 + 4 * 60) / 7200)
-    assert hours(config, cells, 50)["wall_h"] == pytest.approx((60 + 2 * 120) / 3600)  # the longest group
+    assert (found.cells, found.cold_starts) == (8, 4)
+    assert found.process_h == pytest.approx((8 * 120 + 4 * 60) / 3600)
+    assert found.wall_h == pytest.approx((8 * 120 + 4 * 60) / 7200)
+    assert hours(config, cells, 50).wall_h == pytest.approx((60 + 2 * 120) / 3600)  # the longest group
     assert "0.33 process-hours, 0.17 hours with 2 workers (as the section estimate says)" in plan(
-        config, path, [], cells, 2
+        config, path, cells, 2
     )
-    assert hours(read_config(project()), cells, 1)["process_h"] is None
+    assert hours(read_config(project()), cells, 1).process_h is None
     assert run(path, "--methods", "nll", "--seeds", "0") == 0
     for cell in cells[1:3]:
-        record = compare_cells.folder(config, cell) / files.CHAIN
+        record = cell.home / files.CHAIN
         chain = files.read_json(record)
         for stage in chain["stages"].values():
             stage["seconds"] = 10.0
         files.write_json(record, chain)
     found = hours(config, cells, 1)
-    assert (found["cells"], found["cold_starts"], found["source"]) == (6, 3, "medians of 2 finished cells")
+    assert (found.cells, found.cold_starts, found.source) == (6, 3, "medians of 2 finished cells")
     # select, handoff, grpo, eval and report
-    assert found["process_h"] == pytest.approx((6 * 50 + 3 * 10) / 3600)
+    assert found.process_h == pytest.approx((6 * 50 + 3 * 10) / 3600)
 
 
 @pytest.mark.parametrize(
@@ -582,6 +609,20 @@ def test_hours_as_estimated_and_as_measured(project, fakes):
 def test_the_recipes_are_accepted(name, tmp_path):
     path = RECIPE / f"{name}.yaml"
     check(read_config(path, output_dir=str(tmp_path / "runs")), path)
+
+
+def test_the_plan_knows_the_figures_that_an_evaluation_has():
+    group = Group("", ["a", "b"], [1, 1], [False, False], [0.0, 0.0], rewards=[[0.0], [1.0]])
+    assert {*FIGURES, "pass@1", "pass@2"} == set(measure([group]))
+
+
+def test_rows_whose_point_is_open_count_a_cold_start_each(project):
+    estimate = {"sft_s": 60, "rl_s": 120}
+    config = read_config(project(estimate=estimate, tune={"seeds": [7], "grid": {"learning_rate": [0.1, 0.2]}}))
+    cells = compare_cells.table_cells(config, {})
+    found = hours(config, cells, 1, {"nll/turning_point", "nll/last"})
+    # 8 cells; 4 cold starts of nll, which would be 2 if both rows had the same point, and 2 of AESL
+    assert (found.cells, found.cold_starts) == (8, 6)
 
 
 CHECKED = [

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -80,17 +81,16 @@ else:
 
 
 def fake(builder: Callable[[Chain], Stage]) -> Callable[[Chain], Stage]:
-    """The real stage's folder, output and configs, with a command that takes milliseconds."""
+    """Keep the real stage's folder, output and configs, and replace its command by one that takes milliseconds."""
 
     def build(chain: Chain) -> Stage:
         real = builder(chain)
-        # Another selection's chain must find the same SFT command: nothing of the run may stand in it.
         root = Path(os.environ["FAKE_ROOT"])
         run = real.folder if real.name == "sft" else chain.run
         more = [chain.config.sft.config, str(chain.config.seed)] if real.name == "sft" else [str(chain.config.seed)]
         numbers = json.dumps([STEPS, ENTROPY])
         command = [sys.executable, "-c", STAGE, real.name, str(real.output), str(run), str(root), numbers, *more]
-        return Stage(real.name, command, real.output, real.configs, real.folder)
+        return replace(real, command=command)
 
     return build
 
@@ -98,7 +98,7 @@ def fake(builder: Callable[[Chain], Stage]) -> Callable[[Chain], Stage]:
 def install() -> None:
     """Replace every stage but the selection, which is real, in the table that chains look builders up in."""
     BUILDERS.update({name: fake(builder) for name, builder in REAL.items() if name != "select"})
-    chains.check_in_child = lambda argv: None
+    chains.check_in_child = lambda command, argv: None
 
 
 def uninstall() -> None:
@@ -106,7 +106,7 @@ def uninstall() -> None:
 
 
 def compare_project(folder: Path) -> Callable[..., Path]:
-    """Configs in `folder`, and what writes a compare.yaml beside them; `write(**changes)` replaces its keys."""
+    """Write configs to `folder`. Return `write(**changes)`, which adds a compare.yaml with these keys replaced."""
     (folder / "sft.yaml").write_text("dataset_name: rows.jsonl\ndiversity_steps: 10\nlearning_rate: 0.1\n")
     (folder / "grpo.yaml").write_text("model_name_or_path: base\n")
     (folder / "eval.yaml").write_text("samples: 8\n")
@@ -138,7 +138,7 @@ def compare_project(folder: Path) -> Callable[..., Path]:
 
 
 def started(root: Path) -> list[tuple[str, str]]:
-    """(stage, folder) of every stage that was started, in order."""
+    """Return (stage, folder) of every stage that was started, in order."""
     path = root / "order.txt"
     return [tuple(json.loads(line)[:2]) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -151,7 +151,7 @@ if __name__ == "__main__":
         sys.argv.remove("--compare")
         Path(os.environ["FAKE_ROOT"], "pid").write_text(str(os.getpid()))
         compare.CHAIN = [sys.executable, __file__]
-        compare.check_in_child = lambda argv: None
+        compare.check_in_child = lambda command, argv: None
         signal.signal(signal.SIGINT, signal.default_int_handler)
         compare.main(sys.argv[1:])
     else:

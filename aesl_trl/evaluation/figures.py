@@ -1,25 +1,26 @@
-"""From graded samples to what evaluation.json holds: pass@k, avg@k, maj@k, diversity, and intervals over problems.
+"""From graded samples to the content of evaluation.json: pass@k, avg@k, maj@k, diversity, and their intervals.
 
-Nothing is sampled here. Answers are graded and compared in child processes (rewards/grading.py, rewards/majority.py).
+Intervals resample problems, not samples. Nothing is sampled here. Child processes grade and compare the answers
+(rewards/grading.py, rewards/majority.py).
 """
 
 import importlib.metadata
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..diversity.figures import Group, entropy_estimator, measure
-from ..diversity.intervals import bootstrap_interval
+from ..diversity.figures import Group, by_prompt, entropy_estimator, measure, prompt_sums
+from ..diversity.intervals import bootstrap_interval, is_number
 from ..diversity.passk import avg_at_k, pass_at_k, powers_of_two
 from ..files import write_jsonl
 from ..provenance import package_versions
 from ..rewards.functions import score_groups
-from ..rewards.majority import Votes, count_votes, extract, maj_at_k
+from ..rewards.majority import count_votes, extract, maj_at_k
 
 
-PROMPTS = "prompts"  # what the problems of `dataset_name` are called beside the benchmarks
+PROMPTS = "prompts"  # the name of `dataset_name`'s problems, beside those of the benchmarks
 
 
 @dataclass(frozen=True)
@@ -33,114 +34,109 @@ class Task:
 
 
 def grade_task(task: Task, groups: list[Group], success_threshold: float, folder: Path) -> dict:
-    """The figures of a task; each problem's rewards, and on benchmarks answers, go to `<task>.graded.jsonl`."""
-    failed = Counter(getattr(task.reward_funcs[0], "failures", {}))  # of the models before
+    """Grade the samples of a task and return their figures.
+
+    Each problem's rewards, and on benchmarks its answers, are written to `<task>.graded.jsonl`.
+    """
+    reward = task.reward_funcs[0]
     groups = score_groups(groups, task.rows, task.reward_funcs)
-    groups = groups if task.source is None else [_all_or_none(group) for group in groups]
-    figures = with_intervals(groups, success_threshold)
+    if task.source is not None:
+        groups = [_all_or_none(group) for group in groups]
+    figures = figures_with_intervals(groups, success_threshold)
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]
     if task.source is not None:
-        answers = _answers(groups, task)
-        figures |= benchmark_figures(groups, answers, task, success_threshold)
-        figures["answers_not_graded"] = dict(task.reward_funcs[0].failures - failed)
-        rows = [
-            {**row, "solution": problem["solution"], "answers": texts}
-            for row, problem, texts in zip(rows, task.rows, answers, strict=True)
-        ]
+        texts = [text for group in groups for text in group.completions]
+        extracted = iter(extract(texts, reward.grade))
+        answers = [[next(extracted) for _ in group.completions] for group in groups]
+        figures |= benchmark_figures(groups, answers, reward, success_threshold)
+        figures["answers_not_graded"] = reward.take_failures()
+        for row, problem, of_problem in zip(rows, task.rows, answers, strict=True):
+            row |= {"solution": problem["solution"], "answers": of_problem}
     write_jsonl(folder / f"{task.name}.graded.jsonl", rows)
     return figures
 
 
 def _all_or_none(group: Group) -> Group:
-    """No verdict on any sample where the gold answer cannot be read: one that broke the grader has 0.0, not nan."""
-    if all(sample[0] == sample[0] for sample in group.rewards):
+    """Take the verdict off every sample of a problem whose gold answer cannot be read.
+
+    Each sample then has the reward NaN, but for a sample that broke the grader: that one has 0.0.
+    """
+    if all(is_number(sample[0]) for sample in group.rewards):
         return group
     return replace(group, rewards=[[math.nan] for _ in group.completions])
 
 
-def _answers(groups: list[Group], task: Task) -> list[list[str | None]]:
-    reward = task.reward_funcs[0]
-    texts = iter(extract([text for group in groups for text in group.completions], reward.graders, reward.deadline_s))
-    return [[next(texts) for _ in group.completions] for group in groups]
-
-
-def benchmark_figures(groups: list[Group], answers: list, task: Task, success_threshold: float) -> dict:
-    """avg@k and maj@k with intervals, ties, and what could not be graded.
-
-    Problems whose gold answer math-verify cannot read count for nothing: `problems_not_graded`.
-    """
-    reward = task.reward_funcs[0]
-    known = [i for i, group in enumerate(groups) if group.rewards[0][0] == group.rewards[0][0]]
-    right = [[sample[0] >= success_threshold for sample in groups[i].rewards] for i in known]
-    votes = count_votes([answers[i] for i in known], right, reward.graders, reward.deadline_s)
-    num = len(groups[0].completions)
-    shares = [avg_at_k(num, sum(flags)) for flags in right]
-    some_right = [pass_at_k(num, sum(flags), num) for flags in right]
-    texts = [text for problem in answers for text in problem]
-    return {
-        f"avg@{num}": _mean(shares),
-        f"avg@{num}_interval": list(bootstrap_interval(shares)),
-        f"pass@{num}": _mean(some_right),  # also where it is no power of two
-        f"pass@{num}_interval": list(bootstrap_interval(some_right)),
-        **majority_figures(votes, num),
-        "no_answer": sum(text is None for text in texts) / len(texts),
-        "problems_not_graded": len(groups) - len(known),
-    }
-
-
-def majority_figures(votes: list[Votes], num: int) -> dict:
-    """maj@k for k = 1, 2, 4 .. and `num`, its interval over problems, and the share of problems that are tied."""
-    figures = {}
-    for k in sorted({*powers_of_two(num), num}):
-        pairs = [maj_at_k(problem, k) for problem in votes]
-        figures[f"maj@{k}"] = _mean([won for won, _ in pairs])
-        figures[f"maj@{k}_interval"] = list(bootstrap_interval([won for won, _ in pairs]))
-        figures[f"maj@{k}_tied"] = _mean([tied for _, tied in pairs])
+def figures_with_intervals(groups: list[Group], success_threshold: float) -> dict:
+    """Return the figures of a line of diversity.jsonl, and `pass@k_interval`: [low, high] at 95% over problems."""
+    sums = prompt_sums(groups, success_threshold=success_threshold)
+    figures = {**measure(sums), "entropy_estimator": entropy_estimator(groups)}
+    for name, values in by_prompt(sums).items():
+        known = [value for value in values if value is not None]
+        if name.startswith("pass@") and known:
+            figures[f"{name}_interval"] = list(bootstrap_interval(known))
     return figures
+
+
+def benchmark_figures(groups: list[Group], answers: list, reward: Any, success_threshold: float) -> dict:
+    """Return avg@k and maj@k with intervals, the share of ties, and the numbers of what could not be graded.
+
+    Problems whose gold answer math-verify cannot read are left out and counted as `problems_not_graded`.
+    """
+    known = [index for index, group in enumerate(groups) if is_number(group.rewards[0][0])]
+    right = [[sample[0] >= success_threshold for sample in groups[index].rewards] for index in known]
+    votes = count_votes([answers[index] for index in known], right, reward.grade)
+    num = len(groups[0].completions)
+    figures = {
+        **_mean_and_interval(f"avg@{num}", [avg_at_k(num, sum(flags)) for flags in right]),
+        # pass@k for all samples, which powers of two may leave out
+        **_mean_and_interval(f"pass@{num}", [pass_at_k(num, sum(flags), num) for flags in right]),
+    }
+    for k in sorted({*powers_of_two(num), num}):
+        shares = [maj_at_k(problem, k) for problem in votes]
+        figures |= _mean_and_interval(f"maj@{k}", [won for won, _ in shares])
+        figures[f"maj@{k}_tied"] = _mean([tied for _, tied in shares])
+    texts = [text for problem in answers for text in problem]
+    figures["no_answer"] = sum(text is None for text in texts) / len(texts)
+    figures["problems_not_graded"] = len(groups) - len(known)
+    return figures
+
+
+def _mean_and_interval(name: str, values: list[float]) -> dict:
+    return {name: _mean(values), f"{name}_interval": list(bootstrap_interval(values))}
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values) if values else math.nan
 
 
-def with_intervals(groups: list[Group], success_threshold: float) -> dict:
-    """The figures of a diversity.jsonl line, and `pass@k_interval`: [low, high], 95 %, over problems."""
-    figures = measure(groups, success_threshold=success_threshold)
-    figures["entropy_estimator"] = entropy_estimator(groups)
-    firsts = [[sample[0] for sample in group.rewards if sample[0] == sample[0]] for group in groups]  # without nan
-    counts = [(len(rewards), sum(reward >= success_threshold for reward in rewards)) for rewards in firsts]
-    for k in powers_of_two(max(total for total, _ in counts)):
-        values = [pass_at_k(total, right, k) for total, right in counts if total >= k]
-        figures[f"pass@{k}_interval"] = list(bootstrap_interval(values))
-    return figures
+# ---- evaluation.json
 
 
-def collected(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
-    """evaluation.json: `models` holds the figures on the prompts, or their mean over benchmarks, one vote each."""
+def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
+    """Return the content of evaluation.json from the figures of each task and model.
+
+    `models` holds the figures on the prompts, or their mean over benchmarks, in which each benchmark has one vote.
+    """
     by_benchmark = {
         task.name: {"models": figures[task.name], "num_prompts": len(task.rows), "source": task.source}
         for task in tasks
         if task.source is not None
     }
-    models = mean_over(list(figures.values())) if by_benchmark else figures[PROMPTS]
+    # The packages that decide a verdict or a sample
+    installed = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    deciding = [name for name in ("math-verify", "latex2sympy2_extended", "vllm") if name in installed]
     return {
-        "models": models,
+        "models": mean_over(list(figures.values())) if by_benchmark else figures[PROMPTS],
         **({"benchmarks": by_benchmark} if by_benchmark else {}),
         "num_prompts": sum(len(task.rows) for task in tasks),
         "num_samples": args.samples,
         **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold")},
-        "versions": {**package_versions(), **_grader_versions()},
+        "versions": {**package_versions(), **{name: installed[name] for name in deciding}},
     }
 
 
-def _grader_versions() -> dict[str, str]:
-    """Of the packages that decide a verdict or a sample, where they are installed."""
-    found = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
-    return {name: found[name] for name in ("math-verify", "latex2sympy2_extended", "vllm") if name in found}
-
-
 def mean_over(figures: list[dict[str, dict]]) -> dict[str, dict]:
-    """For each model the mean of each figure that every benchmark has as a number; no interval."""
+    """Return for each model the mean over benchmarks of each number that every benchmark has, without intervals."""
     means = {}
     for name in figures[0]:
         rows = [by_model[name] for by_model in figures]
@@ -149,20 +145,27 @@ def mean_over(figures: list[dict[str, dict]]) -> dict[str, dict]:
     return means
 
 
-def summaries(result: dict) -> list[str]:
-    """A line a model, or a line a model and benchmark."""
+def summary_lines(result: dict) -> list[str]:
+    """Sum up each model in one line, and on benchmarks each model on each benchmark."""
     if "benchmarks" not in result:
-        return [summary(name, figures) for name, figures in result["models"].items()]
+        return [_summary(name, figures) for name, figures in result["models"].items()]
     return [
-        summary(f"{name}, {benchmark}", figures)
+        _summary(f"{name}, {benchmark}", figures)
         for benchmark, facts in result["benchmarks"].items()
         for name, figures in facts["models"].items()
     ]
 
 
-def summary(name: str, figures: dict) -> str:
+def _summary(name: str, figures: dict) -> str:
     keys = [key for key in figures if key.startswith(("avg@", "maj@")) and key.partition("@")[2].isdigit()]
     wanted = ("pass@1", *dict.fromkeys(["pass@8", *keys[:1], *keys[-1:]]), "entropy")
     parts = [f"{key} {figures[key]:.3f}" for key in wanted if key in figures]
-    low, high = figures.get("pass@1_interval", (float("nan"), float("nan")))
+    low, high = figures.get("pass@1_interval", (math.nan, math.nan))
     return f"{name}: {', '.join(parts)} (pass@1 between {low:.3f} and {high:.3f})"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lay `rows` of texts out as a table for a terminal, each column as wide as its longest text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,10 +1,7 @@
 """What `aesl probe` measures of one checkpoint: samples through GRPOTrainer's own evaluation, and a short RL run.
 
-Prompts are sampled and graded by GRPOTrainer itself: its generation (vLLM too), its rewards, its log-probabilities and
-entropies, and no optimizer, so that the weights stay as they are.
-
-Left out: the settings and prompts, which are checked before (probe.py), and what the figures mean
-(diversity/readiness.py).
+GRPOTrainer itself samples and grades the prompts: with its generation (vLLM too), its rewards, its log-probabilities
+and entropies. There is no optimizer, so the weights stay as they are.
 """
 
 from collections import defaultdict
@@ -19,18 +16,32 @@ from torch import Tensor
 from ..diversity.figures import Group, by_prompt
 from ..diversity.intervals import paired_interval
 from ..diversity.readiness import figures_of
-from ..training.grpo import build_trainer, trainer_class
+from ..training.grpo import trainer_class
 
 
-ROW = "aesl_row"  # column that tells which prompt a sample belongs to; the reward functions do not see it
+ROW = "aesl_row"  # the column that says which prompt a sample belongs to; the reward functions do not see it
 
 
-def build(script_args, training_args, model_args, reward_funcs: list, train: Any) -> Any:
-    from transformers import PrinterCallback
-
-    trainer = build_trainer(script_args, training_args, model_args, reward_funcs, train, kind=probe_class())
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def sample(trainer: Any, rows: list[dict], num_samples: int) -> list[Group]:
+    """Draw `num_samples` graded samples of each row by the trainer's evaluation; every process returns them all."""
+    mask_truncated, trainer.mask_truncated_completions = trainer.mask_truncated_completions, False
+    trainer.samples = []
+    try:
+        with at_temperature_1(trainer):
+            trainer.evaluate(eval_dataset=[{**row, ROW: index} for index, row in enumerate(rows)])
+        drawn = gather_object(trainer.samples) if trainer.accelerator.num_processes > 1 else trainer.samples
+    finally:
+        trainer.samples, trainer.mask_truncated_completions = None, mask_truncated
+    of_row = defaultdict(list)
+    for each in drawn:
+        of_row[each["row"]].append(each)
+    keys = ("completions", "num_tokens", "truncated", "entropy", "rewards", "neg_log_prob", "eos_prob")
+    # Several processes fill their last batch up with the first prompts: those have more samples than asked for.
+    kept = [of_row[index][:num_samples] for index in range(len(rows))]
+    return [
+        Group(prompt=row["prompt"], **{key: [each[key] for each in samples] for key in keys})
+        for row, samples in zip(rows, kept, strict=True)
+    ]
 
 
 def short_rl(
@@ -39,7 +50,7 @@ def short_rl(
     """Train for `max_steps`, and sample the same held-out prompts once more.
 
     Returns:
-        `steps`, figures after it such as `reward`, each with its `_interval` over prompts, and `pass@1_change`:
+        `steps`, figures after them such as `reward`, each with its `_interval` over prompts, and `pass@1_change`:
         [difference, low, high] over the same prompts.
     """
     trainer.train()
@@ -55,17 +66,22 @@ def short_rl(
     }
 
 
-# ---- Samples
+# ---- GRPOTrainer, looked over the shoulder
 
 
 def probe_class() -> type:
-    """GRPOTrainer that keeps the samples of its evaluation. Three methods are overridden, each to look on."""
+    """Return GRPOTrainer that keeps the samples of its evaluation.
+
+    Its evaluation draws, grades and scores a batch in three private methods, and throws the samples away. We override
+    the three to write down what passes through. Each returns what GRPOTrainer's own returns.
+    """
 
     class ProbeTrainer(trainer_class()):
         samples: list[dict] | None = None  # of this process; None: nothing is kept
-        _drawn: list[dict] | None = None  # the batch at hand
+        _drawn: list[dict] | None = None  # the samples of the batch at hand
 
         def _generate_and_score_completions(self, inputs):
+            """Note the prompt of each sample of the batch, and take our own column out of what the rewards see."""
             if self.samples is None:
                 return super()._generate_and_score_completions(inputs)
             self._drawn = [{"row": row[ROW]} for row in inputs]
@@ -73,38 +89,38 @@ def probe_class() -> type:
             return super()._generate_and_score_completions(rows)
 
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            """Note text, token ids and rewards of each sample."""
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             if self.samples is not None:  # the rewards are those of all processes
                 own = rewards[self.accelerator.process_index * len(prompts) :][: len(prompts)].tolist()
-                for sample, completion, ids, values in zip(
-                    self._drawn, completions, completion_ids_list, own, strict=True
-                ):
-                    sample |= {"completion": _text(completion), "ids": list(ids), "rewards": values}
+                noted = zip(self._drawn, completions, completion_ids_list, own, strict=True)
+                for each, completion, ids, values in noted:
+                    is_text = isinstance(completion, str)
+                    text = completion if is_text else str(completion[-1].get("content") or "")
+                    each |= {"completions": text, "ids": list(ids), "rewards": values}
             return rewards
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
-            arguments = (input_ids, attention_mask, logits_to_keep)
-            found = super()._get_per_token_logps_and_entropies(model, *arguments, **kwargs)
+            """Note log-probability, entropy and P(eos) of each token: the batch's samples are complete by then."""
+            score = super()._get_per_token_logps_and_entropies
+            inputs = (input_ids, attention_mask, logits_to_keep)
+            found = score(model, *inputs, **kwargs)
             if self.samples is not None and kwargs.get("compute_entropy"):
+                # GRPOTrainer scores the tokens that were sampled, and never holds the logits of the others. So we
+                # score once more for each stop token, with that token as the label of every position.
                 kwargs |= {"compute_entropy": False, "compute_aux_loss": False}
-                stops = [
-                    super(ProbeTrainer, self)._get_per_token_logps_and_entropies(
-                        asked_for(model, token), *arguments, **kwargs
-                    )[0]
-                    for token in self.eos_token_ids
-                ]
+                stops = [score(relabelled(model, token), *inputs, **kwargs)[0] for token in self.eos_token_ids]
                 self._keep(found[0], found[1], torch.stack(stops).logsumexp(0).exp())
             return found
 
-        def _keep(self, log_probs: Tensor, entropies: Tensor, stops: Tensor) -> None:
-            """Add what is known of each token, each `[B, T]`, to the samples of the batch."""
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}  # as GRPOTrainer tells that one was cut off
-            for place, sample in enumerate(self._drawn):
-                ids = sample.pop("ids")
-                length = len(ids)
-                is_cut = ids[-1] not in ends
-                own = stops[place, :length]
-                sample |= {
+        def _keep(self, log_probs: Tensor, entropies: Tensor, eos_probs: Tensor) -> None:
+            """Reduce the figures of each token, `[B, T]`, to those of a sample, and keep the batch."""
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}  # as GRPOTrainer finds samples cut off
+            for place, each in enumerate(self._drawn):
+                ids = each.pop("ids")
+                length, is_cut = len(ids), ids[-1] not in ends
+                own = eos_probs[place, :length]
+                each |= {
                     "num_tokens": length,
                     "truncated": is_cut,
                     "entropy": entropies[place, :length].mean().item(),
@@ -116,12 +132,8 @@ def probe_class() -> type:
     return ProbeTrainer
 
 
-def _text(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
-
-
-def asked_for(model: Any, token: int) -> Any:
-    """`model`, scoring `token` at every position that has a label: its probability there, without any logits."""
+def relabelled(model: Any, token: int) -> Any:
+    """Return `model` as a function that scores `token` at every position that has a label, whatever the label."""
 
     def forward(*, labels: Tensor, **inputs):
         return model(labels=labels.masked_fill(labels != -100, token), **inputs)
@@ -131,9 +143,10 @@ def asked_for(model: Any, token: int) -> Any:
 
 @contextmanager
 def at_temperature_1(trainer: Any) -> Iterator[None]:
-    """Log-probabilities and entropies of the model itself inside, whatever the temperature that it samples at.
+    """Score at temperature 1 inside the block.
 
-    GRPOTrainer divides by its temperature in the head that scores, for good; a head for the time being is put over it.
+    GRPOTrainer's head always divides by its sampling temperature, so we put another head over it and take it off at
+    the end.
     """
     from peft import PeftModel
     from trl.trainer.utils import add_fused_lm_head
@@ -149,31 +162,3 @@ def at_temperature_1(trainer: Any) -> Iterator[None]:
         yield
     finally:
         model.forward = before
-
-
-def sample(trainer: Any, rows: list[dict], num_samples: int) -> list[Group]:
-    """`num_samples` graded samples of each row, on every process the same, by the trainer's evaluation."""
-    mask_truncated, trainer.mask_truncated_completions = trainer.mask_truncated_completions, False
-    trainer.samples = []
-    try:
-        with at_temperature_1(trainer):
-            trainer.evaluate(eval_dataset=[{**row, ROW: index} for index, row in enumerate(rows)])
-        drawn = gather_object(trainer.samples) if trainer.accelerator.num_processes > 1 else trainer.samples
-    finally:
-        trainer.samples, trainer.mask_truncated_completions = None, mask_truncated
-    of_row = defaultdict(list)
-    for one in drawn:
-        of_row[one["row"]].append(one)
-    # The last batch of several processes is filled up with prompts from the beginning: more samples than asked for.
-    return [_group(row["prompt"], of_row[index][:num_samples]) for index, row in enumerate(rows)]
-
-
-def _group(prompt: Any, drawn: list[dict]) -> Group:
-    return Group(
-        prompt=prompt,
-        completions=[one["completion"] for one in drawn],
-        **{
-            key: [one[key] for one in drawn]
-            for key in ("num_tokens", "truncated", "entropy", "rewards", "neg_log_prob", "eos_prob")
-        },
-    )

@@ -16,12 +16,11 @@ from benchmark_rows import ROWS, write_copy
 from tiny_models import build_model, build_tokenizer
 
 from aesl_trl.data.benchmarks import BENCHMARKS
-from aesl_trl.diversity.figures import Group
 from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import evaluate
-from aesl_trl.evaluation import figures as eval_figures
 from aesl_trl.report import report
+from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.offline import load
 
@@ -119,7 +118,7 @@ def test_a_run_in_one_piece_draws_as_sampling_alone_does(config, tmp_path, tiny_
     (line,) = samples_of(tmp_path / "out", "prompts").open()
     rows = [json.loads(row) for row in (tmp_path / "problems.jsonl").open()][:4]
     model, tokenizer = load(tiny_model_dir, "cpu")
-    groups = sample_groups(model, tokenizer, rows, temperature=1.0, **settings)
+    groups = sample_groups(model, tokenizer, rows, SamplingSettings(temperature=1.0, **settings))
     assert [row["completions"] for row in json.loads(line)["groups"]] == [group.completions for group in groups]
 
 
@@ -161,17 +160,6 @@ def test_two_processes_measure_every_prompt_once(config, tmp_path):
     assert read(tmp_path)["models"]["final"]["pass@4"] == 1.0
 
 
-def test_intervals_are_over_problems():
-    """Two problems, one always right and one never: the mean of two resampled problems is 0, 1/2 or 1."""
-    groups = [Group("p", ["a"] * 4, [1] * 4, [False] * 4, [0.0] * 4, [[reward]] * 4) for reward in (1.0, 0.0)]
-    figures = eval_figures.with_intervals(groups, 1.0)
-    assert figures["pass@1"] == 0.5 and figures["pass@1_interval"] == [0.0, 1.0]
-    assert figures["pass@4_interval"] == [0.0, 1.0]
-    # an answer that the reward does not apply to counts for nothing
-    groups[0].rewards[0] = [math.nan]
-    assert eval_figures.with_intervals(groups, 1.0)["pass@1"] == 0.5
-
-
 @pytest.mark.parametrize(
     ("overrides", "flags", "message"),
     [
@@ -180,7 +168,7 @@ def test_intervals_are_over_problems():
         ({"dataset_name": None}, ["org/model"], "dataset_name is missing"),
         ({"reward_funcs": None}, ["org/model"], "reward_funcs is missing"),
         ({"reward_funcs": ["accuracy_reward"]}, ["org/model"], "needs 'solution'"),
-        ({"samples": 0}, ["org/model"], "samples must be positive, got 0"),
+        ({"samples": 0}, ["org/model"], "samples is 0, but must be at least 1"),
         ({"temperature": 0.0}, ["org/model"], "temperature is 0.0, but must be above 0"),
         ({"num_promts": 4}, ["org/model"], "did you mean 'num_prompts'"),
     ],
@@ -309,11 +297,11 @@ def test_all_benchmarks_by_the_real_command(benchmark_config, tmp_path, two_answ
 @pytest.mark.parametrize(
     ("benchmarks", "message"),
     [
-        ([], "'benchmarks' is not an object of objects"),
-        ({"AIME24": 1}, "'benchmarks' is not an object of objects"),
-        ({"AIME24": {"models": []}}, "benchmark 'AIME24': 'models' is not an object of objects"),
-        ({"AIME24": {"models": {"m": {"maj@8": "x"}}}}, "maj@8"),
-        ({"AIME24": {"models": {"m": {"maj@8_interval": 1}}}}, "is not a pair of numbers"),
+        ([], "'benchmarks' is [], not an object"),
+        ({"AIME24": 1}, "'benchmarks': 'AIME24' is 1, not an object"),
+        ({"AIME24": {"models": []}}, "'AIME24': 'models' is [], not an object"),
+        ({"AIME24": {"models": {"m": {"maj@8": "x"}}}}, "'m': 'maj@8' is \"x\", not a number"),
+        ({"AIME24": {"models": {"m": {"maj@8_interval": 1}}}}, "'maj@8_interval' is 1, not a pair of numbers"),
     ],
 )
 def test_a_report_of_a_broken_evaluation_is_one_line(tmp_path, capsys, benchmarks, message):
@@ -392,10 +380,10 @@ def test_what_is_drawn_needs_no_model(benchmark_config, tmp_path, two_answers, m
         ({"prompt_format": "text", "system_prompt": "x"}, "system_prompt has no place in prompt_format: text"),
         ({"prompt_format": "prose"}, "prompt_format must be one of chat, text"),
         ({"benchmarks": None}, "data_dir is of benchmarks"),
-        ({"save_every": 0}, "save_every must be positive, got 0"),
+        ({"save_every": 0}, "save_every is 0, but must be at least 1"),
         ({"backend": "vlm"}, "backend must be one of auto, vllm, transformers.*did you mean 'vllm'"),
         ({"backend": "vllm"}, "backend: vllm cannot be used: "),
-        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must lie in"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, but must be above 0 and at most 1"),
     ],
 )
 def test_a_benchmark_that_cannot_be_measured_is_refused(

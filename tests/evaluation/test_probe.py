@@ -17,9 +17,7 @@ from aesl_trl import files
 from aesl_trl.diversity.readiness import READY
 from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
-from aesl_trl.evaluation import probe
-from aesl_trl.evaluation import probe as probe_checkpoints
-from aesl_trl.evaluation import probe_trainer as probe_measurement
+from aesl_trl.evaluation import probe, probe_trainer
 
 
 REWARDS = """
@@ -69,7 +67,7 @@ def project(tmp_path, tiny_model_dir):
 def spied(monkeypatch):
     """What the trainers of a probe saw: `weights` before and after sampling, `samples` with ids, `log` of TRL."""
     seen = {"weights": [], "samples": [], "log": [], "models": []}
-    sample = probe_measurement.sample
+    sample = probe_trainer.sample
 
     def spy(trainer, rows, num_samples):
         kind = type(trainer)
@@ -92,7 +90,8 @@ def spied(monkeypatch):
         seen["groups"] = groups
         return groups
 
-    monkeypatch.setattr(probe, "sample", spy)
+    for module in (probe, probe_trainer):  # the first sampling is probe's, that after a short RL run probe_trainer's
+        monkeypatch.setattr(module, "sample", spy)
     return seen
 
 
@@ -293,23 +292,23 @@ def test_where_a_checkpoint_comes_from(project, monkeypatch):
     files.write_json(folder / files.SELECTION, {"step": 10, "path": "selected"})
     expected = {"candidates/step-20": 20, "checkpoint-20": 20, "selected": 10, "handoff": 10}
     for name, step in expected.items():
-        (found,) = probe_checkpoints.find_checkpoints(str(folder / name))
+        (found,) = probe.find_checkpoints(str(folder / name))
         assert (found.run.resolve(), found.step) == (folder, step), name
-        assert [row["step"] for row in probe_checkpoints.history(found).earlier] == [
-            s for s in (0, 10, 20) if s < step
-        ]
-        assert probe_checkpoints.history(found).candidates == [10, 20]
-    (found,) = probe_checkpoints.find_checkpoints(project.model)
-    assert (found.run, found.step, probe_checkpoints.history(found)) == (None, None, None)
+        history = probe.history_of(found)
+        assert (history.step, [row["step"] for row in history.rows], history.candidates) == (
+            step,
+            [0, 10, 20],
+            [10, 20],
+        )
+    (found,) = probe.find_checkpoints(project.model)
+    assert (found.run, found.step, probe.history_of(found)) == (None, None, None)
 
 
-def test_two_of_the_same_name_are_told_apart(project):
+def test_two_of_the_same_name_get_their_folder_before_it(project):
     folder = sft_run(project)
     shutil.copytree(folder, project.folder / "other")
     paths = [str(project.folder / name / "candidates/step-10") for name in ("sft", "other")]
-    found = probe_checkpoints.told_apart(
-        [one for path in (*paths, project.model) for one in probe_checkpoints.find_checkpoints(path)]
-    )
+    found = probe.with_unique_names([one for path in (*paths, project.model) for one in probe.find_checkpoints(path)])
     assert [one.name for one in found] == ["sft/step-10", "other/step-10", "model"]
 
 

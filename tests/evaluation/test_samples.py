@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
-from aesl_trl.evaluation import samples as eval_samples
 from aesl_trl.evaluation.samples import SamplesFile, assemble, draw_missing, folder_for, pieces
+from aesl_trl.models.folder import ModelFolder
 from aesl_trl.sampling.draws import Piece, draw_seed
 
 
@@ -128,11 +128,11 @@ def test_a_model_that_trained_on_is_another_model(tmp_path):
     weights.write_bytes(b"1234")
     os.utime(weights, ns=(1, 1))
     (tmp_path / "m" / "notes.log").write_text("1")
-    one = eval_samples.model_identity(str(tmp_path / "m"))
+    one = ModelFolder(str(tmp_path / "m")).identity()
     (tmp_path / "m" / "notes.log").write_text("12")
-    assert eval_samples.model_identity(str(tmp_path / "m")) == one
+    assert ModelFolder(str(tmp_path / "m")).identity() == one
     os.utime(weights, ns=(1, 2))
-    two = eval_samples.model_identity(str(tmp_path / "m"))
+    two = ModelFolder(str(tmp_path / "m")).identity()
     assert one != two
     folders = [folder_for(tmp_path, "org/My model", {"model": identity}) for identity in (one, two, one)]
     assert folders[0] == folders[2] != folders[1] and folders[0].name.startswith("My-model-")

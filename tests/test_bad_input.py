@@ -300,7 +300,7 @@ RUNS = {
     "handoff, torn chain.json": (on_run("handoff", write={"out/chain.json": '{"sft'}), "chain.json is not valid JSON"),
     "handoff over the run": (
         on_run("handoff", "--output", "{folder}/out"),
-        "holds what is handed over",
+        "out/selected, which is read from, and would be replaced",
         "a new folder",
     ),
     "handoff over other files": (

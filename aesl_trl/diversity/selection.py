@@ -83,7 +83,10 @@ def select_checkpoint(
     turning_points = {name: {"step": it.step, "reason": it.reason, **it.evidence} for name, it in points.items()}
     evaluated = measured.values() if best_eval_metric == "pass@1" else eval_rows
     evaluations = {row["step"]: row[best_eval_metric] for row in evaluated if is_number(row.get(best_eval_metric))}
-    probed = _probed(readiness, candidates) if rule == "readiness" else []
+    entries = (readiness or {}).get("checkpoints", []) if rule == "readiness" else []
+    probed = [entry for entry in entries if entry.get("step") in candidates]
+    if rule == "readiness" and not probed:
+        raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
     applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed)
     step = _nearest(wanted, candidates)
     evidence = {
@@ -109,14 +112,6 @@ def select_checkpoint(
 
 def _nearest(step: int, candidates: Iterable[int]) -> int:
     return min(candidates, key=lambda candidate: (abs(candidate - step), candidate))
-
-
-def _probed(readiness: dict | None, candidates: list[int]) -> list[dict]:
-    """Return the entries of readiness.json that belong to the saved candidates."""
-    entries = [entry for entry in (readiness or {}).get("checkpoints", []) if entry.get("step") in candidates]
-    if not entries:
-        raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
-    return entries
 
 
 def _apply(

@@ -158,18 +158,12 @@ class _FusedHead(torch.autograd.Function):
             raise RuntimeError("the fused head's gradients were already used: it cannot go backward twice")
         gradients, ctx.gradients = ctx.gradients, None  # freed here, not after the whole backbone's backward
         # The scale (1 / num_items, times the loss scale of fp16) comes last, in float32: 1 / num_items on the rows
-        # would be subnormal in fp16
-        scaled = [
-            None if value is None else _scaled(value, grad_loss, dtype)
-            for value, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return *scaled, None
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in one sweep, into `dtype`, and without a copy where the dtype stays."""
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
+        # would be subnormal in fp16. It takes one sweep, without a copy where the dtype stays
+        for place, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            if gradient is not None:
+                out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+                gradients[place] = torch.mul(gradient, grad_loss.to(gradient.dtype), out=out)
+        return *gradients, None
 
 
 class _Tokens:
@@ -254,29 +248,29 @@ class _Run:
         tokens, rule = self.tokens, self.rule
         if not rule.causal:
             for part in self.parts:
-                logits = self._project(part)
+                logits = self._project(part)  # G1
                 for block, rows in self._blocks(part):
-                    self.passes.statistics(logits[rows], tokens, block, self.transform)
-                tokens.scan(part)
+                    self.passes.statistics(logits[rows], tokens, block, self.transform)  # K1
+                tokens.scan(part)  # S
             everything = slice(0, tokens.labels.numel())
             tokens.weights.copy_(rule.weights(tokens.stats(everything)))
             if not self.with_grad:
                 return
         for part in self.parts:
-            logits = self._project(part)
+            logits = self._project(part)  # G1
             for block, rows in self._blocks(part):
                 if rule.causal:
-                    self.passes.statistics(logits[rows], tokens, block, self.transform)
-                    tokens.scan(block)
+                    self.passes.statistics(logits[rows], tokens, block, self.transform)  # K1
+                    tokens.scan(block)  # S
                 if rule.temperatures is not None:
                     tokens.temperatures[block] = rule.temperatures(tokens.stats(block))
                 if self.with_grad or rule.temperatures is not None or rule.tile is not None:
                     gradient = self.tile_gradient[rows] if self.with_grad else None
-                    self.passes.rest_and_gradient(logits[rows], gradient, tokens, block, self.transform)
+                    self.passes.rest_and_gradient(logits[rows], gradient, tokens, block, self.transform)  # K2
             if rule.causal:
                 tokens.weights[part] = rule.weights(tokens.stats(part))
             if self.with_grad:
-                self._accumulate(part)
+                self._accumulate(part)  # G2, G3
 
     def _blocks(self, part: slice) -> Iterator[tuple[slice, slice]]:
         """Give the tokens that one sweep reads, block by block: their place among all tokens, and in the tile."""

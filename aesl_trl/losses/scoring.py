@@ -69,7 +69,7 @@ def add_fused_head(model) -> None:
     _refuse_larger_head(model)
     original_forward = model.forward
     text_config = model.config.get_text_config()
-    transform = logit_transform(text_config)
+    settings = HeadSettings(logit_transform(text_config))
 
     # `generate` validates its arguments against the original signature
     @functools.wraps(type(model).forward)
@@ -82,7 +82,7 @@ def add_fused_head(model) -> None:
         head = self.get_output_embeddings()
         sequence_ids = packed_sequence_ids(kwargs)
         old = None if old_log_probs is None else old_log_probs.value
-        scored = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, transform, old)
+        scored = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, settings, old)
         if kwargs.get("output_router_logits"):
             scored.aux_loss = load_balancing_loss_func(
                 outputs.router_logits,
@@ -126,7 +126,7 @@ def logit_transform(text_config) -> LogitTransform:
 
 
 def packed_sequence_ids(inputs: dict) -> Tensor | None:
-    """Return the document of each token `[B, L]` in a packed or padding-free batch; None if a row is one sequence."""
+    """Return the document of each token, `[B, L]`, in a packed or padding-free batch; None if a row is a sequence."""
     if inputs.get("seq_idx") is not None:
         return inputs["seq_idx"]
     position_ids = inputs.get("position_ids")
@@ -135,7 +135,7 @@ def packed_sequence_ids(inputs: dict) -> Tensor | None:
     return (position_ids == 0).cumsum(1)
 
 
-# Dynamo stops here and compiles the backbone: the head is kernels of its own
+# Dynamo stops here and compiles the backbone: the head has kernels of its own
 @torch.compiler.disable
 def score_hidden(
     hidden_states: Tensor,
@@ -143,7 +143,7 @@ def score_hidden(
     labels: Tensor,
     sequence_ids: Tensor | None,
     rule: TokenRule,
-    transform: LogitTransform,
+    settings: HeadSettings,
     old_log_probs: Tensor | None = None,
 ) -> ScoredOutput:
     """Score the next token at each position but the last: `[B, L + 1, H]`, labels `[B, L + 1]` -> `[B, L]`.
@@ -161,15 +161,15 @@ def score_hidden(
     `Partial("avg")` each shard would get its own rank's gradient alone).
     """
     weight, bias = _parameters(head)
-    # With the model split over devices, the backbone may end on another one than the head
+    # With the model split over devices, the backbone may end on another device than the head
     hidden, device = hidden_states[:, :-1].to(weight.device), weight.device
-    # Nothing predicts the first label. PEFT's virtual tokens in front of the sequence have no labels: pad for them
+    # Nothing predicts the first label. PEFT's virtual tokens at the front have no labels, so pad for them
     labels = torch.nn.functional.pad(labels.to(device), (hidden.size(1) + 1 - labels.size(1), 0), value=-100)[:, 1:]
     sequence_ids = None if sequence_ids is None else sequence_ids[:, 1:].to(device)
     mask = labels != -100
-    places = torch.arange(mask.size(0), device=device).unsqueeze(1).expand_as(mask)  # a number for each row
-    if sequence_ids is not None:  # a number for each (row, document)
-        places = places * (sequence_ids.max() + 1) + sequence_ids
+    sequences = torch.arange(mask.size(0), device=device).unsqueeze(1).expand_as(mask)  # a number for each row
+    if sequence_ids is not None:  # a number for each document of each row
+        sequences = sequences * (sequence_ids.max() + 1) + sequence_ids
     with maybe_gather_lm_head_ctx(weight, bias):
         _refuse_foreign_weight(weight, hidden)
         scores = fused_head(
@@ -177,9 +177,9 @@ def score_hidden(
             weight,
             bias,
             labels[mask],
-            places[mask],
+            sequences[mask],
             rule,
-            HeadSettings(transform),
+            settings,
             old_log_probs=None if old_log_probs is None else old_log_probs.to(device)[mask],
         )
 

@@ -199,6 +199,7 @@ def test_cautions():
             "step 10 has the most diverse samples",
         ),  # the turning point itself collapsed
         (History(60, ROWS[:4], [10, 20, 60]), 20, "step 20 has the most diverse samples"),  # too short for one
+        (History(60, [*ROWS, *ROWS[3:]], [10, 20, 30]), 20, "diversity turned at step 20"),  # a resumed run's file
         (History(60, ROWS[:4], [60]), None, "no earlier step"),
         (History(60, [], [10, 20]), None, "no earlier step"),
     ],

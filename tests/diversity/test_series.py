@@ -1,11 +1,12 @@
-"""diversity.jsonl as a series: rows that were measured in different ways are refused."""
+"""diversity.jsonl as a series: its turning point, and rows that were measured in different ways are refused."""
 
 import pytest
 from small_runs import user
 
 from aesl_trl import files
 from aesl_trl.diversity.selection import select_checkpoint
-from aesl_trl.diversity.series import SETTINGS, base_completions, check_settings
+from aesl_trl.diversity.series import SETTINGS, base_completions, by_step, check_settings, turning_point_of
+from aesl_trl.diversity.turning_point import find_turning_point
 from aesl_trl.errors import InputError
 
 
@@ -29,6 +30,39 @@ OTHER = {
 
 def rows(**changes):
     return [{"step": step, **ROW, **(changes if step == 20 else {}), "entropy": 1.0} for step in (0, 10, 20, 30)]
+
+
+ENTROPY = [0.21, 0.25, 0.32, 0.25, 0.20, 0.12, 0.10, 0.07]
+
+
+def test_the_turning_point_of_rows_is_that_of_their_values():
+    measured = [{"step": step, "entropy": value, "self_bleu": 1 - value} for step, value in enumerate(ENTROPY)]
+    assert turning_point_of(measured, "entropy") == find_turning_point(range(8), ENTROPY)
+    assert turning_point_of(measured, "self_bleu").evidence["mode"] == "min"
+    assert turning_point_of(measured, "self_bleu").step == 2
+    assert turning_point_of(measured, "entropy", patience=6).step is None
+    stale = [row | {"entropy": 9.0} for row in measured[5:]]  # a resumed run measures again after its checkpoint
+    assert turning_point_of([*measured[:5], *stale, *measured[5:]], "entropy").evidence["values"] == ENTROPY
+
+
+def test_a_row_without_the_figure_is_a_gap():
+    measured = [{"step": step, "entropy": value} for step, value in enumerate(ENTROPY)]
+    found = turning_point_of([*measured[:3], {"step": 3, "entropy": None}, *measured[4:], {"step": 9}], "entropy")
+    assert found.evidence["missing"] == [3, 9]
+
+
+def test_per_prompt_values_are_handed_on():
+    values = [[value + prompt / 100 for prompt in range(16)] for value in ENTROPY]
+    measured = [{"step": step, "entropy": value} for step, value in enumerate(ENTROPY)]
+    given = [row | {"by_prompt": {"entropy": prompts}} for row, prompts in zip(measured, values, strict=True)]
+    assert turning_point_of(given, "entropy").evidence["prompts"] == 16
+    assert turning_point_of(measured, "entropy").evidence["prompts"] == 0
+
+
+def test_rows_by_step():
+    assert by_step([{"step": 3, "a": 1}, {"step": 1}, {"step": 3, "a": 2}]) == {1: {"step": 1}, 3: {"step": 3, "a": 2}}
+    with pytest.raises(InputError, match="diversity.jsonl, row 2 has no whole number 'step': '3'"):
+        by_step([{"step": 3}, {"step": "3"}])
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -190,6 +190,10 @@ def test_checkpointing_keeps_the_layers_inputs_only():
 # ---- The sum
 
 
+def test_sizes_are_in_gb_of_a_card():
+    assert memory.GB == 1e9
+
+
 def test_phases_take_turns_and_vllm_is_not_fragmented():
     items = [Item("a", ALWAYS, 1.0, ""), Item("b", TRAIN, 4.0, ""), Item("c", GENERATE, 5.0, "")]
     total = memory.budget([*items, memory.vllm_item(24.0, 0.5, True), Item("d", EVALUATE, 2.0, "")], 24.0)

@@ -2,9 +2,10 @@
 
     python scripts/build_countdown_tiny_base.py [--output_dir DIR] [--seed 0]
 
-Plain cross-entropy on solutions, from scratch: first as many in steps as at once, so that it can do both, then briefly
-a mixture in which steps are rare. Solutions are drawn forwards, numbers and operations at random and the target what
-comes out, so that the model has to learn which way leads there.
+It trains on solutions from scratch, by plain cross-entropy. In the first phase half of the solutions go in steps and
+half give the answer at once, so that the model learns both; in a short second phase steps are rare. Each solution is
+drawn forwards: numbers and operations are random, and their result is the target, so that the model has to learn which
+way leads to a target.
 """
 
 import argparse
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = (
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
 MAX_LENGTH = 64
 ROWS = 128
-EQUAL, SKEWED = 0.5, 0.02  # share of solutions in steps
+EQUAL, SKEWED = 0.5, 0.02  # shares of the solutions that go in steps
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -45,7 +46,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
 
 
 def batches(tokenizer: Qwen2Tokenizer, share_in_steps: float, *, rows: int, seed: int) -> Iterator[tuple]:
-    """Endless `(ids [rows, L], labels [rows, L])`; prompts and padding are -100."""
+    """Yield `(ids [rows, L], labels [rows, L])` without end; the labels of prompts and padding are -100."""
     rng, solved = random.Random(seed), task.chains("base", seed)
     while True:
         texts = []

@@ -2,10 +2,10 @@
 
     python scripts/build_skills_tiny_base.py [--output_dir DIR] [--seed 0]
 
-Three and a half minutes on one CPU core. Two phases of plain cross-entropy on completions, from scratch. Every other
-prompt names the skill in plain words, which teaches the model to read its instruction; the others begin with a symbol
-and are answered with a random skill: all skills equally often at first, then briefly a mixture that makes four of them
-rare. Nothing here teaches what a symbol means.
+It takes three and a half minutes on one CPU core, and trains on completions from scratch, by plain cross-entropy.
+Every other prompt names the skill in plain words, which teaches the model to read its instruction. The other prompts
+begin with a symbol, and their answers use a random skill: in the first phase all skills equally often, in a short
+second phase four of them rarely. Nothing here teaches the meaning of a symbol.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "n
 MAX_LENGTH = 64
 ROWS = 192
 EQUAL = dict.fromkeys(task.SKILLS, 1 / 8)
-# At 0.005 a group of 8 samples of a rare symbol holds a right one in 1 of 25 cases: RL alone finds some, not all.
+# At 0.005 a group of 8 samples of a rare symbol holds a right sample in 1 of 25 cases: RL alone finds some skills.
 SKEWED = dict.fromkeys(task.COMMON, 0.245) | dict.fromkeys(task.RARE, 0.005)
 
 
@@ -48,9 +48,10 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
 
 
 def batches(tokenizer: Qwen2Tokenizer, mixture: dict[str, float], *, rows: int, seed: int):
-    """Endless `(ids [rows, 17], labels [rows, 17])`; prompts are -100.
+    """Yield `(ids [rows, 17], labels [rows, 17])` without end; the labels of prompts are -100.
 
-    Rows alternate: a random symbol with a skill by `mixture`, and a skill (all equally often) called by its name.
+    Rows alternate between a random symbol with a skill drawn by `mixture`, and a skill called by its name, where all
+    skills occur equally often.
     """
     rng, lists = random.Random(seed), task.digit_lists("base", seed)
     skills, shares = list(mixture), list(mixture.values())

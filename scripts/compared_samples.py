@@ -1,4 +1,4 @@
-"""What the scripts that look into a comparison's samples share: each cell's completions before and after RL."""
+"""Read each cell's completions before and after RL, for the scripts that look into a comparison's samples."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from aesl_trl.files import read_json, read_jsonl
 
 
 def compared_samples(comparison: Path) -> Iterator[tuple[dict, dict[str, list[dict]]]]:
-    """Each cell of the table: its row and seed, and `{"before": groups, "after": groups}`.
+    """Yield the row and seed of each cell of the table, and `{"before": groups, "after": groups}`.
 
     A group is a prompt and its completions: `{"prompt": messages, "completions": [str, ...]}`.
     """
@@ -27,7 +27,7 @@ def _groups(samples: Path) -> list[dict]:
 
 
 def check_problems(groups: Sequence[dict], problems: Sequence[dict]) -> None:
-    """Raises SystemExit where the groups are not of these problems, in this order."""
+    """Raise SystemExit unless the groups are of these problems, in this order."""
     if [group["prompt"] for group in groups] != [problem["prompt"] for problem in problems]:
         raise SystemExit("the comparison was not evaluated on the recipe's held-out problems")
 
@@ -35,9 +35,9 @@ def check_problems(groups: Sequence[dict], problems: Sequence[dict]) -> None:
 def describe_comparison(
     doc: str, describe: Callable[[list[dict]], dict[str, float]], table: Callable[[list[dict]], str]
 ) -> None:
-    """A script's main: `describe` gives a cell's figures from its groups, `table` a markdown table of all cells.
+    """Run a script: `describe` gives a cell's figures from its groups, `table` a markdown table of all cells.
 
-    `--output` gets the figures before and after RL as a JSON list, a cell a line.
+    The figures before and after RL go to the file `--output` as a JSON list with a line for each cell.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("comparison", type=Path)

@@ -1,10 +1,10 @@
-"""How countdown-tiny's problems are answered before and after RL, for a comparison's rows.
+"""Tell how countdown-tiny's problems are answered before and after RL, for a comparison's rows.
 
     python scripts/countdown_by_form.py runs/countdown-tiny/compare [--output by_form.json]
 
-Reads the samples that each cell's evaluation left. Shares of all completions: in steps; with times or over; a true
-calculation with the given numbers, whatever it makes. And pass@1 on the problems that plus and minus alone can solve,
-as in the demonstrations, and on the others.
+It reads the samples that each cell's evaluation left. It gives the shares of completions in steps, of completions with
+times or over, and of completions that are a true calculation with the given numbers, whatever its result. And it gives
+pass@1 on the problems that plus and minus alone can solve, as in the demonstrations, and on the others.
 """
 
 from itertools import permutations, product
@@ -35,7 +35,7 @@ def is_true(completion: str, numbers: list[int]) -> bool:
 
 
 def by_form(groups: list[dict]) -> dict[str, float]:
-    """The figures named in `FIGURES`, each from 0 to 1."""
+    """Return the figures that `FIGURES` names, each from 0 to 1."""
     problems = task.held_out(num=len(groups))
     check_problems(groups, problems)
     values = {name: [] for name in FIGURES}

@@ -1,4 +1,4 @@
-"""What the scripts about a recipe share: its task.py as a module, which no package holds."""
+"""Load a recipe's task.py, which no package holds, as a module; the scripts about a recipe share this."""
 
 import importlib.util
 from pathlib import Path

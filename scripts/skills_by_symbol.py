@@ -1,9 +1,10 @@
-"""Which symbols of skills-tiny are solved before and after RL: pass@1 by kind of symbol, for a comparison's rows.
+"""Tell which symbols of skills-tiny are solved before and after RL: pass@1 by kind of symbol, for a comparison's rows.
 
     python scripts/skills_by_symbol.py runs/skills-tiny/compare [--output by_symbol.json]
 
-Reads the samples that each cell's evaluation left. Symbols are demonstrated (SFT shows their rare skill), of a rare
-skill that SFT shows under another symbol, or of a skill that the base prefers and SFT never shows.
+It reads the samples that each cell's evaluation left. There are three kinds of symbols: those whose rare skill SFT
+demonstrates, those of a rare skill that SFT shows under another symbol, and those of a skill that the base prefers and
+SFT never shows.
 """
 
 from collections import defaultdict
@@ -26,7 +27,7 @@ def kind_of(symbol: str) -> str:
 
 
 def by_symbol(groups: list[dict]) -> dict[str, float]:
-    """pass@1 of each symbol."""
+    """Return pass@1 of each symbol."""
     problems, rights = task.held_out(num=len(groups)), defaultdict(list)
     check_problems(groups, problems)
     for group, problem in zip(groups, problems, strict=True):

@@ -1,4 +1,4 @@
-"""What the builders of small base models share: a tokenizer of whole words, a Qwen2 model, training from scratch."""
+"""Parts that the builders of small base models share: a tokenizer of whole words, a Qwen2 model, the training."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ LEARNING_RATE = 2e-3
 
 
 def word_tokenizer(words: list[str], chat_template: str, max_length: int) -> Qwen2Tokenizer:
-    """A byte-level Qwen2 tokenizer whose merges spell `words`, one token each, in the order given.
+    """Build a byte-level Qwen2 tokenizer whose merges spell `words`, each as one token, in the given order.
 
     AutoTokenizer loads a Qwen2 folder with the Qwen2 splitting rule whatever its tokenizer.json says, so the words
     have to suit it, and no word's merge may break up a later one.
@@ -35,7 +35,7 @@ def word_tokenizer(words: list[str], chat_template: str, max_length: int) -> Qwe
 
 
 def untrained_model(tokenizer: Qwen2Tokenizer, seed: int, **sizes: int) -> Qwen2ForCausalLM:
-    """An untrained model; `sizes` are Qwen2Config's hidden_size, intermediate_size, num_hidden_layers and so on."""
+    """Build an untrained model; `sizes` are Qwen2Config's hidden_size, num_hidden_layers and so on."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -55,10 +55,11 @@ def untrained_model(tokenizer: Qwen2Tokenizer, seed: int, **sizes: int) -> Qwen2
 
 
 def train(model, batches: Iterator[tuple], *, steps: int, warmup: int, decay: int) -> float:
-    """AdamW at 2e-3, `warmup` linear steps before and `decay` after; returns the last step's loss in nats per token.
+    """Train with AdamW at 2e-3, and return the last step's loss in nats per token.
 
-    `batches` yields `(ids [rows, length], labels [rows, length])`. The rate stays high nearly to the end: a base
-    annealed to a sharp minimum loses its skills to the first steps of SFT or RL.
+    `batches` yields `(ids [rows, length], labels [rows, length])`. The rate rises over `warmup` steps and falls over
+    the last `decay` steps, both linearly. It stays high nearly to the end: a base annealed to a sharp minimum loses
+    its skills to the first steps of SFT or RL.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     model.train()

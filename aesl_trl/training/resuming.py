@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from . import checkpoints
+from .token_sums import TokenSums
 
 
 class CheckpointCallback(TrainerCallback):
@@ -93,8 +94,7 @@ class CheckpointCallback(TrainerCallback):
         if sums["tokens"] is not None:
             trainer._total_train_tokens = sums["tokens"]
         if sums["statistics"] is not None:
-            statistics = torch.tensor(sums["statistics"], dtype=torch.float64, device=trainer.accelerator.device)
-            trainer._sums["train"] = statistics
+            trainer._sums["train"] = TokenSums.of_vector(torch.tensor(sums["statistics"], dtype=torch.float64))
 
     # ---- Saving
 
@@ -135,7 +135,7 @@ class CheckpointCallback(TrainerCallback):
                 name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()
             },
             "tokens": getattr(trainer, "_total_train_tokens", None),
-            "statistics": None if statistics is None else statistics.tolist(),
+            "statistics": None if statistics is None else statistics.to_vector().tolist(),
         }
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -62,13 +62,19 @@ class TokenSums:
         )
         return cls(*(value.double() for value in sums))
 
+    @classmethod
+    def of_vector(cls, vector: Tensor) -> "TokenSums":
+        """Read the sums that [`to_vector`] wrote."""
+        scalars, by_position = vector[: -3 * POSITION_BINS], vector[-3 * POSITION_BINS :]
+        return cls(*scalars, *by_position.split(POSITION_BINS))
+
+    def to_vector(self) -> Tensor:
+        """Return all sums in one vector, for a gather and for a checkpoint."""
+        return torch.cat([value.reshape(-1) for value in vars(self).values()])
+
     def over_ranks(self, accelerator) -> "TokenSums":
         """Return the sums over all ranks, on the CPU; one gather serves all of them."""
-        parts = list(vars(self).values())
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        flat = accelerator.gather(flat.unsqueeze(0)).sum(0).cpu()
-        pieces = flat.split([part.numel() for part in parts])
-        return TokenSums(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+        return TokenSums.of_vector(accelerator.gather(self.to_vector().unsqueeze(0)).sum(0).cpu())
 
     def __add__(self, other: "TokenSums") -> "TokenSums":
         return TokenSums(*(value + getattr(other, name) for name, value in vars(self).items()))

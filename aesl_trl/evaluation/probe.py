@@ -304,26 +304,16 @@ def describe(
 def table(result: dict) -> str:
     """Show readiness.json as text: a column a checkpoint, each figure with its interval, then the verdicts."""
     entries, largest = result["checkpoints"], powers_of_two(result["num_samples"])[-1]
-    headings = {
-        "entropy": "entropy",
-        "pass@1": "pass@1",
-        f"pass@{largest}": f"pass@{largest}",
-        "signal": "signal",
-        "groups_mixed": "mixed",
-        "mixed_if_alike": "mixed if alike",
-        "variance": "variance",
-        "variance_if_alike": "variance if alike",
-        "reward_std": "reward std",
-        "truncated": "truncated",
-        "eos_prob": "P(eos)",
-    }
+    keys = ("entropy", "pass@1", f"pass@{largest}", "signal", "groups_mixed", "mixed_if_alike", "variance")
+    keys += ("variance_if_alike", "reward_std", "truncated", "eos_prob")
+    headings = {"groups_mixed": "mixed", "eos_prob": "P(eos)"}  # the others are the keys with spaces
     parts = []
     for start in range(0, len(entries), BLOCK):
         block = entries[start : start + BLOCK]
         lines = [["", *(each["name"] for each in block)]]
-        for key, heading in headings.items():
-            figures = [(each["figures"].get(key), each["intervals"].get(key)) for each in block]
-            lines.append([heading, *(with_interval(*figure) for figure in figures)])
+        for key in keys:
+            figures = [with_interval(each["figures"].get(key), each["intervals"].get(key)) for each in block]
+            lines.append([headings.get(key, key.replace("_", " ")), *figures])
         after_rl = [each.get("rl") or {} for each in block]
         if any(after_rl):
             steps = next(rl["steps"] for rl in after_rl if rl)

@@ -113,6 +113,7 @@ def swapped(target: str | Path) -> Iterator[Path]:
     try:
         yield new
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
         os.replace(new, target)
         shutil.rmtree(old, ignore_errors=True)

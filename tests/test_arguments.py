@@ -449,6 +449,16 @@ def test_a_nested_dataclass_survives_yaml(outer):
     assert arguments.read_dataclass(Outer, yaml.safe_load(text), "x.yaml") == outer
 
 
+def test_an_option_is_a_field_with_help_and_bounds():
+    @dataclass
+    class Options:
+        size: int = arguments.option(8, "Size.", at_least=1)
+        names: list[str] = arguments.option(["a"], "Names.")
+
+    assert Options().names == ["a"] and Options().names is not Options().names
+    assert dict(dataclasses.fields(Options)[0].metadata) == {"help": "Size.", "at_least": 1}
+
+
 # ---- Bounds
 
 

@@ -19,24 +19,15 @@ INSTALL = "pip install 'aesl_trl[vllm]'"
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """Arguments of TRL's `VLLMGeneration`, by its names; GRPOConfig has them with the prefix `vllm_`.
+    """Arguments of TRL's `VLLMGeneration`, by its names; GRPOConfig has them with the prefix `vllm_`."""
 
-    Attributes:
-        server_base_url: address of a server, e.g. `http://localhost:8000`; goes before host and port.
-        server_host, server_port: the address in two parts.
-        server_timeout: seconds to wait for the server to be up.
-        group_port: port of the process group through which weights go to the server.
-        gpu_memory_utilization: share of the GPU's memory that a colocated engine may take, its weights included.
-        enable_sleep_mode: a colocated engine frees its memory between measurements.
-    """
-
-    server_base_url: str | None = None
+    server_base_url: str | None = None  # such as http://localhost:8000; goes before host and port
     server_host: str | None = None
     server_port: int = field(default=8000, metadata={"at_least": 1})
-    server_timeout: float = field(default=240.0, metadata={"above": 0})
-    group_port: int = field(default=51216, metadata={"at_least": 1})
-    gpu_memory_utilization: float = field(default=0.3, metadata={"above": 0, "below": 1})
-    enable_sleep_mode: bool = True
+    server_timeout: float = field(default=240.0, metadata={"above": 0})  # seconds to wait for the server to be up
+    group_port: int = field(default=51216, metadata={"at_least": 1})  # of the processes that weights are sent through
+    gpu_memory_utilization: float = field(default=0.3, metadata={"above": 0, "below": 1})  # of a colocated engine
+    enable_sleep_mode: bool = True  # a colocated engine frees its memory between measurements
 
     @property
     def server(self) -> str | None:
@@ -51,9 +42,7 @@ def _has_gpu() -> bool:
 def check_backend(backend: str, vllm: VLLMSettings, *, prefix: str = "") -> None:
     """Refuse a backend that cannot work on this machine; no model is needed. `prefix` opens the settings' names.
 
-    Raises:
-        InputError: vLLM is asked for, by name or by a server's address, and not installed; no GPU to share with it; no
-            address of a server.
+    vLLM, asked for by name or by a server's address, has to be installed, and needs a GPU to share or an address.
     """
     name = f"{prefix}backend is {backend!r}"
     if backend == "auto" and vllm.server and not is_vllm_available():
@@ -72,9 +61,7 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
     `auto` takes a server where one is named, else a colocated engine where vLLM is installed and there is a GPU, else
     `model.generate`.
 
-    Args:
-        backend: one of `TRAINING_BACKENDS`.
-        obstacle: why vLLM cannot sample from this model; None where it can.
+    `obstacle` says why vLLM cannot sample from this model; None where it can.
 
     Raises:
         InputError: as [`check_backend`], or vLLM is asked for and there is an obstacle.
@@ -99,10 +86,7 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
 def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
     """Return the engine for a model in a folder, `vllm` or `transformers`, and why.
 
-    Args:
-        asked: one of `OFFLINE_BACKENDS`.
-        accelerator: its number of processes and its device decide.
-        is_adapter: whether the model is an adapter on a base.
+    `asked` is one of `OFFLINE_BACKENDS`; the accelerator's number of processes and its device decide.
 
     Raises:
         InputError: vllm is asked for where it cannot run.

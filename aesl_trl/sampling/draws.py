@@ -16,27 +16,17 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are sampled; an engine that has no use for a field ignores it.
+    """How completions are sampled. The last four fields are for engines that load a model."""
 
-    Attributes:
-        samples: completions of each prompt.
-        temperature: positive. Whatever its value, the recorded figures are the model's own, at temperature 1.
-        max_new_tokens: length at which a sample is cut off.
-        batch_size: completions that transformers generates at once on each process; fewer when memory runs out.
-        seed: the draw is the same for the same weights, settings and number of processes.
-        tensor_parallel_size, gpu_memory_utilization, max_model_len: of vLLM's own names, for a model that it loads.
-        trust_remote_code: run the code that lies beside a model which an engine loads.
-    """
-
-    samples: int
-    temperature: float
-    max_new_tokens: int
-    batch_size: int = 64
-    seed: int = 0
-    tensor_parallel_size: int = 1
+    samples: int  # completions of each prompt
+    temperature: float  # positive; the recorded figures are at temperature 1 nevertheless
+    max_new_tokens: int  # length at which a sample is cut off
+    batch_size: int = 64  # completions that transformers generates at once on each process
+    seed: int = 0  # the draw is the same for the same weights, settings and number of processes
+    tensor_parallel_size: int = 1  # vLLM's name, as are the next two
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that lies beside the model
 
 
 class Piece(NamedTuple):
@@ -50,36 +40,25 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """A draw as one rank sees it. All samples of a prompt are drawn on one rank.
+    """A draw as one rank sees it. All samples of a prompt are drawn on one rank."""
 
-    Attributes:
-        prompts: token ids of this rank's prompts.
-        indices: places of this rank's prompts among those of all ranks.
-        num_prompts: number of prompts of all ranks.
-        longest: tokens of the longest prompt of all ranks.
-        piece: the part of all samples that is drawn; each part has a seed of its own.
-        model: the model to draw from, wrapped or not; None for an engine that holds its model elsewhere.
-        is_chat: whether the prompts are conversations.
-        accelerator: None in a single process without one.
-        gradient_checkpointing_kwargs: how gradient checkpointing is turned on again, where it was on.
-    """
-
-    prompts: list[list[int]]
-    indices: list[int]
-    num_prompts: int
-    longest: int
+    prompts: list[list[int]]  # token ids of this rank's prompts
+    indices: list[int]  # places of this rank's prompts among those of all ranks
+    num_prompts: int  # of all ranks
+    longest: int  # tokens of the longest prompt of all ranks
     settings: SamplingSettings
     piece: Piece
-    model: Any
+    model: Any  # wrapped or not; None for an engine that holds its model elsewhere
     tokenizer: Any
-    is_chat: bool = False
-    accelerator: Any = None
-    gradient_checkpointing_kwargs: dict | None = None
+    is_chat: bool = False  # the prompts are conversations
+    accelerator: Any = None  # None in a single process without one
+    gradient_checkpointing_kwargs: dict | None = None  # with which it is turned on again, where it was on
 
     @property
-    def rank(self) -> int:
-        """This process's number."""
-        return 0 if self.accelerator is None else self.accelerator.process_index
+    def rank_seed(self) -> int:
+        """The seed of this rank's part of the piece."""
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        return self.seed * 1_000_003 + rank
 
     @property
     def seed(self) -> int:
@@ -108,7 +87,7 @@ class Draw(NamedTuple):
 
 
 class Engine(Protocol):
-    """Draws completions: from a model under training (generate.py, vllm_synced.py) or from a folder (offline.py)."""
+    """Draws from a model under training (generate.py, vllm_synced.py) or from a model in a folder (offline.py)."""
 
     name: str
     batch_size: int | None  # completions at once on each process; None where the engine decides
@@ -155,9 +134,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure_on_any_rank(error: Exception | None, accelerator) -> Failure | None:
-    """Share each rank's `error`, and return the same failure on all ranks; None where none failed.
-
-    Every rank has to call it.
+    """Return the same failure on all ranks, which all have to call this; None where no rank has an `error`.
 
     Raises:
         InputError: one rank had one; all ranks raise it.

@@ -3,10 +3,9 @@
 All weights of a sharded model are gathered first, so that no rank waits for another while it decodes. When one rank
 runs out of memory, all ranks try the same smaller batch.
 
-We do not use transformers' continuous batching (`generate_batch`), although it would decode ragged lengths faster on a
-GPU. It takes no logits processor from the caller, so neither the exact entropy nor the end probability could be
-recorded. It also decodes in a thread of its own and sizes its cache to the GPU memory that is free at that moment, so
-the draw and the memory left to the training would change from run to run.
+transformers' continuous batching (`generate_batch`) would decode ragged lengths faster on a GPU. We do not use it: it
+takes no logits processor from the caller, which the exact entropy and the end probability need, and it sizes its cache
+to the memory that happens to be free, so the draw and the memory left to the training would vary.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -113,7 +112,7 @@ def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception |
 
 
 def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
-    torch.manual_seed(request.seed * 1_000_003 + request.rank)
+    torch.manual_seed(request.rank_seed)
     tokenizer, prompts = request.tokenizer, request.prompt_of_each_sample
     generation_config = GenerationConfig(
         do_sample=True,
@@ -163,12 +162,8 @@ def _generate(model, prompts: list[list[int]], generation_config: GenerationConf
         -log_prob.sum(1) / lengths,
         torch.where(stopped, last, eos_prob.amax(1)),
     )
-    return [
-        Draw(ids[:length], *figures)
-        for ids, length, *figures in zip(
-            completions_BT.tolist(), *(column.tolist() for column in columns), strict=True
-        )
-    ]
+    rows = zip(completions_BT.tolist(), *(column.tolist() for column in columns), strict=True)
+    return [Draw(ids[:length], *figures) for ids, length, *figures in rows]
 
 
 # ---- The whole model on each rank

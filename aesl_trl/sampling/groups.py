@@ -62,13 +62,11 @@ def sample_groups(
     """Sample completions of each row's prompt, and return one group a row, without rewards, on every process.
 
     Args:
-        model: the model, wrapped or not; None for an engine that holds its model elsewhere. With an `accelerator` it
-            is unwrapped as TRL does (ZeRO-3 and FSDP2 gather their weights).
+        model: the model, wrapped or not, or None: see [`Request`] for it and for `gradient_checkpointing_kwargs`.
         rows: dicts with a `"prompt"`, a string or a list of messages.
-        engine: what draws; by default a [`~aesl_trl.sampling.generate.GenerateEngine`].
+        engine: by default a [`~aesl_trl.sampling.generate.GenerateEngine`].
         piece: the part of all samples that `rows` are; by default all of them.
         accelerator: splits the prompts over its processes.
-        gradient_checkpointing_kwargs: how gradient checkpointing is turned on again, where it was on.
 
     Raises:
         SamplingFailed: nothing could be drawn; on every process alike.

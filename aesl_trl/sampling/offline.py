@@ -22,10 +22,7 @@ from .groups import sample_groups
 class OfflineEngine:
     """An engine with a model of its own, in memory from its construction until `close`."""
 
-    name: str
-    batch_size: int | None = None
-    model = None
-    tokenizer = None
+    batch_size = model = tokenizer = None
 
     def __init__(self, settings: SamplingSettings, accelerator):
         self.settings = settings
@@ -33,15 +30,8 @@ class OfflineEngine:
 
     def sample(self, rows: list[dict], piece: Piece) -> list[Group]:
         """Return the groups of `rows`, the problems of `piece`, on every process."""
-        return sample_groups(
-            self.model,
-            self.tokenizer,
-            rows,
-            self.settings,
-            engine=self,
-            piece=piece,
-            accelerator=self.accelerator,
-        )
+        how = {"engine": self, "piece": piece, "accelerator": self.accelerator}
+        return sample_groups(self.model, self.tokenizer, rows, self.settings, **how)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -154,6 +144,4 @@ def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
     found = ModelFolder.find(path)
     tokenizer = AutoTokenizer.from_pretrained(found.tokenizer_at, trust_remote_code=trust_remote_code)
     model = load_model(found.config_at, device=device, trust_remote_code=trust_remote_code)
-    if found.is_adapter:
-        model = put_adapter(model, path, found.base).eval()
-    return model, tokenizer
+    return put_adapter(model, path, found.base).eval() if found.is_adapter else model, tokenizer

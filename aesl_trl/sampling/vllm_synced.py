@@ -4,10 +4,9 @@ TRL brings the weights over, also those of FSDP2, of ZeRO-3 and of adapters. It 
 and takes them out again. In bf16 that changes the base by rounding, and an error in between leaves adapters merged. We
 undo both, so that the training goes on with the bits that it had.
 
-Seeds: a colocated engine runs in this process and draws from its random states, which we seed for each rank and
-restore. A server gets a seed with each request. `generation_kwargs` could carry only one seed for all prompts of a
-call. Sample i of every prompt would then have the same noise: prompts would not be independent, and the intervals over
-them too narrow.
+A colocated engine runs in this process and draws from its random states, which we seed for each rank and restore. A
+server gets a seed with each prompt. With one seed for all prompts of a call (`generation_kwargs`), sample i of every
+prompt would have the same noise: prompts would not be independent, and the intervals over them too narrow.
 
 Not handled: a rank that fails inside TRL's syncing of *sharded* weights, with the others in the same gather, is ended
 by the process group's own timeout. An engine that could not be started is not tried again.
@@ -162,10 +161,9 @@ class SyncedVLLM:
 
     def _colocated(self, request: Request) -> list[tuple]:
         """Return (token ids, log-probabilities) of each sample."""
-        seed = request.seed * 1_000_003 + request.rank
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        random.seed(request.rank_seed)
+        np.random.seed(request.rank_seed % 2**32)
+        torch.manual_seed(request.rank_seed)
         # A rank without prompts takes part with one that is thrown away
         prompts = request.prompt_of_each_sample or [[0]]
         with self._failing_together(request):
@@ -178,7 +176,8 @@ class SyncedVLLM:
     def _from_server(self, request: Request) -> list[tuple]:
         """Return the same; the first rank asks for the prompts of all ranks and hands the answers out."""
         accelerator, own = request.accelerator, list(zip(request.indices, request.prompts, strict=True))
-        of_all_ranks, answers = gather_object(own) if accelerator.num_processes > 1 else own, None
+        of_all_ranks = gather_object(own) if accelerator.num_processes > 1 else own
+        answers = None
         with self._failing_together(request):
             if accelerator.is_main_process:
                 with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
@@ -238,13 +237,11 @@ def _as_draws(answers: list[tuple], stops: set[int], temperature: float) -> list
     for ids, logprobs in answers:
         if not ids:
             raise RuntimeError("vLLM returned a sample without a token")
-        stopped = ids[-1] in stops
-        if temperature != 1.0:
-            drawn.append(Draw(list(ids), stopped, None, None, None))
-            continue
-        values = [math.nan if alternatives[0] is None else alternatives[0] for alternatives in logprobs]
-        end = math.exp(values[-1]) if stopped else None
-        drawn.append(Draw(list(ids), stopped, None, -math.fsum(values) / len(values), end))
+        stopped, neg_log_prob, end = ids[-1] in stops, None, None
+        if temperature == 1.0:
+            values = [math.nan if alternatives[0] is None else alternatives[0] for alternatives in logprobs]
+            neg_log_prob, end = -math.fsum(values) / len(values), math.exp(values[-1]) if stopped else None
+        drawn.append(Draw(list(ids), stopped, None, neg_log_prob, end))
     return drawn
 
 

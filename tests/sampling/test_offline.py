@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_models import build_tokenizer
 
-from aesl_trl.errors import InputError
 from aesl_trl.sampling import offline
-from aesl_trl.sampling.backends import choose_engine
 from aesl_trl.sampling.draws import Piece, SamplingSettings, draw_seed
 from aesl_trl.sampling.offline import OfflineVLLM
 
@@ -163,40 +161,3 @@ def test_entropy_is_estimated_where_samples_are_the_models_own(vllm, tiny_model_
     engine = OfflineVLLM(tiny_model_dir, SamplingSettings(2, temperature, max_new_tokens=8))
     (group,) = engine.sample([{"prompt": CHAT}], Piece(0, 1, 0, 2))
     assert group.neg_log_prob == expected and group.entropy == group.eos_prob == [None, None]
-
-
-def accelerator(num_processes=1, device="cuda"):
-    return types.SimpleNamespace(num_processes=num_processes, device=types.SimpleNamespace(type=device))
-
-
-@pytest.mark.parametrize(
-    ("asked", "facts", "taken", "why"),
-    [
-        ("auto", {}, "vllm", "there is a GPU"),
-        ("vllm", {}, "vllm", "as asked"),
-        ("transformers", {}, "transformers", "as asked"),
-        ("auto", {"device": "cpu"}, "transformers", "no GPU"),
-        ("auto", {"num_processes": 2}, "transformers", "one process, not 2"),
-    ],
-)
-def test_the_engine_that_is_taken(vllm, asked, facts, taken, why):
-    engine, reason = choose_engine(asked, accelerator(**facts))
-    assert engine == taken and why in reason
-    if facts:
-        with pytest.raises(InputError, match=f"backend: vllm cannot be used: .*{why}"):
-            choose_engine("vllm", accelerator(**facts))
-
-
-def test_an_adapter_is_sampled_by_transformers(vllm):
-    engine, reason = choose_engine("auto", accelerator(), is_adapter=True)
-    assert engine == "transformers" and "merged first" in reason
-    with pytest.raises(InputError, match="backend: vllm cannot be used: an adapter has to be merged first"):
-        choose_engine("vllm", accelerator(), is_adapter=True)
-
-
-def test_without_vllm_transformers_samples(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_engine("auto", accelerator())[0] == "transformers"
-    with pytest.raises(InputError, match="not installed"):
-        choose_engine("vllm", accelerator())

@@ -10,23 +10,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from small_draws import PROMPTS, STOPS, stopping_model
+from small_draws import draw as draw_on
 from small_runs import prompt_completion_rows, small_config, trained_weights
-from tiny_models import build_model
 from vllm_stand_in import StandIn
 
 from aesl_trl import AESLSFTTrainer, files
-from aesl_trl.errors import InputError
 from aesl_trl.losses.scoring import add_fused_head
 from aesl_trl.sampling import backends
 from aesl_trl.sampling import vllm_synced as engines
-from aesl_trl.sampling.backends import VLLMSettings, check_backend, choose_backend
-from aesl_trl.sampling.draws import SamplingFailed, SamplingSettings
-from aesl_trl.sampling.groups import sample_groups
+from aesl_trl.sampling.backends import VLLMSettings
+from aesl_trl.sampling.draws import SamplingFailed
 from aesl_trl.sampling.vllm_synced import SyncedVLLM, preserved_base
 
 
-PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
-STOPS = list(range(0, 256, 16))
 SERVER = VLLMSettings(server_base_url="http://localhost:8000")
 KINDS = ("vllm_colocate", "vllm_server")
 
@@ -50,28 +47,13 @@ def sampled(stand_in, monkeypatch):
     return found
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    monkeypatch.setattr(backends, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
-
-
 def engine_of(kind):
     return SyncedVLLM(kind, SERVER if kind == "vllm_server" else VLLMSettings(), rescore_batch_size=5)
 
 
-def stopping_model(tokenizer):
-    model = build_model(tokenizer)
-    model.generation_config.eos_token_id = STOPS
-    return model
-
-
-def draw(model, tokenizer, engine, **changes):
-    settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 8, "seed": 3, **changes}
+def draw(model, tokenizer, engine, max_new_tokens=8, **changes):
     accelerator = Accelerator(cpu=True)
-    return sample_groups(
-        model, tokenizer, PROMPTS, SamplingSettings(**settings), engine=engine, accelerator=accelerator
-    )
+    return draw_on(model, tokenizer, engine, accelerator=accelerator, max_new_tokens=max_new_tokens, **changes)
 
 
 def with_logits(model, tokenizer, groups, sampled):
@@ -343,55 +325,13 @@ def test_a_sample_without_a_token_is_no_sample(stand_in, tokenizer, monkeypatch)
         draw(stopping_model(tokenizer), tokenizer, engine_of("vllm_colocate"))
 
 
-# ---- Which backend
-
-
-@pytest.mark.parametrize(
-    ("backend", "vllm", "gpu", "settings", "obstacle", "expected"),
-    [
-        ("auto", True, True, VLLMSettings(), None, "vllm_colocate"),
-        ("auto", True, True, SERVER, None, "vllm_server"),  # named by the user
-        ("auto", True, False, SERVER, None, "vllm_server"),
-        ("auto", True, False, VLLMSettings(), None, "generate"),
-        ("auto", False, True, VLLMSettings(), None, "generate"),
-        ("auto", True, True, VLLMSettings(), "8-bit", "generate"),
-        ("generate", True, True, SERVER, None, "generate"),
-        ("vllm_colocate", True, True, VLLMSettings(), None, "vllm_colocate"),
-        ("vllm_server", True, False, SERVER, None, "vllm_server"),
-    ],
-)
-def test_choice(backend, vllm, gpu, settings, obstacle, expected, monkeypatch):
-    monkeypatch.setattr(backends, "is_vllm_available", lambda: vllm)
-    monkeypatch.setattr(backends, "_has_gpu", lambda: gpu)
-    chosen, why = choose_backend(backend, settings, obstacle)
-    assert chosen == expected
-    assert why == "as set" if backend != "auto" else why.startswith("auto: ")
-
-
-@pytest.mark.parametrize(
-    ("backend", "vllm", "gpu", "settings", "message"),
-    [
-        ("vllm_colocate", False, True, VLLMSettings(), r"vLLM is not installed: pip install 'aesl_trl\[vllm\]'"),
-        ("vllm_server", False, True, SERVER, r"diversity_backend is 'vllm_server', but vLLM is not installed"),
-        ("auto", False, True, SERVER, r"diversity_vllm_server_base_url is 'http://localhost:8000', but vLLM is not"),
-        ("vllm_colocate", True, False, VLLMSettings(), "there is no CUDA GPU"),
-        ("vllm_server", True, True, VLLMSettings(), "no server is named: set diversity_vllm_server_base_url"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_one_line(backend, vllm, gpu, settings, message, monkeypatch):
-    monkeypatch.setattr(backends, "is_vllm_available", lambda: vllm)
-    monkeypatch.setattr(backends, "_has_gpu", lambda: gpu)
-    with pytest.raises(InputError, match=message) as error:
-        check_backend(backend, settings, prefix="diversity_")
-    assert "\n" not in str(error.value)
-
-
-def test_an_obstacle_is_refused_where_vllm_is_asked_for(installed):
-    with pytest.raises(InputError, match="vllm_colocate cannot be used, 8-bit: set the backend to 'generate'"):
-        choose_backend("vllm_colocate", VLLMSettings(), "8-bit")
-
-
 # ---- In a training
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(backends, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
 
 
 def train(folder, tokenizer, model_dir, **changes):

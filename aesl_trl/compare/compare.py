@@ -5,7 +5,6 @@ rates are tuned first, on seeds that the table does not use. When the comparison
 skipped and an interrupted cell goes on, as its chain does: each cell is a process that runs chain/chain.py.
 """
 
-import argparse
 import os
 import shlex
 import signal
@@ -27,7 +26,7 @@ from .cells import CELL, CHAIN_CONFIG, Cell, chain_of, failure, rows, table_cell
 from .config import CompareConfig, read_config
 from .plan import check, plan
 from .table import table
-from .tuning import choose, planned, rounds, untuned
+from .tuning import choose, planned, rounds
 from .workers import DEVICES, Workers, split_devices, visible_devices
 
 
@@ -79,7 +78,7 @@ def run(comparison: Comparison) -> None:
         _run_cells(comparison, comparison.asked(cells))
     chosen, _ = choose(config)
     wanted = comparison.asked(table_cells(config, chosen))
-    for row in untuned(config, wanted, chosen):
+    for row in sorted({cell.row for cell in wanted if config.points(cell.method)} - chosen.keys()):
         say(f"{row}: no point of its grid has a result for every tuning seed; its cells are not run")
         wanted = [cell for cell in wanted if cell.row != row]
     _run_cells(comparison, wanted)
@@ -229,29 +228,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="check everything, print plan and hours, run nothing")
     parser.add_argument("--table_only", action="store_true", help="tables and plots from the folders, run nothing")
     given = parser.parse_args(argv)
-    comparison = _comparison(given, argv)
-    config = comparison.config
-    if given.table_only:
-        print(write_results(comparison))
-    elif given.dry_run:
-        check(config, comparison.path)
-        chosen, _ = choose(config)
-        tuning, cells = comparison.asked(planned(config)), comparison.asked(table_cells(config, chosen))
-        open_rows = {cell.row for cell in cells if tuning and config.points(cell.method)} - chosen.keys()
-        print(plan(config, comparison.path, [*tuning, *cells], comparison.workers, open_rows))
-    else:
-        _run_and_write(comparison, argv)
-
-
-def _comparison(given: argparse.Namespace, argv: list[str]) -> Comparison:
     config = read_config(given.config, output_dir=given.output_dir)
     check_bound("--workers", given.workers, at_least=1)
     for name, known in (("methods", config.methods), ("seeds", config.seeds)):
         for value in getattr(given, name) or []:
             if value not in known:
                 raise InputError(f"--{name}: {given.config} has no {value}{nearest(str(value), map(str, known))}")
-    command = shlex.join([*NAME.split(), *argv])
-    return Comparison(config, Path(given.config).absolute(), given.workers, given.methods, given.seeds, command)
+    path, command = Path(given.config).absolute(), shlex.join([*NAME.split(), *argv])
+    comparison = Comparison(config, path, given.workers, given.methods, given.seeds, command)
+    if given.table_only:
+        print(write_results(comparison))
+    elif given.dry_run:
+        check(config, path)
+        chosen, _ = choose(config)
+        tuning, cells = comparison.asked(planned(config)), comparison.asked(table_cells(config, chosen))
+        open_rows = {cell.row for cell in cells if tuning and config.points(cell.method)} - chosen.keys()
+        print(plan(config, path, [*tuning, *cells], given.workers, open_rows))
+    else:
+        _run_and_write(comparison, argv)
 
 
 def _run_and_write(comparison: Comparison, argv: list[str]) -> None:

@@ -116,7 +116,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Col
     values, folder = load_yaml(path), path.absolute().parent
     if output_dir is not None:
         values["output_dir"] = os.path.abspath(output_dir)
-    if not values.get("settings"):
+    if values.get("settings") in (None, {}):
         values["settings"] = {"": {}}
     if isinstance(values["settings"], dict):  # a setting without changes may be left empty
         values["settings"] = {name: {} if item is None else item for name, item in values["settings"].items()}
@@ -125,21 +125,11 @@ def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Col
     try:
         check_folder("output_dir", config.output_dir)
         _resolve_chain(config, folder)
-        # Paths that a method or a setting puts into a stage's config are relative to compare.yaml too.
-        changes = {f"methods.{name}.sft": options.sft or {} for name, options in config.methods.items()}
-        for name, options in config.settings.items():
-            changes |= {f"settings.{name}.{stage}": getattr(options, stage) for stage in ("sft", "grpo", "eval")}
-        for where, mapping in changes.items():
-            _resolve_mapping(mapping, where, folder, to_come)
+        _resolve_changes(config, folder, to_come)
         _set_default_selections(config)
         _check_selections(config)
         _check_names(config)
-        _check_seeds(config)
-        rows = [row_label(method, each) for method in config.methods for each in config.selections(method)]
-        for name in config.reference:
-            if name not in rows:
-                raise InputError(f"reference: no row {name!r}, there are {', '.join(rows)}{nearest(name, rows)}")
-        _check_tuning(config)
+        _check_seeds_and_grids(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
@@ -166,12 +156,16 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
                 section[key] = str(target)
 
 
-def _resolve_mapping(values: dict[str, Any], where: str, folder: Path, to_come: Collection[str]) -> None:
-    for key, value in values.items():
-        if key in FIXED:
-            raise InputError(f"{where}: {key} is set for each cell by the comparison; leave it out")
+def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[str]) -> None:
+    """Make the paths absolute that a method or a setting puts into a stage's config."""
+    changes = {f"methods.{name}.sft": options.sft or {} for name, options in config.methods.items()}
+    for name, options in config.settings.items():
+        changes |= {f"settings.{name}.{stage}": getattr(options, stage) for stage in ("sft", "grpo", "eval")}
+    for where, mapping in changes.items():
+        if fixed := [key for key in mapping if key in FIXED]:
+            raise InputError(f"{where}: {fixed[0]} is set for each cell by the comparison; leave it out")
         try:
-            values[key] = resolve(key, value, folder, to_come)
+            mapping.update({key: resolve(key, value, folder, to_come) for key, value in mapping.items()})
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -191,7 +185,7 @@ def _set_default_selections(config: CompareConfig) -> None:
 
 
 def _check_names(config: CompareConfig) -> None:
-    """Refuse names of methods and settings that are no folder's name, or that would give two rows one folder."""
+    """Refuse names that no folder can have, that would give two rows one folder, or that nothing has."""
     if not config.methods:
         raise InputError("methods is empty: name at least one")
     seen: dict[str, str] = {}
@@ -209,15 +203,10 @@ def _check_names(config: CompareConfig) -> None:
         for method in options.methods or []:
             if method not in config.methods:
                 raise InputError(f"settings.{name}.methods: no method {method!r}{nearest(method, config.methods)}")
-
-
-def _check_seeds(config: CompareConfig) -> None:
-    lists = {"seeds": config.seeds} | ({"tune.seeds": config.tune.seeds} if config.tune else {})
-    for name, seeds in lists.items():
-        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise InputError(f"{name} must be different whole numbers from 0 on, at least one, got {seeds}")
-    if config.tune and (shared := sorted({*config.seeds} & {*config.tune.seeds})):
-        raise InputError(f"tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
+    rows = [row_label(method, each) for method in config.methods for each in config.selections(method)]
+    for name in config.reference:
+        if name not in rows:
+            raise InputError(f"reference: no row {name!r}, there are {', '.join(rows)}{nearest(name, rows)}")
 
 
 def _check_selections(config: CompareConfig) -> None:
@@ -250,13 +239,18 @@ def row_label(method: str, selection: str | None) -> str:
     return method if selection is None else f"{method}/{selection}"
 
 
-def _check_tuning(config: CompareConfig) -> None:
-    """Refuse grids of unequal size: a method with one more knob must not try more points."""
+def _check_seeds_and_grids(config: CompareConfig) -> None:
+    """Refuse to tune on the table's seeds, or on grids of unequal size: one more knob must not try more points."""
+    for name, seeds in {"seeds": config.seeds, "tune.seeds": config.tune.seeds if config.tune else [0]}.items():
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise InputError(f"{name} must be different whole numbers from 0 on, at least one, got {seeds}")
     if config.tune is None:
         for name, options in config.methods.items():
             if options.grid is not None:
                 raise InputError(f"methods.{name}.grid needs a section tune, with seeds of its own")
         return
+    if shared := sorted({*config.seeds} & {*config.tune.seeds}):
+        raise InputError(f"tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
     budget = len(_named_points(config.tune.grid, "tune.grid"))
     if config.tune.keep is not None and not 1 <= config.tune.keep <= budget:
         raise InputError(f"tune.keep must lie from 1 to {budget}, the points of the grid, got {config.tune.keep}")

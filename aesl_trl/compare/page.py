@@ -15,7 +15,9 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
     rows = result["rows"]
     parts = [
         f"# Comparison: {result['metric']} after RL",
-        _reading(result),
+        f"Mean over seeds and, in brackets, its {result['level']:.0%} t interval (Student's t, n - 1 degrees of "
+        "freedom; the unit is the seed, and the intervals are not adjusted for the number of rows). Before RL: the "
+        "model that RL starts from; after: the one it ends with, on the same held-out problems.",
         "## Before RL",
         _figures_table(rows, "before", result),
         "## After RL",
@@ -29,14 +31,6 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
         _cells_part(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _reading(result: dict[str, Any]) -> str:
-    return (
-        f"Mean over seeds and, in brackets, its {result['level']:.0%} t interval (Student's t, n - 1 degrees of "
-        "freedom; the unit is the seed, and the intervals are not adjusted for the number of rows). Before RL: the "
-        "model that RL starts from; after: the one it ends with, on the same held-out problems."
-    )
 
 
 def interval(found: dict[str, Any]) -> str:

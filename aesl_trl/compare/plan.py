@@ -89,10 +89,9 @@ def plan(config: CompareConfig, path: Path, cells: list[Cell], workers: int, ope
     if found.process_h is None:
         known = "how long is not known before a cell has finished: state it as estimate: {sft_s: ..., rl_s: ...}"
         return "\n".join([*lines, f"{to_run}; {known}"])
-    time = f"{found.process_h:.2f} process-hours, {found.wall_h:.2f} hours with {workers} worker" + (
-        "s" if workers > 1 else ""
-    )
-    return "\n".join([*lines, f"{to_run}, {time} ({found.source})"])
+    with_workers = "1 worker" if workers == 1 else f"{workers} workers"
+    time = f"{found.process_h:.2f} process-hours, {found.wall_h:.2f} hours with {with_workers} ({found.source})"
+    return "\n".join([*lines, f"{to_run}, {time}"])
 
 
 # ---- Time

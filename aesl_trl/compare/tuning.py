@@ -52,11 +52,6 @@ def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]
     return chosen, lines
 
 
-def untuned(config: CompareConfig, cells: list[Cell], chosen: dict[str, Point]) -> list[str]:
-    """Return the rows that the table needs and tuning could not settle."""
-    return sorted({cell.row for cell in cells if config.points(cell.method)} - chosen.keys())
-
-
 # ---- One row
 
 

@@ -1,15 +1,9 @@
 """chain.yaml: what is read, where its paths lead, and what is refused."""
 
 import pytest
-from small_chains import chain_project
 
 from aesl_trl.chain.config import read_config
 from aesl_trl.errors import InputError
-
-
-@pytest.fixture
-def project(tmp_path):
-    return chain_project(tmp_path)
 
 
 def test_paths_are_relative_to_the_file(project, tmp_path, monkeypatch):

@@ -6,16 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_chains import chain_project, make
+from small_chains import make
 
 from aesl_trl import files
 from aesl_trl.chain.fingerprints import Inputs, settings_of, walk
 from aesl_trl.chain.stages import BUILDERS, build_grpo, build_sft
-
-
-@pytest.fixture
-def project(tmp_path):
-    return chain_project(tmp_path)
 
 
 def inputs(path, **given) -> dict[str, Inputs]:

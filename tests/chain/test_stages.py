@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from small_chains import chain_project, make
+from small_chains import make
 
 from aesl_trl import files
 from aesl_trl.chain.stages import (
@@ -19,11 +19,6 @@ from aesl_trl.chain.stages import (
     child_env,
 )
 from aesl_trl.errors import InputError
-
-
-@pytest.fixture
-def project(tmp_path):
-    return chain_project(tmp_path)
 
 
 # ---- Commands

@@ -22,6 +22,9 @@ REAL = dict(BUILDERS)
 STEPS = (0, 10, 20, 30, 40, 50, 60, 70, 80)
 ENTROPY = (0.20, 0.25, 0.30, 0.28, 0.20, 0.15, 0.10, 0.08, 0.07)  # turns at step 20
 
+ONE = {"nll": {"sft": {"cold_start_loss": "nll"}, "selections": ["last"]}}
+TUNE = {"seeds": [7], "grid": {"learning_rate": [0.1, 0.2]}}
+
 # argv: name, output, run, configs...; obeys `fail_<stage>` and `kill_<stage>` in the comparison's folder
 STAGE = """
 import json, os, pathlib, signal, sys
@@ -135,6 +138,21 @@ def compare_project(folder: Path) -> Callable[..., Path]:
         return folder / name
 
     return write
+
+
+def run(path: Path, *flags: str) -> int:
+    """Run the comparison here; its exit code."""
+    from aesl_trl.compare import compare  # a cell's process does without
+
+    try:
+        compare.main(["--config", str(path), *flags])
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+def result(root: Path) -> dict:
+    return json.loads((root / "compare.json").read_text())
 
 
 def started(root: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,75 @@
+"""Cells: the rows of the table, the files that a cell is run by, and the cold starts that cells share."""
+
+from aesl_trl.compare.cells import Cell, groups, rows, table_cells
+from aesl_trl.compare.config import Point, read_config
+
+
+def test_rows_and_selections(project, tmp_path):
+    config = read_config(project(rl_from_steps=[10, 40]))
+    assert [row["row"] for row in rows(config)] == [
+        "base",
+        *("nll/turning_point", "nll/last", "nll/step-10", "nll/step-40"),
+        *("aesl/step-10", "aesl/step-40"),
+    ]
+    # without steps, the rule that the loss has by default
+    gem = {"sft": {"cold_start_loss": "gem"}}
+    config = read_config(project(methods={"gem": gem, "aesl": {"sft": {"cold_start_loss": "aesl"}}}, reference=[]))
+    assert (config.selections("gem"), config.selections("aesl")) == (["turning_point"], ["last"])
+    # the loss may be that of the template's config
+    assert read_config(project(methods={"own": {"sft": {}}}, reference=[])).selections("own") == ["last"]
+    (tmp_path / "sft.yaml").write_text("cold_start_loss: nll\n")
+    assert read_config(project(methods={"own": {"sft": {}}}, reference=[])).selections("own") == ["turning_point"]
+
+
+def test_settings_choose_their_methods(project):
+    settings = {"all": None, "few": {"sft": {"max_steps": 5}, "methods": ["nll"]}}
+    found = rows(read_config(project(settings=settings)))
+    assert [row["row"] for row in found if row["setting"] == "few"] == ["few/nll/turning_point", "few/nll/last"]
+    assert sum(row["setting"] == "all" for row in found) == 4
+
+
+def test_the_files_of_a_cell(project, tmp_path):
+    settings = {"few": {"sft": {"max_steps": 5}, "grpo": {"max_steps": 7}}}
+    methods = {"nll": {"sft": {"cold_start_loss": "nll", "dataset_name": "rows.jsonl"}, "selections": ["last"]}}
+    config = read_config(project(settings=settings, methods=methods))
+    found = Cell(config, "few", "nll", "last", 1, Point((("learning_rate", 0.2),))).configs()
+    found = {str(path.relative_to(tmp_path)): values for path, values in found.items()}
+    home = "runs/few/nll_last/seed-1/chain.yaml"
+    assert list(found) == ["runs/few/sft/nll@learning_rate=0.2.yaml", "runs/few/grpo.yaml", home]
+    assert found["runs/few/sft/nll@learning_rate=0.2.yaml"] == {
+        "dataset_name": "../../../rows.jsonl",
+        "diversity_steps": 10,
+        "learning_rate": 0.2,
+        "cold_start_loss": "nll",
+        "max_steps": 5,
+    }
+    assert found["runs/few/grpo.yaml"] == {"model_name_or_path": "../../base", "max_steps": 7}
+    chain = found[home]
+    assert chain["seed"] == 1 and chain["output_dir"] == "." and chain["selection"] == {"rule": "last"}
+    assert chain["sft"] == {
+        "config": "../../sft/nll@learning_rate=0.2.yaml",
+        "accelerate_config": "../../../../cpu.yaml",
+        "output_dir": "../../sft/nll@learning_rate=0.2/seed-1",
+    }
+    assert chain["grpo"]["config"] == "../../grpo.yaml"
+    assert chain["eval"]["config"] == "../../../../eval.yaml"
+
+
+def test_direct_rl_has_no_cold_start_and_a_step_is_a_selection(project):
+    config = read_config(project(rl_from_steps=[30]))
+    *_, base = Cell(config, "", "base", None, 0).configs().values()
+    assert not {"sft", "selection", "handoff"} & base.keys()
+    assert base["ignore_readiness"] is True and base["probe"] is None
+    *_, step = Cell(config, "", "nll", "step-30", 0).configs().values()
+    assert step["selection"] == {"step": 30}
+
+
+def test_selections_share_a_cold_start(project):
+    config = read_config(project())
+    grouped = groups(table_cells(config, {}))
+    assert [[cell.label for cell in group] for group in grouped[:3]] == [
+        ["base, seed 0"],
+        ["nll/turning_point, seed 0", "nll/last, seed 0"],
+        ["aesl/last, seed 0"],
+    ]
+    assert len(grouped) == 6

@@ -1,0 +1,96 @@
+"""compare.yaml: what is read, and what is refused."""
+
+import pytest
+from small_compare import TUNE
+
+from aesl_trl.compare.config import read_config
+from aesl_trl.errors import InputError
+
+
+def test_grids(project):
+    lists = {"learning_rate": [0.1, 0.2], "weight_decay": [0.0, 0.1]}
+    points = [{"learning_rate": 0.1, "t_scaling": scale} for scale in (1.0, 2.0, 3.0, 4.0)]
+    methods = {"nll": {"sft": {"cold_start_loss": "nll"}}, "aesl": {"sft": {}, "grid": points}, "base": {"sft": None}}
+    config = read_config(project(methods=methods, reference=[], tune={"seeds": [7], "grid": lists}))
+    assert [str(point) for point in config.points("nll")] == [
+        f"learning_rate={rate},weight_decay={decay}" for rate in (0.1, 0.2) for decay in (0.0, 0.1)
+    ]
+    assert str(config.points("aesl")[1]) == "learning_rate=0.1,t_scaling=2.0"
+    assert config.points("base") == []
+
+
+AESL = {"cold_start_loss": "aesl"}
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"method": {}}, ["unknown key 'method'", "'methods'"]),
+        ({"methods": ...}, ["compare.yaml: methods is missing"]),
+        ({"methods": {}}, ["methods is empty"]),
+        ({"methods": {"nll": {}}}, ["methods.nll: sft is missing"]),
+        ({"methods": {"nll": {"sft": {}, "selection": ["last"]}}}, ["methods.nll", "'selection'", "'selections'"]),
+        ({"methods": {"nll": {"sft": {}, "selections": ["lst"]}}}, ["selections: 'lst' is not one of", "'last'"]),
+        ({"methods": {"nll": {"sft": {}, "selections": ["last", "last"]}}}, ["the same selection twice"]),
+        ({"methods": {"nll": {"sft": {}, "selections": []}}}, ["neither selections nor rl_from_steps"]),
+        ({"methods": {"base": {"sft": None, "selections": ["last"]}}}, ["selections need a cold start"]),
+        ({"methods": {"nll": {"sft": {"seed": 3}}}}, ["methods.nll.sft: seed is set for each cell"]),
+        ({"methods": {"nll": {"sft": {"dataset_name": "rws.jsonl"}}}}, ["methods.nll.sft", "'rows.jsonl'"]),
+        ({"methods": {"a/b": {"sft": {}}}}, ["'a/b' names a folder"]),
+        ({"methods": {"sft": {"sft": {}}}}, ["'sft' names a folder", "not tune or sft"]),
+        (
+            {"methods": {"a": {"sft": {}, "selections": ["last"]}, "a_last": {"sft": None}}},
+            ["a_last and a would both write to the folder a_last"],
+        ),
+        ({"settings": {"base": {}}}, ["would both write to the folder base"]),
+        ({"settings": {"few": {"stf": {}}}}, ["settings.few: unknown key 'stf'", "'sft'"]),
+        ({"settings": {"few": {"methods": ["nl"]}}}, ["settings.few.methods: no method 'nl'", "'nll'"]),
+        ({"seeds": []}, ["seeds must be different whole numbers"]),
+        ({"seeds": [1, 1]}, ["seeds must be different whole numbers"]),
+        ({"seeds": ["1"]}, ["seeds must be a list of int"]),
+        ({"reference": ["nll"]}, ["reference: no row 'nll'", "nll/last"]),
+        ({"rl_from_steps": [0]}, ["rl_from_steps must be steps from 1 on"]),
+        ({"chain": {}}, ["chain.grpo is missing"]),
+        ({"chain": {"grpo": {"config": "grpo.yaml"}}}, ["chain.eval is missing"]),
+        (
+            {"chain": {"grpo": {"config": "grpo.yaml"}, "eval": {"config": "eval.yaml"}}},
+            ["chain.sft is missing"],
+        ),
+        (
+            {"chain": {"grpo": {"config": "grop.yaml"}, "eval": {}, "sft": {}}},
+            ["chain.grpo.config: grop.yaml", "'grpo.yaml'"],
+        ),
+        ({"chain": {"seed": 3}}, ["chain: seed is set for each cell"]),
+        ({"chain": {"gpro": {}}}, ["chain: unknown key 'gpro'", "'grpo'"]),
+        ({"tune": {**TUNE, "seeds": [1]}}, ["share 1: tune on seeds that the table does not use"]),
+        ({"tune": {**TUNE, "keep": 3}}, ["tune.keep must lie from 1 to 2, the points of the grid, got 3"]),
+        ({"tune": {**TUNE, "grid": {"learning_rate": 0.1}}}, ["tune.grid must hold lists of values"]),
+        ({"tune": {**TUNE, "grid": {"learning_rate": [0.1, 0.1]}}}, ["the same point twice"]),
+        ({"tune": {**TUNE, "grid": {"dataset_name": ["a/b"]}}}, ["dataset_name=a/b names a folder"]),
+        ({"tune": {**TUNE, "grid": [{"seed": 3}]}}, ["tune.grid: seed must have plain values"]),
+        (
+            {
+                "tune": TUNE,
+                "reference": [],
+                "methods": {"aesl": {"sft": AESL, "grid": {"t_scaling": [1.0, 2.0, 3.0]}}},
+            },
+            ["methods.aesl.grid has 3 points, tune.grid 2: every method gets the same budget"],
+        ),
+        (
+            {"reference": [], "methods": {"aesl": {"sft": AESL, "grid": {"t_scaling": [1.0]}}}},
+            ["needs a section tune"],
+        ),
+        (
+            {"tune": TUNE, "reference": [], "methods": {"base": {"sft": None, "grid": {"t_scaling": [1.0]}}}},
+            ["nothing to tune"],
+        ),
+        ({"estimate": {"sft_s": 3}}, ["estimate: rl_s is missing"]),
+        ({"output_dir": "sft.yaml"}, ["output_dir", "is a file"]),
+    ],
+)
+def test_refused_configs(project, changes, parts):
+    with pytest.raises(InputError) as error:
+        read_config(project(**changes))
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)

@@ -1,0 +1,98 @@
+"""The plan: the hours that are left, and mistakes in configs that are found before anything starts."""
+
+from pathlib import Path
+
+import pytest
+from small_compare import ONE, TUNE, run
+
+from aesl_trl import files
+from aesl_trl.compare.cells import table_cells
+from aesl_trl.compare.config import read_config
+from aesl_trl.compare.plan import FIGURES, check, hours, plan
+from aesl_trl.diversity.figures import Group, measure
+from aesl_trl.errors import InputError
+
+
+RECIPE = Path(__file__).parents[2] / "recipes/skills-tiny"
+
+
+def test_hours_as_estimated_and_as_measured(project, fakes):
+    estimate = {"sft_s": 60, "rl_s": 120}
+    path = project(estimate=estimate)
+    config = read_config(path)
+    cells = table_cells(config, {})
+    found = hours(config, cells, 2)
+    # 8 cells of 120 s and 4 cold starts of 60 s; two workers
+    assert (found.cells, found.cold_starts) == (8, 4)
+    assert found.process_h == pytest.approx((8 * 120 + 4 * 60) / 3600)
+    assert found.wall_h == pytest.approx((8 * 120 + 4 * 60) / 7200)
+    assert hours(config, cells, 50).wall_h == pytest.approx((60 + 2 * 120) / 3600)  # the longest group
+    assert "0.33 process-hours, 0.17 hours with 2 workers (as the section estimate says)" in plan(
+        config, path, cells, 2
+    )
+    assert hours(read_config(project()), cells, 1).process_h is None
+    assert run(path, "--methods", "nll", "--seeds", "0") == 0
+    for cell in cells[1:3]:
+        record = cell.home / files.CHAIN
+        chain = files.read_json(record)
+        for stage in chain["stages"].values():
+            stage["seconds"] = 10.0
+        files.write_json(record, chain)
+    found = hours(config, cells, 1)
+    assert (found.cells, found.cold_starts, found.source) == (6, 3, "medians of 2 finished cells")
+    # select, handoff, grpo, eval and report
+    assert found.process_h == pytest.approx((6 * 50 + 3 * 10) / 3600)
+
+
+def test_rows_whose_point_is_open_count_a_cold_start_each(project):
+    estimate = {"sft_s": 60, "rl_s": 120}
+    config = read_config(project(estimate=estimate, tune={"seeds": [7], "grid": {"learning_rate": [0.1, 0.2]}}))
+    cells = table_cells(config, {})
+    found = hours(config, cells, 1, {"nll/turning_point", "nll/last"})
+    # 8 cells; 4 cold starts of nll, which would be 2 if both rows had the same point, and 2 of AESL
+    assert (found.cells, found.cold_starts) == (8, 6)
+
+
+@pytest.mark.parametrize(
+    "name", ["compare_steps", *(pytest.param(f"compare{name}", marks=pytest.mark.slow) for name in ("_ablations", ""))]
+)
+def test_the_recipes_are_accepted(name, tmp_path):
+    path = RECIPE / f"{name}.yaml"
+    check(read_config(path, output_dir=str(tmp_path / "runs")), path)
+
+
+def test_the_plan_knows_the_figures_that_an_evaluation_has():
+    group = Group("", ["a", "b"], [1, 1], [False, False], [0.0, 0.0], rewards=[[0.0], [1.0]])
+    assert {*FIGURES, "pass@1", "pass@2"} == set(measure([group]))
+
+
+CHECKED = [
+    ({"metric": "pas@1"}, ["metric: the evaluation has no figure 'pas@1'", "'pass@1'"]),
+    ({"metric": "pass@16"}, ["metric: the evaluation has no figure 'pass@16'", "'pass@1'"]),
+    ({"tune": {**TUNE, "by": "entrpy"}}, ["tune.by", "'entropy'"]),
+    ({"methods": {"nll": {"sft": {"cold_start_los": "nll"}}}}, ["config_nll.yaml as compare.yaml changes it for nll"]),
+    ({"methods": {"nll": {"sft": {"cold_start_loss": "nl"}}}}, ["cold_start_loss must be one of", "'nll'"]),
+    ({"settings": {"few": {"grpo": {"max_stps": 3}}}}, ["grpo/config.yaml as compare.yaml changes it", "'max_steps'"]),
+    ({"rl_from_steps": [15]}, ["rl_from_steps: step 15 is never saved, candidates are every 10 steps"]),
+    ({"rl_from_steps": [500]}, ["rl_from_steps: step 500 is beyond max_steps 400"]),
+    ({"chain": {"handoff": {"mode": "merg"}}}, ["compare.yaml: chain: handoff", "merge"]),
+    (
+        {"rl_from_steps": [10], "settings": {"few": {"sft": {"max_candidates": 5}}}},
+        ["keeps 5 of 40 candidates; set max_candidates: 40"],
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, parts", CHECKED)
+def test_a_mistake_is_found_before_anything_starts(project, tmp_path, changes, parts):
+    """With the real configs of skills-tiny, as their stages read them."""
+    chain = {stage: {"config": str(RECIPE / stage / "config.yaml")} for stage in ("grpo",)}
+    chain |= {"sft": {"config": str(RECIPE / "sft/config_nll.yaml")}, "eval": {"config": str(RECIPE / "eval.yaml")}}
+    more = {"chain": {**chain, **changes.pop("chain", {})}, "methods": ONE, "reference": []}
+    path = project(**{**more, **changes})
+    with pytest.raises(InputError) as error:
+        check(read_config(path), path)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+    assert not (tmp_path / "runs").exists()

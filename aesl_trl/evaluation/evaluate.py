@@ -105,7 +105,7 @@ class EvalArguments:
             raise InputError("system_prompt has no place in prompt_format: text; put it into prompt_template")
         for name in ("data_dir", "prompt_template", "system_prompt"):
             if getattr(self, name) and not self.benchmarks:
-                raise InputError(f"{name} is of benchmarks, and none is named: benchmarks: [{', '.join(BENCHMARKS)}]")
+                raise InputError(f"{name} is for benchmarks, and none is named: benchmarks: [{', '.join(BENCHMARKS)}]")
 
 
 ARGUMENT_TYPES = (EvalArguments,)

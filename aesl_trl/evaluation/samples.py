@@ -89,7 +89,7 @@ class SamplesFile:
             content = file.read()
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
-                print(f"aesl eval: {self.path} ends in half a line: cut off, drawn anew", file=sys.stderr)
+                print(f"aesl eval: {self.path} ends in half a line, which is removed and drawn again", file=sys.stderr)
                 file.truncate(whole)
 
 

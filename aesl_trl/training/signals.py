@@ -52,7 +52,7 @@ class StopSignals:
             self.note(number)
             if not self.is_deferred:
                 self.leave("nothing was being trained, nothing saved")
-            self._say("a checkpoint is saved after this step; the same again ends at once")
+            self._say("a checkpoint is saved after this step; another signal ends at once")
         elif time.monotonic() - self._received_at > REPEAT_S:
             _end_at_once(number)
 

@@ -379,7 +379,7 @@ def test_what_is_drawn_needs_no_model(benchmark_config, tmp_path, two_answers, m
         ({"prompt_template": "Solve it."}, "prompt_template must hold {problem}"),
         ({"prompt_format": "text", "system_prompt": "x"}, "system_prompt has no place in prompt_format: text"),
         ({"prompt_format": "prose"}, "prompt_format must be one of chat, text"),
-        ({"benchmarks": None}, "data_dir is of benchmarks"),
+        ({"benchmarks": None}, "data_dir is for benchmarks, and none is named"),
         ({"save_every": 0}, "save_every is 0, but must be at least 1"),
         ({"backend": "vlm"}, "backend must be one of auto, vllm, transformers.*did you mean 'vllm'"),
         ({"backend": "vllm"}, "backend: vllm cannot be used: "),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, in_one_line
 from ..files import read_json
@@ -72,7 +73,7 @@ class ModelFolder:
         return config.is_file() and bool(read_json(config).get("quantization_config"))
 
     def identity(self) -> dict:
-        """Return what tells these weights from others: the commit of a name on the hub, or a folder's file times.
+        """Return what tells these weights from others: a hub name's commit, or the sizes and times of the files.
 
         Contents are not read, so a copy with other times counts as another model.
         """
@@ -116,7 +117,7 @@ def base_of(adapter: str, field: str) -> str:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder whose weights are missing or cut off, as an interrupted copy leaves them; read headers alone."""
+    """Refuse weights that are missing or cut off, as an interrupted copy leaves them; only their headers are read."""
     shards = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else set()
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
@@ -125,15 +126,12 @@ def check_weights(folder: Path) -> None:
     if not files and not any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("adapter_model*.bin")):
         raise InputError(f"{folder} holds no weights, only their config: copy the *.safetensors as well")
     for path in files:
-        problem = safetensors_problem(path)
-        if problem:
+        if problem := safetensors_problem(path):
             raise InputError(f"{path} {problem}")
 
 
 def safetensors_problem(path: Path) -> str | None:
     """Return why the file `path` cannot be read as safetensors, as a clause with its remedy; None if it is whole."""
-    from safetensors import SafetensorError, safe_open
-
     with open(path, "rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
             return "is a pointer of git-lfs, not the file itself: run git lfs pull"
@@ -146,8 +144,6 @@ def safetensors_problem(path: Path) -> str | None:
 
 def open_tensors(folder: Path) -> dict[str, Any]:
     """Map the name of each tensor in `folder` to its slice in a safetensors file, of which an index reads a part."""
-    from safetensors import safe_open
-
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")

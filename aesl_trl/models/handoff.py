@@ -151,8 +151,8 @@ def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
 def _load_adapter(source: Source, adapter: Path, *, as_trained: bool = False):
     """Load the adapter in the folder `adapter` on its base, quantized as in training when `as_trained`."""
     name = source.trained_on if as_trained else source.base
-    # Quantized weights bring their own config.
-    quantization = source.quantization if as_trained and not ModelFolder(name).is_quantized else None
+    brings_config = ModelFolder(name).is_quantized
+    quantization = source.quantization if as_trained and not brings_config else None
     base = load_model(name, quantization, trust_remote_code=source.trust_remote_code)
     return put_adapter(base, str(adapter), name).eval()
 
@@ -187,8 +187,7 @@ def write_merged(source: Source, folder: Path, texts: list) -> tuple:
         model = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise InputError(f"{source.weights} cannot be merged: {error}; use --mode continue") from None
-    # write_stops writes the generation config; an inconsistent one would make saving fail.
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # write_stops brings it; an inconsistent one would fail the saving
     model.save_pretrained(folder)
     del model
     release_memory()

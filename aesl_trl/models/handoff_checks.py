@@ -55,9 +55,6 @@ def compare(one: list[torch.Tensor], other: list[torch.Tensor]) -> dict[str, flo
     return {"max": difference.max().item(), "mean": difference.mean().item()}
 
 
-# ---- Checks of the model that was read back
-
-
 def check_differences(differences: dict[str, float], effect: float | None, mode: str, dtype: torch.dtype) -> None:
     """Refuse log-probs too far from the source's; `effect` is the adapter's own, in nats a token."""
     limit = COPY_LIMIT.get(dtype, max(COPY_LIMIT.values()))

@@ -1,8 +1,7 @@
 """`aesl interpolate A B --weight W --output DIR`: write (1 - W) A + W B, WiSE-FT's average of two checkpoints.
 
 Source: Dang et al., "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478): half an early and
-half a late checkpoint of one SFT run recovers the pass@k that over-training lost. It is a baseline without its own
-loss.
+half a late checkpoint of one SFT run recovers the pass@k that over-training lost. It is a baseline without a loss.
 
 Full weights are averaged tensor by tensor, in float32 or better, and kept in the dtype of A. Two LoRA adapters cannot
 be averaged matrix by matrix, because an adapter acts through the product B A. On one base their ranks are stacked,
@@ -59,9 +58,7 @@ LORA_A, LORA_B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_
 class InterpolateArguments:
     """`aesl interpolate A B`: average two checkpoints of one run (WiSE-FT)."""
 
-    first: str | None = field(
-        default=None, metadata={"help": "A, the early checkpoint: a run, a model or an adapter."}
-    )
+    first: str | None = field(default=None, metadata={"help": "A, the early checkpoint: a run, model or adapter."})
     second: str | None = field(default=None, metadata={"help": "B, the late checkpoint, of the same kind and shape."})
     weight: float = field(default=0.5, metadata={"help": "Share of B, above 0 and below 1."})
     output: str | None = field(default=None, metadata={"help": "Folder to write."})
@@ -106,6 +103,7 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
     _check_safetensors(*sources)
     check, write = (_check_adapters, _write_adapter) if is_adapter else (_check_models, _write_model)
     check(*sources)
+    _check_tensors(*(source.folder for source in sources))
     _check_vocabularies(*sources)
     result = {
         "kind": "adapter" if is_adapter else "full",
@@ -115,9 +113,8 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
         "versions": package_versions(),
     }
     with swapped(output) as folder:
-        for path in (path for pattern in BESIDE_WEIGHTS for path in sources[0].folder.glob(pattern)):
-            if path.is_file():
-                shutil.copy2(path, folder)
+        for path in {path for pattern in BESIDE_WEIGHTS for path in sources[0].folder.glob(pattern) if path.is_file()}:
+            shutil.copy2(path, folder)
         write(*sources, weight, folder)
         write_json(folder / INTERPOLATION, result)
     return result
@@ -142,7 +139,6 @@ def _check_models(first: Source, second: Source) -> None:
                 f"{first.weights} and {second.weights} are different models: {name} is {one.get(name)!r} and "
                 f"{other.get(name)!r} in {CONFIG}"
             )
-    _check_tensors(first.folder, second.folder)
 
 
 def _check_adapters(first: Source, second: Source) -> None:
@@ -159,7 +155,6 @@ def _check_adapters(first: Source, second: Source) -> None:
             raise InputError(
                 f"{source.weights} is more than plain LoRA ({extras[0]}): merge both adapters first, then interpolate"
             )
-    _check_tensors(first.folder, second.folder)
 
 
 def _check_tensors(first: Path, second: Path) -> None:

@@ -21,7 +21,6 @@ from .grading import EXTRACT, Answer, Grade
 COMPARE = "accuracy_reward"  # compares two answers, each in a box
 CANONICAL = re.compile(r"-?[1-9]\d{0,30}|0")  # whole numbers: two of them are equal only if their texts are
 MAX_CHARS = 10_000  # a longer extracted text counts as no answer
-
 GradeAnswers = Callable[[list[Answer]], list[Grade]]  # such as GradedReward.grade
 
 

@@ -1,15 +1,15 @@
-"""Answers graded per second: in one child process, in a pool of them, and by math-verify in this process.
+"""Measure answers graded per second: in one child process, in a pool of them, and by math-verify in this process.
 
     python scripts/bench_grader.py [--answers 400] [--repeats 7] [--children 1 2] [--json FILE]
 
-The answers are short and of 20 kinds; 12 of them are single numbers (fractions, roots, percentages, units), the others
-sets, intervals, equations, polynomials, matrices. The numbers in them differ from one answer to the next, so that no
-cache of math-verify knows them. Half of the answers are right. Before anything is timed, all methods must give the
-same rewards, or there is no table.
+The answers are short and of 20 kinds. Twelve kinds are single numbers (fractions, roots, percentages, units), the
+others are sets, intervals, equations, polynomials and matrices. The numbers differ from answer to answer, so that
+no cache of math-verify helps. Half of the answers are right. Before anything is timed, all methods must give the same
+rewards; otherwise the script stops without a table.
 
-The floor is TRL's `accuracy_reward` called here, without protection: math-verify's own time. The methods take turns,
-so that noise of a shared machine hits all alike. Start-up, the time to a pool's first rewards, is apart: a training
-pays it once.
+The floor is math-verify's own time: TRL's `accuracy_reward` called here, without protection. The methods take turns,
+so that the noise of a shared machine hits all of them. Start-up, the time to a pool's first rewards, has a column of
+its own, because a training pays it once.
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""Rewards by name, and samples scored as GRPOTrainer scores them.
-
-How answers survive in their children: test_grading.py.
-"""
+"""Rewards by name, and samples scored as GRPOTrainer scores them."""
 
 import asyncio
 import copy

@@ -1,7 +1,7 @@
 """The grader that every accuracy comes from, against 100 verdicts that were written down before it was run.
 
-A verdict in data/grading_set.json is mathematical judgement: is this the gold answer? Where accuracy_reward (TRL, on
-math-verify) says otherwise, it stands here with the reason; docs/evaluation.md has the list for readers.
+A verdict in fixtures/grading_set.json is mathematical judgement: is this the gold answer? Where accuracy_reward (TRL,
+on math-verify) says otherwise, it stands here with the reason; docs/evaluation.md has the list for readers.
 """
 
 import json

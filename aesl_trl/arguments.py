@@ -47,10 +47,9 @@ TRL_BOUNDS = {
     **dict.fromkeys("gradient_accumulation_steps max_length max_completion_length".split(), {"at_least": 1}),
     "num_generations": {"at_least": 2},
     **dict.fromkeys(("num_train_epochs", "temperature"), {"above": 0}),
-    **{
-        f"{kind}_steps": {"above": 0, "hint": f"{kind}_strategy: 'no' turns it off"}
-        for kind in ("logging", "eval", "save")
-    },
+    "logging_steps": {"above": 0, "hint": "logging_strategy: 'no' turns it off"},
+    "eval_steps": {"above": 0, "hint": "eval_strategy: 'no' turns it off"},
+    "save_steps": {"above": 0, "hint": "save_strategy: 'no' turns it off"},
 }
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 IN_METADATA = (*BOUNDS, "hint")  # what a field's metadata may say of its number, see check_bounds
@@ -64,11 +63,8 @@ CONFIG_FLAG = "--config"
 def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to_come: Collection[str] = ()) -> tuple:
     """Build `dataclass_types` from the config that `--config` names and from the flags of `argv`, which win over it.
 
-    Args:
-        dataclass_types: the dataclasses to fill; no two share a field.
-        argv: the arguments without the program's name; `--help` prints the fields and leaves with code 0.
-        prog: the command, as the help shows it.
-        to_come: absolute paths that the config may name although they do not exist yet.
+    No two of the dataclasses share a field. `--help` prints the fields, with `prog` as the command's name, and leaves
+    with code 0. The config may name the absolute paths `to_come` although they do not exist yet.
 
     Raises:
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
@@ -341,15 +337,10 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def check_bound(name: str, value: float, *, whole: bool = False, hint: str = "", **bounds: float) -> None:
-    """Refuse `value` for the setting `name` where it is no finite number, or lies outside of `bounds`.
+    """Refuse a `value` of the setting `name` that is no finite number, or lies outside of `bounds`.
 
-    Args:
-        whole: only whole numbers are accepted.
-        hint: what else the message says, such as why, or what to do.
-        bounds: any of `at_least`, `above`, `at_most` and `below`.
-
-    Raises:
-        InputError: such as `patience is 0, but must be at least 1`.
+    `bounds` are any of `at_least`, `above`, `at_most` and `below`. With `whole`, only whole numbers are accepted. The
+    message is such as `patience is 0, but must be at least 1`; `hint` adds why, or what to do.
     """
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     is_number = is_number and (isinstance(value, int) or math.isfinite(value))
@@ -370,15 +361,11 @@ def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping] 
     """Refuse a dataclass's numbers outside of the bounds, and values outside of the choices, that its fields declare.
 
     A field declares them in its metadata, such as `{"at_least": 2, "hint": "why"}` (see [`check_bound`]) or
-    `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it. The items of a list are
-    checked one by one. [`parse`] and [`read_dataclass`] do this by themselves; a `__post_init__` that calls it also
-    guards those who build the dataclass in Python.
+    `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it, and every item of a list is
+    checked. [`parse`] and [`read_dataclass`] check by themselves; `__post_init__` checks what Python code builds.
 
-    Args:
-        prefix: what a message begins with, before the field's name.
-        bounds: bounds by the field's name, in place of metadata. They are for a dataclass that a plain
-            `HfArgumentParser` must be able to read, such as AESLSFTConfig: to that parser every key of the metadata
-            is a keyword of argparse.
+    `prefix` precedes the field's name in a message. `bounds`, by the field's name, are for a dataclass such as
+    AESLSFTConfig that a plain `HfArgumentParser` must be able to read, which hands on all metadata to argparse.
     """
     hints = get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -415,12 +402,10 @@ def check_folder(name: str, path: str | Path) -> None:
 
 
 def check_replaceable(name: str, target: str | Path, mark: str, kept: Iterable[str | Path]) -> None:
-    """Refuse a folder, given as the setting `name`, that may not be swapped for a new one as a whole.
+    """Refuse a folder `target`, given as the setting `name`, that may not be swapped for a new one as a whole.
 
-    Args:
-        target: the folder that is to be replaced; all that is in it will be gone.
-        mark: a file that shows that an earlier run of the same command wrote the folder.
-        kept: what the command reads; it must not lie in `target`.
+    It must not hold any of `kept`, the folders that the command reads. It may hold other files only if `mark` is among
+    them, the file that an earlier run of the command has written.
     """
     check_folder(name, target)
     target = Path(target)
@@ -551,11 +536,9 @@ def positionals(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:
-    """Return the function that `file.py:function` names. Its file may import its neighbours.
+    """Return the function that `file.py:function`, the value of the setting `field`, names.
 
-    Args:
-        base_dir: the folder that a relative file is looked up in, by default the current one.
-        field: the setting that holds the name, for the message.
+    A relative file is looked up in `base_dir`, by default the current folder. The file may import its neighbours.
 
     Raises:
         InputError: no such file or function, or the file cannot be imported.
@@ -578,12 +561,9 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
 def import_function(
     name: str, base_dir: str | Path | None = None, *, field: str, known: Iterable[str] = ()
 ) -> Callable:
-    """Return the function that an import path such as `package.module.function` names.
+    """Return the function that an import path such as `package.module.function`, the value of `field`, names.
 
-    Args:
-        base_dir: a folder that modules are also found in, beside the current one.
-        field: the setting that holds the name, for the message.
-        known: other valid values of the setting; the message names the nearest.
+    Modules are also found in `base_dir`. Where there is none of that name, the message names the nearest of `known`.
 
     Raises:
         InputError: the module cannot be imported, or has no such function.

@@ -103,7 +103,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only note a signal inside the block, which runs a stage of milliseconds in this process."""
+        """Note signals inside the block without acting on them: it runs a stage of milliseconds in this process."""
         self.folder = ""
         try:
             yield

@@ -3,9 +3,9 @@
 import math
 from dataclasses import replace
 
-from .parts import Cell, Section, Table, figure_cell
+from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import headline_panels
-from .runs import Arm, Run, known, mean
+from .runs import Arm, Run, values_of
 
 
 SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of an evaluation
@@ -13,7 +13,7 @@ SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of
 
 def story(arms: list[Arm]) -> str:
     """Say each arm's pass@1 after RL, the best first, and what a reader may not conclude."""
-    after = [(mean(known((run.final for run in arm.runs), "pass@1")), arm) for arm in arms]
+    after = [(mean(values_of((run.final for run in arm.runs), "pass@1")), arm) for arm in arms]
     ranked = sorted((pair for pair in after if math.isfinite(pair[0])), key=lambda pair: -pair[0])
     if not ranked:
         return f"{arms[0].label} has not been evaluated after RL; this page shows the story so far."
@@ -39,7 +39,7 @@ def warnings(arms: list[Arm]) -> list[str]:
 
 
 def headline(arms: list[Arm], k: int) -> Section:
-    unfinished = [arm.label for arm in arms if not known((run.final for run in arm.runs), "pass@1")]
+    unfinished = [arm.label for arm in arms if not values_of((run.final for run in arm.runs), "pass@1")]
     single = [replace(arm, runs=[run]) for arm in arms for run in arm.runs]
     caption = "In brackets: 95% interval over problems. "
     if len(single) > len(arms):
@@ -105,7 +105,7 @@ def _selected(arm: Arm) -> Cell:
 def _figure(rows: list[dict], key: str) -> Cell:
     """Return the mean over seeds with their range, or the one value with its interval."""
     found = [row for row in rows if row.get(key) is not None]
-    values = known(found, key)
+    values = values_of(found, key)
     if len(values) > 1:
         return Cell(f"{mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}")
     return figure_cell(found[0][key], found[0].get(f"{key}_interval")) if found else Cell("–")

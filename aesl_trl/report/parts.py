@@ -106,7 +106,11 @@ class Section:
     tables: list[tuple[str, Table, bool]] = field(default_factory=list)  # (name, table, whether it is open)
 
 
-# ---- Texts
+# ---- Figures and texts
+
+
+def mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan
 
 
 def figure_cell(value: float | None, ends: Sequence[float | None] | None = None, digits: int = 2) -> Cell:
@@ -244,7 +248,7 @@ def ring_dot_whisker(ax: Axes, rows: Sequence[Row], dense: bool = False) -> None
     text = {"textcoords": "offset points", "xycoords": ax.get_yaxis_transform(), "annotation_clip": False}
     text |= {"size": size, "va": "center"}
     for place, row in enumerate(rows):
-        ring, dot = (fmean(values) if values else math.nan for values in (row.before, row.after))
+        ring, dot = mean(row.before), mean(row.after)
         if row.before and row.after and not dense:
             ax.plot([ring, dot], [place, place], color=row.colour, linewidth=2.2, alpha=0.45, zorder=2)
         if row.interval and None not in row.interval:

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .parts import LIGHT, Panel, Row, name_ends, ring_dot_whisker, shorten, y_axis
-from .runs import Arm, known, mean, series
+from .parts import LIGHT, Panel, Row, mean, name_ends, ring_dot_whisker, shorten, y_axis
+from .runs import Arm, series, values_of
 
 
 # One colour for each method, whatever else is on the page; another method takes the first colour that is free.
@@ -44,7 +44,8 @@ def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
     """Return the panel of `key` at the start of RL and after it, an arm a row; none before an arm has finished RL."""
     rows = []
     for arm in arms:
-        before, after = known([run.start for run in arm.runs], key), known([run.final for run in arm.runs], key)
+        before = values_of((run.start for run in arm.runs), key)
+        after = values_of((run.final for run in arm.runs), key)
         if before or after:
             interval = arm.runs[0].final.get(f"{key}_interval") if len(arm.runs) == 1 else None  # not one over seeds
             name = shorten(arm.label) + (" (recorded)" if arm.recorded else "")

@@ -239,13 +239,9 @@ def read_arms(runs: Iterable[str | Path], compare: Iterable[str | Path] = ()) ->
     ]
 
 
-def known(rows: Iterable[dict], key: str) -> list[float]:
+def values_of(rows: Iterable[dict], key: str) -> list[float]:
     """Return the figure `key` of each row that has it."""
     return [float(row[key]) for row in rows if row.get(key) is not None]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def series(rows: Iterable[dict], key: str) -> tuple[list[int], list[float]]:

@@ -4,8 +4,8 @@ from collections import Counter
 from typing import Any
 
 from ..diversity.figures import Group
-from .parts import Section, clip
-from .runs import Arm, Run, mean, read_samples, turning_point
+from .parts import Section, clip, mean
+from .runs import Arm, Run, read_samples, turning_point
 
 
 PROMPTS_SHOWN = 4
@@ -66,7 +66,8 @@ def _prompt_text(prompt: Any) -> str:
 
 def _column(title: str, group: Group) -> dict:
     texts = group.completions
-    rewards = [_first_reward(reward) for reward in group.rewards or []]
+    firsts = [reward[0] if isinstance(reward, list) and reward else reward for reward in group.rewards or []]
+    rewards = [first if isinstance(first, int | float) else None for first in firsts]
     first = dict(zip(reversed(texts), reversed(rewards), strict=False))  # of equal texts, the first one's reward
     cut = {text for text, was_cut in zip(texts, group.truncated or [], strict=False) if was_cut}
     counts = Counter(texts)
@@ -75,11 +76,6 @@ def _column(title: str, group: Group) -> dict:
         summary += f", {sum(reward is not None and reward >= SUCCESS for reward in rewards)} right"
     completions = [_completion(text, n, first.get(text), text in cut) for text, n in counts.most_common()]
     return {"title": title, "summary": summary, "completions": completions}
-
-
-def _first_reward(reward: Any) -> float | None:
-    first = reward[0] if isinstance(reward, list) and reward else reward
-    return first if isinstance(first, int | float) else None
 
 
 def _completion(text: str, count: int, reward: float | None, cut: bool) -> dict:

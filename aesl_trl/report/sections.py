@@ -11,9 +11,9 @@ from itertools import pairwise
 from ..diversity.intervals import paired_interval
 from .evidence import evidence
 from .headline import headline
-from .parts import Cell, Section, Table, figure_cell
+from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import coloured, curve_panels, curves, outcome_panels, position_panels
-from .runs import Arm, mean, series, turning_point
+from .runs import Arm, series, turning_point
 from .samples import samples
 
 

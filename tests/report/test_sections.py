@@ -1,8 +1,10 @@
-"""The changes of a run's diversity: figures, and intervals of each prompt's own change."""
+"""The chapters between the first and the last two: changes of diversity with their intervals, readiness."""
 
 import numpy as np
+from report_runs import STEPS, Page, fake_run, readiness, written_page
 
 from aesl_trl.diversity.intervals import paired_interval
+from aesl_trl.files import write_json, write_jsonl
 from aesl_trl.report.parts import Cell
 from aesl_trl.report.sections import changes
 
@@ -44,3 +46,29 @@ def test_what_is_not_there_is_left_out():
     assert name == Cell("entropy (nats)")
     assert line[2] == Cell("+0.100")  # other prompts
     assert changes(rows[:1], 5, 8).head == ["own samples", "step 0"]
+
+
+def test_readiness_of_the_start_and_of_the_candidates(tmp_path, undrawn):
+    run, other = fake_run(tmp_path / "aesl", "aesl", weights=True), fake_run(tmp_path / "base", "base")
+    assert "Readiness" not in written_page([run], [other]).words
+    write_json(run / "readiness.json", {"checkpoints": [readiness(800, 0.3)]})
+    late = readiness(800, 0.04, "collapsed: go back to step 20")
+    write_json(run / "sft/readiness.json", {"checkpoints": [readiness(20, 0.5), late]})
+    words = written_page([run], [other]).words
+    assert "aesl, step-800: ready. 0.3 of the groups differ <in> reward." in words
+    lines = (run / "report.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "step-" in line and "|" in line]
+    rows = [row for row in rows if row[1].startswith("step-")]
+    assert [row[1:3] for row in rows] == [
+        ["step-800", "ready"],
+        ["step-20", "ready"],
+        ["step-800", "collapsed: go back to step 20"],
+    ]
+    assert rows[1][5] == r"0.50 \[0.40, 0.60\]" and rows[1][-1] == "–"
+
+
+def test_a_turning_point_is_marked_whatever_rule_selected(chain, tmp_path, undrawn):
+    assert "Dotted line: this run's diversity turning point" in Page((chain / "report.html").read_text("utf-8")).words
+    flat = fake_run(tmp_path / "aesl", "aesl")
+    write_jsonl(flat / "sft/diversity.jsonl", [{"step": step, "entropy": 0.2} for step in STEPS])
+    assert "No turning point in aesl:" in written_page([flat]).words

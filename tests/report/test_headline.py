@@ -1,0 +1,43 @@
+"""The report's first words and first chapter."""
+
+import json
+
+from report_runs import Page, fake_run, written_page
+
+from aesl_trl.files import write_json
+
+
+def test_headline_table_holds_the_figures_of_the_files(chain):
+    markdown = (chain / "report.md").read_text(encoding="utf-8")
+    models = json.loads((chain / "evaluation.json").read_text())["models"]
+    row = next(line for line in markdown.splitlines() if line.startswith("| aesl (this run)"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    start, final = models["start"], models["final"]
+    low, high = final["pass@1_interval"]
+    assert cells[1:3] == [r"AESL, 800 steps t\_scaling 3", "step 800 last"]
+    assert cells[4:8] == [f"{start[key]:.2f}" for key in ("pass@8", "entropy", "self_bleu", "groups_mixed")]
+    assert cells[8] == rf"{final['pass@1']:.2f} \[{low:.2f}, {high:.2f}\]"
+    assert "| nll turning point (recorded) 2 seeds | nll, 800 steps | step 20 turning point |" in markdown
+
+
+def test_recorded_runs_are_labelled_and_the_live_one_is_not(chain):
+    words = Page((chain / "report.html").read_text(encoding="utf-8")).words
+    assert "aesl this run" in words
+    for name in ("base", "nll last", "nll turning point"):
+        assert f"{name} recorded" in words
+    assert "aesl recorded" not in words and "aesl (recorded)" not in words
+
+
+def test_the_mean_over_seeds_stands_in_the_table(tmp_path, undrawn):
+    runs = [fake_run(tmp_path / "aesl" / f"seed-{seed}", "aesl", seed) for seed in (0, 1, 2)]
+    finals = [json.loads((run / "evaluation.json").read_text())["models"]["final"]["pass@1"] for run in runs]
+    words = written_page(runs).words
+    assert f"{sum(finals) / 3:.2f} {min(finals):.2f} to {max(finals):.2f}" in words
+    assert "aesl recorded 3 seeds" in words
+
+
+def test_runs_evaluated_differently_are_pointed_out(tmp_path, undrawn):
+    runs = [fake_run(tmp_path / name, name) for name in ("aesl", "base")]
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    write_json(runs[1] / "evaluation.json", {**evaluation, "num_samples": 16})
+    assert "The runs were not evaluated alike: num_samples is aesl 8, base 16." in written_page(runs).words

@@ -97,9 +97,8 @@ class EvalArguments:
         if self.benchmarks is not None:
             for name in ("dataset_name", "reward_funcs"):
                 if getattr(self, name):
-                    raise InputError(
-                        f"benchmarks and {name} are both given: benchmarks bring their own problems and reward"
-                    )
+                    bring = "benchmarks bring their own problems and reward"
+                    raise InputError(f"benchmarks and {name} are both given: {bring}")
             check_names(self.benchmarks)
         if self.prompt_format == "text" and self.system_prompt:
             raise InputError("system_prompt has no place in prompt_format: text; put it into prompt_template")
@@ -127,11 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
     check_folder("output", target.parent)
     tasks = load_tasks(args)
-    trust = args.trust_remote_code
-    models = {
-        name: check_model_and_tokenizer(path, "model" if name == path else name, tasks[0].rows, trust)
-        for name, path in paths.items()
-    }
+    models = {}
+    for name, path in paths.items():
+        field = "model" if name == path else name
+        models[name] = check_model_and_tokenizer(path, field, tasks[0].rows, args.trust_remote_code)
     result = evaluate(models, tasks, args, target.parent / SAMPLES_DIR)
     if result is not None:
         write_json(target, result)
@@ -143,12 +141,9 @@ def check_model_and_tokenizer(path: str, field: str, rows: list[dict], trust_rem
 
     This comes before the first of several models is at work for hours. `field` is the setting that names the model.
     """
-    model = ModelFolder.find(path, field)
-    named = f"{field}: the base of {path}" if model.is_adapter else field
-    check_model(model.config_at, named, trust_remote_code=trust_remote_code)
-    check_tokenizer(
-        model.tokenizer_at, model.config_at, rows[:CHECKED_ROWS], field=field, trust_remote_code=trust_remote_code
-    )
+    model, trust = ModelFolder.find(path, field), {"trust_remote_code": trust_remote_code}
+    check_model(model.config_at, f"{field}: the base of {path}" if model.is_adapter else field, **trust)
+    check_tokenizer(model.tokenizer_at, model.config_at, rows[:CHECKED_ROWS], field=field, **trust)
     return model
 
 
@@ -262,8 +257,8 @@ class ModelSamples:
 
         def draw(piece: Piece) -> list[Group]:
             if self._engine is None:
-                arguments = (self._model.weights, self._sampling, self._accelerator)
-                self._engine = open_engine(self._backend, *arguments)
+                model = self._model.weights
+                self._engine = open_engine(self._backend, model, self._sampling, self._accelerator)
             return self._engine.sample(task.rows[piece.first : piece.first + piece.num], piece)
 
         draw_missing(file, wanted, found, draw, is_main)

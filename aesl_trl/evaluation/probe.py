@@ -64,10 +64,8 @@ class ProbeArguments(GRPOScriptArguments):
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.num_samples:
             nearest = max(1, round(self.batch_size / self.num_samples)) * self.num_samples
-            raise InputError(
-                f"batch_size is {self.batch_size}, but must be a multiple of num_samples ({self.num_samples}), such "
-                f"as {nearest}"
-            )
+            multiple = f"a multiple of num_samples ({self.num_samples}), such as {nearest}"
+            raise InputError(f"batch_size is {self.batch_size}, but must be {multiple}")
 
 
 ARGUMENT_TYPES = (ProbeArguments, GRPOConfig, ModelConfig)
@@ -83,14 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     script_args, training_args, model_args = parse(ARGUMENT_TYPES, flags, prog=NAME)
     if training_args.deepspeed:  # without an optimizer it evaluates in stage 3 alone, and cannot train after that
         raise InputError(
-            "deepspeed: the probe does without it, and a whole model on each GPU: give it a config of its own that "
-            "leaves it out"
+            "deepspeed: the probe needs a whole model on each GPU: give it a config of its own without deepspeed"
         )
     checkpoints = with_unique_names([found for name in names for found in find_checkpoints(name)])
     if not checkpoints:
-        raise InputError(
-            f"which checkpoint? {NAME} CHECKPOINT... --config probe.yaml; a run's folder stands for its candidates"
-        )
+        usage = f"{NAME} CHECKPOINT... --config probe.yaml"
+        raise InputError(f"which checkpoint? {usage}; a run's folder stands for its candidates")
     target = find_target(script_args.output, checkpoints)
     check_folder("output", target.parent)
     reward_funcs = load_rewards(script_args)
@@ -123,11 +119,6 @@ class Checkpoint:
     name: str
     run: Path | None = None
     step: int | None = None
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether the folder holds an adapter."""
-        return (Path(self.path) / ADAPTER_CONFIG).is_file()
 
 
 def find_checkpoints(name: str) -> list[Checkpoint]:
@@ -191,9 +182,7 @@ def load_prompts(
     if not script_args.dataset_name:
         raise InputError("dataset_name is missing: name the prompts that RL trains on")
     if rl_steps and not held_out_name:
-        raise InputError(
-            "rl_steps needs eval_dataset_name: held-out prompts, on which the checkpoints are compared after RL"
-        )
+        raise InputError("rl_steps needs eval_dataset_name: held-out prompts to compare checkpoints on after RL")
     if rl_steps and not training_args.learning_rate > 0:
         raise InputError(f"rl_steps needs a learning_rate above 0, got {training_args.learning_rate:g}")
 
@@ -217,8 +206,9 @@ def settings_for(
 ) -> tuple[ProbeArguments, GRPOConfig, ModelConfig]:
     """Copy the config's settings, with this checkpoint as their model and without what a measurement does not need."""
     script_args, training_args, model_args = map(copy.copy, (script_args, training_args, model_args))
-    script_args.adapter_name_or_path = checkpoint.path if checkpoint.is_adapter else None
-    model_args.model_name_or_path = None if checkpoint.is_adapter else checkpoint.path
+    is_adapter = (Path(checkpoint.path) / ADAPTER_CONFIG).is_file()
+    script_args.adapter_name_or_path = checkpoint.path if is_adapter else None
+    model_args.model_name_or_path = None if is_adapter else checkpoint.path
     training_args.num_generations_eval = script_args.num_samples
     training_args.per_device_eval_batch_size = script_args.batch_size
     training_args.save_strategy = training_args.eval_strategy = training_args.logging_strategy = "no"
@@ -320,10 +310,10 @@ def table(result: dict) -> str:
             rewards = [with_interval(rl.get("reward"), rl.get("reward_interval")) for rl in after_rl]
             lines.append([f"reward, RL step {steps}", *rewards])
         parts.append(aligned(lines))
-    verdicts = [
-        [f"{each['name']}: {each['text']}", *(f"  - {reason}" for reason in each["reasons"])] for each in entries
-    ]
-    return "\n\n".join([*parts, "\n".join(line for lines in verdicts for line in lines)])
+    verdicts = []
+    for each in entries:
+        verdicts += [f"{each['name']}: {each['text']}", *(f"  - {reason}" for reason in each["reasons"])]
+    return "\n\n".join([*parts, "\n".join(verdicts)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -86,9 +86,7 @@ def load_rewards(script_args: GRPOScriptArguments) -> list:
     functions = load_reward_funcs(script_args.reward_funcs)
     model = script_args.reward_model_name_or_path
     if not functions and not model:
-        raise InputError(
-            "reward_funcs is missing: RL needs at least one reward, such as reward_funcs: [accuracy_reward]"
-        )
+        raise InputError("reward_funcs is missing: RL needs a reward, such as reward_funcs: [accuracy_reward]")
     return [model, *functions] if model else functions
 
 

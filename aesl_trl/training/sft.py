@@ -10,14 +10,7 @@ from ..data.checks import check_demonstrations, check_trainable
 from ..data.prompts import check_held_out, prompt_rows
 from ..errors import InputError
 from .config import AESLSFTConfig
-from .session import (
-    check_finished,
-    end_trackers,
-    load_split,
-    load_train_and_eval,
-    model_init_kwargs,
-    named_settings,
-)
+from .session import check_finished, end_trackers, load_split, load_train_and_eval, model_init_kwargs, named_settings
 
 
 NAME = "aesl sft"
@@ -61,10 +54,8 @@ def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
         setting = "diversity_dataset_name"
         rows = load_split(script_args, setting, script_args.diversity_dataset_split, seed=seed, streaming=False)
     if rows is None:
-        raise InputError(
-            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: set "
-            "diversity_dataset_name or eval_dataset_name"
-        )
+        where = "set diversity_dataset_name or eval_dataset_name"
+        raise InputError(f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: {where}")
     prompts = prompt_rows(rows, args.diversity_num_prompts)
     check_held_out(train, prompts, field=setting)
     return train, evaluation, prompts

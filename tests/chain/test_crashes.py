@@ -21,10 +21,11 @@ from aesl_trl import files
 from aesl_trl.training.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
 
 
-TESTS = Path(__file__).parents[1] / "support"
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests/support"
 REWARD = f"""
 import sys
-sys.path.append({str(TESTS)!r})
+sys.path.append({str(SUPPORT)!r})
 import crash_script
 crash_script.install()
 def has_digit(prompts, completions, **kwargs):
@@ -84,8 +85,8 @@ class Server:
 
     def __init__(self, project: Path):
         self.project = project
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-        command = [sys.executable, str(TESTS / "crash_script.py")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(SUPPORT / "crash_script.py")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -376,7 +377,7 @@ def end_processes_of(launcher: subprocess.Popen) -> None:
 @pytest.fixture
 def chain_config(project):
     """SFT in two processes under `accelerate launch`, GRPO in one."""
-    recipes = TESTS.parent / "recipes" / "accelerate_configs"
+    recipes = ROOT / "recipes" / "accelerate_configs"
     sft = {**SFT, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
     (project / "chain-sft.yaml").write_text(yaml.safe_dump(sft))
     grpo = {**GRPO, "max_completion_length": 16, "mask_truncated_completions": False}

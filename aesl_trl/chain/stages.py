@@ -53,7 +53,7 @@ class Chain:
 
     @property
     def selects_by_readiness(self) -> bool:
-        """By the chain's rule, or by that of SFT's config, which leaves the selection to the chain."""
+        """Whether the chain's rule says so, or the rule of SFT's config, which leaves the selection to the chain."""
         if not self.config.sft:
             return False
         return (self.config.selection.rule or load_yaml(self.config.sft.config).get("selection")) == "readiness"
@@ -128,7 +128,7 @@ def build_sft(chain: Chain) -> Stage:
 
 
 def build_select(chain: Chain) -> Stage:
-    """Selection runs in this process: it reads and writes small files. The command is only its record."""
+    """Describe the selection. It runs in this process, on small files, and the command is only its record."""
     flags = [text for key, value in chain.selection.items() for text in (f"--{key}", str(value))]
     command = ["aesl", "select", str(chain.sft_dir), "--out", str(chain.run), *flags]
     return Stage("select", command, chain.run / files.SELECTION, given=chain.selection)
@@ -141,12 +141,12 @@ def build_handoff(chain: Chain) -> Stage:
 
 
 def build_candidates(chain: Chain) -> Stage:
-    """Every saved candidate is probed for the selection. The file lies beside them, where a replay finds it."""
+    """Probe every saved candidate for the selection. The file lies beside them, where a replay finds it."""
     return _probe_stage(chain, "candidates", str(chain.sft_dir), chain.sft_dir / files.READINESS)
 
 
 def build_probe(chain: Chain) -> Stage:
-    """RL's start is probed after the handoff has settled what ends a sample: before it, a candidate may not stop."""
+    """Probe RL's start, after the handoff has settled what ends a sample: before it, a candidate may not stop."""
     return _probe_stage(chain, "probe", chain.start, chain.run / files.READINESS)
 
 

@@ -1,9 +1,9 @@
 r"""Read rows of OpenR1-Math-46k or GSM8K as problems with an id, a gradable solution and, on demand, a demonstration.
 
-OpenR1-Math-46k (Elliott/Openr1-Math-46k-8192 on the hub, from LUFFY, arXiv 2504.14945) has `prompt` (messages: a
-system's and the user's), `target` (messages: the assistant's, with the reasoning in <think>) and `reward_model` (a
-struct with `ground_truth`, LaTeX without dollars); its other columns are not read. GSM8K has `question` and `answer`,
-whose last line is `#### 72`. Demonstrations are long and few are needed, so they are read one at a time.
+OpenR1-Math-46k is Elliott/Openr1-Math-46k-8192 on the hub, from LUFFY (arXiv 2504.14945). We read three columns:
+`prompt` (messages of a system and the user), `target` (a message of the assistant, with the reasoning in <think>) and
+`reward_model` (a struct with `ground_truth`, LaTeX without dollars). GSM8K has `question` and `answer`, whose last
+line is `#### 72`. Demonstrations are long and few are needed, so they are read one at a time.
 """
 
 import hashlib

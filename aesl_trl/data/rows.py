@@ -1,8 +1,8 @@
 """Load the rows of a dataset by its name; whatever keeps them from loading is said in one line.
 
-A config names a dataset in one of four ways: a name on the hub, a local .jsonl, .json, .parquet or .csv file, a
-folder, or `file.py:function`, whose function takes the seed and returns a dataset or a list of rows. The library
-`datasets` loads; this file turns its errors into a line that names the file and the broken line in it.
+A config names a dataset by its name on the hub, by a local .jsonl, .json, .parquet or .csv file, by a folder, or as
+`file.py:function`. Such a function takes the seed and returns a dataset or a list of rows. The library `datasets`
+loads; this file turns its errors into a line that names the file and the broken line in it.
 """
 
 import inspect

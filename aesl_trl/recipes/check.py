@@ -1,10 +1,9 @@
 """`aesl recipes check`: do a recipe's files agree with each other, and do they fit their GPUs? No weights are needed.
 
-Each YAML file is parsed as its stage will parse it, and compared with the others: the launch and the global batch with
-its first line, the lengths with the rows that `aesl data` will write and with the model's context, the end of a sample
-with the end of a turn. The memory of one GPU is summed item by item (memory.py). The model is built on the meta device
-from model_config.json, or from its own files where this machine has them. Left out: whether the training learns
-anything.
+Each YAML file is parsed as its stage will parse it. Its launch and global batch must agree with its first line, its
+lengths with the rows that `aesl data` will write and with the model's context, and the end of a sample with the end of
+a turn. The memory of one GPU is summed item by item (memory.py). The model is built on the meta device from
+model_config.json, or from its own files where this machine has them. Left out: whether the training learns anything.
 """
 
 import os

@@ -27,7 +27,7 @@ from aesl_trl.sampling.backends import TRAINING_BACKENDS
 
 
 class Clock(TrainerCallback):
-    """When each step began and ended, measurements not included."""
+    """Times each step, measurements not included."""
 
     def __init__(self):
         self.began, self.seconds = None, []
@@ -115,7 +115,7 @@ def make_trainer(args: argparse.Namespace, folder: str) -> AESLSFTTrainer:
 
 
 def figures(rows: list[dict], step_seconds: list[float], args: argparse.Namespace) -> dict[str, float]:
-    """Medians, without the first measurement and the first interval."""
+    """Return medians, without the first measurement and the first interval."""
     measured = [row for row in rows[1:] if not row.get("gap")]
     seconds = statistics.median(row["seconds"] for row in measured)
     tokens = statistics.median(row["length"] * row["num_prompts"] * row["num_samples"] for row in measured)

@@ -4,8 +4,8 @@ All weights of a sharded model are gathered first, so that no rank waits for ano
 runs out of memory, all ranks try the same smaller batch.
 
 transformers' continuous batching (`generate_batch`) would decode ragged lengths faster on a GPU. We do not use it: it
-takes no logits processor from the caller, which the exact entropy and the end probability need, and it sizes its cache
-to the memory that happens to be free, so the draw and the memory left to the training would vary.
+takes no logits processor from the caller, which the exact entropy and the end probability need. It also sizes its
+cache to the memory that happens to be free, so the draw and the memory left to the training would vary.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -107,7 +107,7 @@ def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception |
                 error = caught
     except Exception as caught:  # the weights could not be gathered
         error = caught
-    # Without its frames, which hold the tensors that there is no memory for
+    # The frames of an error hold the tensors that there is no memory for
     return drawn, error.with_traceback(None) if error is not None and is_out_of_memory(error) else error
 
 
@@ -117,7 +117,7 @@ def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
     generation_config = GenerationConfig(
         do_sample=True,
         temperature=request.settings.temperature,
-        # Said in full, as GRPOTrainer does: what is None here would come from the model's own generation config
+        # All are set, as GRPOTrainer does: transformers fills a None from the model's own generation config
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
@@ -149,7 +149,7 @@ def _generate(model, prompts: list[list[int]], generation_config: GenerationConf
     stopped = is_stop.any(1)
     lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, completions_BT.size(1))
     is_kept = torch.arange(completions_BT.size(1), device=lengths.device) < lengths.unsqueeze(1)
-    # where, not a product: behind the end of a sample lie numbers that are not finite
+    # `where`, not a product: the numbers behind the end of a sample need not be finite
     entropy, log_prob, eos_prob = (
         torch.stack(values, 1).where(is_kept, 0.0)  # [B, T]
         for values in (recorder.entropy, recorder.log_prob, recorder.eos_prob)
@@ -238,14 +238,14 @@ def unsharded(model):
         yield
         return
     states = [unit._get_fsdp_state() for unit in units]
-    states[0]._lazy_init()  # what the first forward does: it decides whether the root is sharded after its forward
+    states[0]._lazy_init()  # as the first forward does; it decides whether the root is sharded after its forward
     groups = [group for state in states for group in state._fsdp_param_groups]
     kept = [group.post_forward_mesh_info for group in groups]
     try:
         for unit in units:
             unit.unshard()
         for group in groups:
-            group.post_forward_mesh_info = None  # stays whole after a forward
+            group.post_forward_mesh_info = None  # the unit stays whole after a forward
         yield
     finally:
         for group, mesh_info in zip(groups, kept, strict=True):

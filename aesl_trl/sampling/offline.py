@@ -93,14 +93,14 @@ class OfflineVLLM(OfflineEngine):
                 n=piece.samples,
                 seed=draw_seed(settings.seed, piece.first + index, piece.chunk),
                 temperature=settings.temperature,
-                # Said in full, as for transformers: nothing comes from the model's own generation config
+                # All are set, as for transformers: nothing comes from the model's own generation config
                 top_p=1.0,
                 top_k=0,
                 min_p=0.0,
                 repetition_penalty=1.0,
                 max_tokens=settings.max_new_tokens,
                 stop_token_ids=stops,
-                logprobs=0,  # those of the sampled tokens
+                logprobs=0,  # those of the sampled tokens alone
             )
             for index in request.indices
         ]

@@ -34,8 +34,8 @@ from .generate import release_parameters
 from .rescoring import rescore
 
 
-CONCURRENT_REQUESTS = 64  # to a server, which batches what it is given
-MAX_NUM_SEQS = 256  # of a colocated engine at once: its memory does not depend on how many prompts it is handed
+CONCURRENT_REQUESTS = 64  # to a server, which batches them
+MAX_NUM_SEQS = 256  # that a colocated engine decodes at once: more prompts wait, and take no more memory
 
 
 class SyncedVLLM:
@@ -57,7 +57,7 @@ class SyncedVLLM:
         self.settings = settings
         self.rescore_batch_size = rescore_batch_size
         self.generation: VLLMGeneration | None = None
-        self._broken: str | None = None  # why it could not be started
+        self._broken: str | None = None  # why the engine could not be started
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw as [`~aesl_trl.sampling.draws.Engine`] says.
@@ -73,7 +73,7 @@ class SyncedVLLM:
         self.generation.model = bare
         # Each step ends in an agreement: a rank must not be in the next step's collective while another has failed
         if self.name == "vllm_server":
-            with self._failing_together(request):  # a server that is gone, before ranks gather weights for it
+            with self._failing_together(request):  # a server may be gone: found out before ranks gather weights
                 if request.accelerator.is_main_process:
                     self.generation.vllm_client.check_server()
         with self._failing_together(request):
@@ -135,7 +135,7 @@ class SyncedVLLM:
             "accelerator": request.accelerator,
             "processing_class": request.tokenizer,
             "temperature": request.settings.temperature,
-            # Said in full: what an engine is not told comes from the model's generation config
+            # All are set: an engine takes a setting that it is not given from the model's generation config
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -164,7 +164,7 @@ class SyncedVLLM:
         random.seed(request.rank_seed)
         np.random.seed(request.rank_seed % 2**32)
         torch.manual_seed(request.rank_seed)
-        # A rank without prompts takes part with one that is thrown away
+        # A rank without prompts takes part with a prompt whose samples are thrown away
         prompts = request.prompt_of_each_sample or [[0]]
         with self._failing_together(request):
             _, completion_ids, logprobs, _ = self.generation.generate(
@@ -214,7 +214,7 @@ class SyncedVLLM:
         sharded = DistributedBackend(accelerator).is_zero3 or isinstance(bare, FSDPModule)
         most = -(-request.num_prompts // accelerator.num_processes) if sharded else len(request.prompts)
         prompts = request.prompt_of_each_sample
-        if not drawn and sharded:  # takes part with a sample that is thrown away
+        if not drawn and sharded:  # this rank takes part with a sample that is thrown away
             drawn, prompts = [Draw([0], False, None, None, None)], [[0]]
         scored = rescore(
             request.model if sharded else bare,

@@ -10,7 +10,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
 from .. import files
-from ..arguments import check_bound, check_choice
 from ..data.prompts import prompt_rows
 from ..diversity.selection import RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
@@ -18,6 +17,7 @@ from ..errors import InputError
 from ..losses.rules import TOKEN_RULES
 from ..provenance import package_versions
 from ..sampling.backends import VLLMSettings
+from ..values import check_bound, check_choice
 from .candidates import Candidates
 from .measurement import Measurement, MeasurementSettings
 
@@ -40,25 +40,13 @@ class DiversityCallback(TrainerCallback):
         trainer ([`~trl.SFTTrainer`]): the trainer it is added to; a callback is not given it otherwise.
         prompts (`Dataset` or `list`): held-out prompts, or rows with a `"prompt"` and the columns that the rewards
             need.
-        steps (`int`): optimizer steps between measurements, at least 1.
-        samples (`int`): completions of each prompt, at least 2.
-        temperature (`float`): sampling temperature, positive.
-        max_new_tokens (`int`): length at which a sample is cut off.
         reward_funcs (`list[Callable]`, *optional*): as for GRPOTrainer; the first one giving at least 1 makes a sample
             right.
-        backend (`str`): `"generate"`, `"vllm_colocate"`, `"vllm_server"`, or `"auto"` for the best that is there.
-        metric (`str`): `"entropy"` (nats per token) or `"self_bleu"`, the series whose turning point is sought.
-        patience (`int`): measurements that must confirm the fall.
-        stop (`bool`): end the training at the turning point.
-        batch_size (`int`): completions generated at once on each process.
-        token_budget (`int`, *optional*): completion tokens that a measurement may cost; a larger measurement is made
-            smaller (see measurement.py). 0 is no limit, `None` the backend's default.
-        vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): where vLLM's server is, and what a colocated
-            one may take.
-        selection (`str`, *optional*): rule by which a checkpoint is selected at the end; without it no candidates are
-            kept.
-        best_eval_metric (`str`): for the rule `"best_eval"`.
-        max_candidates (`int`): candidates on disk at a time, at least 2.
+        steps, samples, temperature, max_new_tokens, backend, metric, patience, batch_size, token_budget:
+            as the fields `diversity_...` of [`AESLSFTConfig`]; `steps` is at least 1.
+        vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): its fields `diversity_vllm_...`.
+        stop (`bool`): its field `stop_at_turning_point`.
+        selection, best_eval_metric, max_candidates: as its fields; without a selection no candidates are kept.
 
     Raises:
         InputError: a value out of range, no prompts, or a backend that cannot be used here.
@@ -101,18 +89,16 @@ class DiversityCallback(TrainerCallback):
         check_bound("steps", steps, whole=True, at_least=1)
         check_choice("selection", selection, (None, *RULES))
         self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
+        self.trainer, self.stop, self.selection = trainer, stop, selection
         if selection is not None and not _saves_whole_weights(trainer.accelerator.state.deepspeed_plugin):
             raise InputError(
                 "ZeRO-3 would save candidates that nothing can load: set stage3_gather_16bit_weights_on_model_save "
                 "(accelerate: zero3_save_16bit_model) to true"
             )
-        self.trainer = trainer
         rows = held_out_rows(prompts)
         if any(row.get(name) is not None for row in rows for name in ("image", "images")):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
         self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []))
-        self.stop = stop
-        self.selection = selection
         self.stopped = False  # at the turning point
         self.seconds = 0.0  # wall time spent measuring
         self._began = time.perf_counter()
@@ -132,12 +118,12 @@ class DiversityCallback(TrainerCallback):
         return step % self.settings.steps == 0 or step == last_step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Measure the base; on resume forget what was measured after the checkpoint."""
+        """Measure the base, or on resume drop the measurements that came after the checkpoint."""
         self._began, self.seconds, self._measured = time.perf_counter(), 0.0, 0
         self.measurement.announce()
         self.measurement.refuse_other_series(self._folder, state.global_step)
         if state.global_step == 0:
-            self._measure(state.global_step)  # forgets once the rewards have proved to work
+            self._measure(state.global_step)  # drops old files once the rewards have proved to work
         elif args.should_save:
             self._forget_after(state.global_step)
 
@@ -218,7 +204,7 @@ class DiversityCallback(TrainerCallback):
     def _log(self, row: dict) -> None:
         trainer, should_log = self.trainer, self.trainer.control.should_log
         figures = {key: value for key, value in row.items() if key not in NOT_FIGURES and value is not None}
-        # TRL's own log would hand out, and forget, the metrics of the steps since the last one
+        # TRL's own log would hand out, and forget, the metrics of the steps since the last log
         Trainer.log(trainer, {f"diversity/{key}": value for key, value in figures.items()})
         trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
 
@@ -279,8 +265,8 @@ class RunCallback(TrainerCallback):
     def _describe(self, args, state) -> dict:
         config = self.trainer.model.config
         model, quantization = getattr(config, "_name_or_path", None), getattr(config, "quantization_config", None)
-        names = ("t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience")
-        names = (*names, "best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields)
+        names = ["t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience"]
+        names += ["best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields]
         return {
             "stage": "sft",
             "cold_start_loss": args.cold_start_loss,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import check_bounds
 from ..diversity.selection import EVAL_METRICS, METRICS
+from ..values import check_bounds
 
 
 @dataclass

@@ -1,17 +1,17 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import SFTConfig
 
-from ..arguments import check_bounds
 from ..diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
 from ..errors import InputError
 from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
+from ..values import check_bounds
 from .measurement import MeasurementSettings, fit
 
 
@@ -28,8 +28,9 @@ BOUNDS = {
 }
 
 
-def _setting(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
-    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+def _setting(default: Any, help: str, choices: Collection[str] = ()) -> Any:
+    # No copy of the choices: a loss of a user's own may join TOKEN_RULES before the config is made
+    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
 
 
 @dataclass
@@ -166,6 +167,11 @@ class AESLSFTConfig(SFTConfig):
     max_candidates: int = _setting(5, "Weights-only candidates kept on disk at a time.")
 
     def __post_init__(self):
+        if self.loss_type not in ("nll", "chunked_nll"):
+            raise InputError(
+                f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss "
+                f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
+            )
         check_bounds(self, bounds=BOUNDS)
         self.measurement.check("diversity_")
         self._check_loss_fields()
@@ -175,11 +181,6 @@ class AESLSFTConfig(SFTConfig):
         elif self.selection is not None or self.stop_at_turning_point:
             name = "selection" if self.selection is not None else "stop_at_turning_point"
             raise InputError(f"{name} needs measurements: set diversity_steps to 1 or more, e.g. 50")
-        if self.loss_type not in ("nll", "chunked_nll"):
-            raise InputError(
-                f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss "
-                f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
-            )
         if (self.metric_for_best_model or "").endswith("nll"):
             # Trainer takes every metric whose name does not end in "loss" for a score, and would keep the worst model
             self.greater_is_better = False

@@ -10,7 +10,6 @@ from pathlib import Path
 from accelerate.utils import is_peft_model
 
 from .. import files
-from ..arguments import check_bounds
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from ..diversity.selection import METRICS
 from ..diversity.series import SETTINGS, base_completions, check_settings
@@ -22,6 +21,7 @@ from ..sampling.draws import SamplingFailed, SamplingSettings, failure_on_any_ra
 from ..sampling.generate import GenerateEngine
 from ..sampling.groups import sample_groups
 from ..sampling.vllm_synced import SyncedVLLM
+from ..values import check_bounds
 
 
 # Completion tokens a measurement. For transformers' generate: 16 prompts x 8 samples x 256 tokens; vLLM decodes 4
@@ -35,7 +35,7 @@ FLOORS = {"num_prompts": 16, "max_new_tokens": 256, "num_samples": 4}
 
 @dataclass(frozen=True)
 class MeasurementSettings:
-    """How diversity is measured and its turning point sought; [`~aesl_trl.DiversityCallback`] explains each field."""
+    """How diversity is measured and its turning point sought: AESLSFTConfig's fields `diversity_...`, checked once."""
 
     steps: int = field(metadata={"at_least": 0})
     samples: int = field(metadata={"at_least": 2})
@@ -77,12 +77,7 @@ class Size:
 
 class Measurement:
     """
-    The prompts, the engine and the size of a run's measurements.
-
-    Args:
-        trainer: whose model is measured.
-        rows: held-out prompts; the first ones are used, as far as the token budget allows.
-        reward_funcs: as for GRPOTrainer.
+    The engine, the size and the prompts of a run's measurements: the first of `rows`, as far as the budget allows.
 
     Raises:
         InputError: a backend that cannot be used here, or a budget below the smallest measurement.
@@ -104,11 +99,7 @@ class Measurement:
         self.size = fit(self.asked, self.token_budget)
         self.rows = rows[: self.size.num_prompts]
         self.sampling = SamplingSettings(
-            self.size.num_samples,
-            settings.temperature,
-            self.size.max_new_tokens,
-            settings.batch_size,
-            trainer.args.seed,
+            self.size.num_samples, settings.temperature, self.size.max_new_tokens, seed=trainer.args.seed
         )
 
     def announce(self) -> None:

@@ -17,8 +17,7 @@ from vllm_stand_in import StandIn
 
 from aesl_trl import AESLSFTTrainer, files
 from aesl_trl.losses.scoring import add_fused_head
-from aesl_trl.sampling import backends
-from aesl_trl.sampling import vllm_synced as engines
+from aesl_trl.sampling import backends, vllm_synced
 from aesl_trl.sampling.backends import VLLMSettings
 from aesl_trl.sampling.draws import SamplingFailed
 from aesl_trl.sampling.vllm_synced import SyncedVLLM, preserved_base
@@ -81,7 +80,7 @@ def test_constructor_of_a_colocated_engine(stand_in, tokenizer):
         "gpu_memory_utilization": 0.4,
         "enable_sleep_mode": True,
         "max_model_length": longest + 7,
-        "max_num_seqs": engines.MAX_NUM_SEQS,
+        "max_num_seqs": vllm_synced.MAX_NUM_SEQS,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,

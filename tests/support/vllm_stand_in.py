@@ -14,7 +14,7 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aesl_trl.sampling import vllm_synced as engines
+from aesl_trl.sampling import vllm_synced
 
 
 class StandIn:
@@ -40,7 +40,7 @@ class StandIn:
         self.client.check_server.side_effect = lambda *args: self._event("check_server")
         self.client.update_named_params.side_effect = lambda metadata, named: self._load(named)
         self.served, self.events, self.fail = None, [], {}
-        monkeypatch.setattr(engines, "VLLMGeneration", self.made)
+        monkeypatch.setattr(vllm_synced, "VLLMGeneration", self.made)
 
     def _event(self, name):
         self.events.append(name)

@@ -5,7 +5,6 @@ Under two processes: test_trainer_processes.py.
 
 import json
 import math
-import random
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from monitored_runs import DIVERSITY, PEAKED, PROMPTS, monitored_trainer, plan
 from peft import LoraConfig
 from small_runs import (
     assistant,
@@ -31,47 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from aesl_trl import AESLSFTTrainer, DiversityCallback, files
 from aesl_trl.errors import InputError
 from aesl_trl.sampling import generate
-from aesl_trl.sampling.draws import SamplingSettings
-from aesl_trl.sampling.groups import sample_groups
-from aesl_trl.training import callback, measurement
-from aesl_trl.training.candidates import Candidates
-
-
-PROMPTS = [{"prompt": "2+3="}, {"prompt": "Name a colour: "}, {"prompt": "abc"}]
-DIVERSITY = {
-    "diversity_steps": 2,
-    "diversity_samples": 3,
-    "diversity_max_new_tokens": 6,
-    "max_steps": 4,
-    "eval_strategy": "no",
-}
-
-
-def trainer_for(tokenizer, folder, *, model=None, prompts=PROMPTS, reward_funcs=None, peft_config=None, **changes):
-    return AESLSFTTrainer(
-        model=build_model(tokenizer) if model is None else model,
-        args=small_config(folder, **{**DIVERSITY, **changes}),
-        train_dataset=prompt_completion_rows(),
-        eval_dataset=prompt_completion_rows(),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        diversity_prompts=prompts,
-        reward_funcs=reward_funcs,
-    )
-
-
-def plan(monkeypatch, entropies):
-    """The measured figures come from a plan; everything behind them is real."""
-    planned = iter(entropies)
-
-    def measure(sums):
-        entropy = next(planned)
-        return {"entropy": entropy, "self_bleu": 1 - entropy / 10, "distinct_1": math.nan}
-
-    monkeypatch.setattr(measurement, "measure", measure)
-
-
-PEAKED = (1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4)  # measured at 0, 1, 2 ...: the peak is at step 4
+from aesl_trl.training import callback
 
 
 def series(folder):
@@ -87,7 +47,7 @@ def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenize
     """Dropout and shuffling draw from the global random states, which sampling draws from too."""
     runs = []
     for steps in (0, 1):
-        trainer = trainer_for(
+        trainer = monitored_trainer(
             tokenizer,
             tmp_path / str(steps),
             model=build_model(tokenizer, attention_dropout=0.3),
@@ -105,70 +65,6 @@ def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenize
     assert (tmp_path / "0" / files.POSITIONS).read_text() == (tmp_path / "1" / files.POSITIONS).read_text()
 
 
-def test_sampling_restores_what_it_changes(tokenizer):
-    model = build_model(tokenizer)
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    tokenizer.padding_side = "right"
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    sample_groups(model, tokenizer, PROMPTS, SamplingSettings(2, 1.0, 4))
-    assert [module.training for module in model.modules()] == modes
-    assert tokenizer.padding_side == "right"
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
-
-
-# ---- Sampling
-
-
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
-def test_entropy_is_that_of_the_model_at_temperature_one(temperature, tokenizer):
-    model = build_model(tokenizer).eval()
-    prompts = [{"prompt": text} for text in ("a", "a longer prompt")]
-    groups = sample_groups(model, tokenizer, prompts, SamplingSettings(2, temperature, 1))
-    for group in groups:
-        logits = model(**tokenizer(group.prompt, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
-        expected = torch.distributions.Categorical(logits=logits).entropy().item()
-        assert group.entropy == pytest.approx([expected] * 2, abs=1e-4)  # left padding included
-
-
-def test_samples_end_at_an_end_token_or_are_truncated(tokenizer):
-    model = build_model(tokenizer)
-    model.generation_config.eos_token_id = list(range(0, 256, 8))  # one token in eight ends a sample
-    (group,) = sample_groups(model, tokenizer, PROMPTS[:1], SamplingSettings(64, 1.0, 5))
-    assert 0 < sum(group.truncated) < 64
-    assert all(tokens == 5 for tokens, truncated in zip(group.num_tokens, group.truncated, strict=True) if truncated)
-    assert all(1 <= tokens <= 5 for tokens in group.num_tokens) and min(group.num_tokens) == 1
-    assert len(group.completions) == 64 and len(set(group.completions)) > 30
-
-
-def test_settings_of_the_models_generation_config_do_not_leak(tokenizer):
-    """Instruct models ship top_k, top_p and a repetition penalty, which would change samples and entropy."""
-    drawn = []
-    for changed in ({}, {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 5.0, "do_sample": False}):
-        model = build_model(tokenizer)
-        model.generation_config.update(**changed)
-        drawn.append(sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8)))
-    assert drawn[0] == drawn[1]
-
-
-def test_draws_depend_on_the_seed_alone(tokenizer):
-    model = build_model(tokenizer)
-    first = sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=1))
-    torch.rand(7)
-    assert sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=1)) == first
-    assert sample_groups(model, tokenizer, PROMPTS, SamplingSettings(4, 1.0, 8, seed=2)) != first
-
-
-def test_messages_are_rendered_with_a_generation_prompt(tokenizer):
-    model = build_model(tokenizer).eval()
-    (group,) = sample_groups(model, tokenizer, [{"prompt": user("hello")}], SamplingSettings(1, 1.0, 1))
-    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
-    assert group.entropy[0] == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-5)
-    assert group.prompt == user("hello")
-
-
 # ---- What it writes
 
 
@@ -180,7 +76,9 @@ def strict_json(line):
 
 
 def test_files_and_logs(tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, diversity_max_new_tokens=1)  # one token: no word pair, so no distinct_2
+    trainer = monitored_trainer(
+        tokenizer, tmp_path, diversity_max_new_tokens=1
+    )  # one token: no word pair, so no distinct_2
     trainer.train()
     rows = [strict_json(line) for line in (tmp_path / files.DIVERSITY).read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4]
@@ -212,7 +110,7 @@ def test_files_and_logs(tokenizer, tmp_path):
 
 
 def test_last_step_is_measured_even_off_the_interval(tokenizer, tmp_path):
-    trainer_for(tokenizer, tmp_path, diversity_steps=3, max_steps=4).train()
+    monitored_trainer(tokenizer, tmp_path, diversity_steps=3, max_steps=4).train()
     assert [row["step"] for row in series(tmp_path)] == [0, 3, 4]
 
 
@@ -222,7 +120,7 @@ def rewarding(prompts, completions, answer, **kwargs):
 
 def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
     prompts = [{**row, "answer": "x"} for row in PROMPTS]
-    trainer = trainer_for(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
+    trainer = monitored_trainer(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
     trainer.train()
     for row in series(tmp_path):
         samples = files.read_jsonl(tmp_path / files.SAMPLES / f"step-{row['step']}.jsonl")
@@ -250,7 +148,7 @@ def short_reward(completions, **kwargs):
     ],
 )
 def test_a_failing_reward_ends_the_run_with_its_error(reward, error, message, tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, reward_funcs=[reward])
+    trainer = monitored_trainer(tokenizer, tmp_path, reward_funcs=[reward])
     with pytest.raises(error, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -272,7 +170,7 @@ def test_a_failing_reward_ends_the_run_with_its_error(reward, error, message, to
     ids=["strings", "messages", "rows", "dataset", "demonstrations", "stream"],
 )
 def test_forms_of_prompts(prompts, tokenizer, tmp_path):
-    callback = trainer_for(tokenizer, tmp_path, prompts=prompts).diversity_callback
+    callback = monitored_trainer(tokenizer, tmp_path, prompts=prompts).diversity_callback
     texts = [
         row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in callback.rows
     ]
@@ -281,7 +179,7 @@ def test_forms_of_prompts(prompts, tokenizer, tmp_path):
 
 
 def test_prompts_default_to_those_of_the_eval_dataset(tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, prompts=None, diversity_num_prompts=2)
+    trainer = monitored_trainer(tokenizer, tmp_path, prompts=None, diversity_num_prompts=2)
     assert [row["prompt"] for row in trainer.diversity_callback.rows] == ["2+2=", "Name a colour: "]
 
 
@@ -296,7 +194,7 @@ def test_prompts_default_to_those_of_the_eval_dataset(tokenizer, tmp_path):
 )
 def test_unusable_prompts_are_refused(prompts, message, tokenizer, tmp_path):
     with pytest.raises(InputError, match=f"diversity_prompts.*{message}"):
-        trainer_for(tokenizer, tmp_path, prompts=prompts)
+        monitored_trainer(tokenizer, tmp_path, prompts=prompts)
 
 
 def test_measuring_without_prompts_is_refused(tokenizer, tmp_path):
@@ -323,7 +221,7 @@ def test_measuring_without_prompts_is_refused(tokenizer, tmp_path):
     ],
 )
 def test_unusable_settings_are_refused(changes, message, tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=0)
+    trainer = monitored_trainer(tokenizer, tmp_path, diversity_steps=0)
     with pytest.raises(InputError, match=message):
         DiversityCallback(trainer, PROMPTS, **{"steps": 1, **changes})
 
@@ -356,7 +254,7 @@ def test_plain_sft_trainer(tokenizer, tmp_path):
 
 
 def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=0)
+    trainer = monitored_trainer(tokenizer, tmp_path, diversity_steps=0)
     trainer.add_callback(DiversityCallback(trainer, PROMPTS, steps=2, samples=2, max_new_tokens=4))
     trainer.train()
     assert len(series(tmp_path)) == 3
@@ -366,7 +264,7 @@ def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
 def test_lora(tokenizer, tmp_path, tiny_model_dir):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    trainer = trainer_for(tokenizer, tmp_path, model=model, peft_config=lora, selection="last")
+    trainer = monitored_trainer(tokenizer, tmp_path, model=model, peft_config=lora, selection="last")
     trainer.train()
     assert [row["step"] for row in series(tmp_path)] == [0, 2, 4]
     selected = tmp_path / files.SELECTED
@@ -383,7 +281,7 @@ def test_lora(tokenizer, tmp_path, tiny_model_dir):
 
 def test_stops_once_the_fall_is_confirmed(tokenizer, tmp_path, monkeypatch):
     plan(monkeypatch, PEAKED)
-    trainer = trainer_for(
+    trainer = monitored_trainer(
         tokenizer, tmp_path, diversity_steps=1, max_steps=10, stop_at_turning_point=True, selection="turning_point"
     )
     trainer.train()
@@ -395,61 +293,23 @@ def test_stops_once_the_fall_is_confirmed(tokenizer, tmp_path, monkeypatch):
 
 def test_goes_on_without_stop(tokenizer, tmp_path, monkeypatch):
     plan(monkeypatch, PEAKED)
-    trainer = trainer_for(tokenizer, tmp_path, diversity_steps=1, max_steps=10, cold_start_loss="nll")
+    trainer = monitored_trainer(tokenizer, tmp_path, diversity_steps=1, max_steps=10, cold_start_loss="nll")
     trainer.train()
     assert not trainer.diversity_callback.stopped and trainer.state.global_step == 10
     chosen = files.read_json(tmp_path / files.SELECTION)  # the default rule for nll
     assert (chosen["rule"], chosen["step"]) == ("turning_point", 4)
 
 
-@pytest.mark.parametrize("max_candidates", [2, 3])
-def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, tokenizer, tmp_path, monkeypatch):
-    plan(monkeypatch, PEAKED)
-    seen = []
-    original = Candidates.keep
-
-    def keep(self, step, rows):
-        original(self, step, rows)
-        seen.append(sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()))
-
-    monkeypatch.setattr(Candidates, "keep", keep)
-    trainer_for(
-        tokenizer, tmp_path, diversity_steps=1, max_steps=10, max_candidates=max_candidates, selection="turning_point"
-    ).train()
-    assert max(len(names) for names in seen) == max_candidates
-    assert all(f"step-{step}" in names for step, names in enumerate(seen, 1))  # the newest is always there
-    assert {"step-4", "step-10"} <= set(seen[-1])
-    assert files.read_json(tmp_path / files.SELECTION)["step"] == 4
-
-
-def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
-    trainer = trainer_for(
-        tokenizer,
-        tmp_path,
-        diversity_steps=1,
-        max_steps=5,
-        max_candidates=2,
-        selection="best_eval",
-        eval_strategy="steps",
-        eval_steps=1,
-        learning_rate=0.3,
-    )
-    trainer.train()
-    evaluated = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
-    chosen = files.read_json(tmp_path / files.SELECTION)
-    assert chosen["applied"] == "best_eval" and chosen["step"] == min(evaluated, key=evaluated.get)
-
-
 def test_by_readiness_the_selection_is_left_to_the_probe(tokenizer, tmp_path, capsys):
     files.write_json(tmp_path / files.READINESS, {"checkpoints": []})  # a former run's, in the same folder
-    trainer_for(tokenizer, tmp_path, selection="readiness").train()
+    monitored_trainer(tokenizer, tmp_path, selection="readiness").train()
     assert not (tmp_path / files.SELECTION).exists() and not (tmp_path / files.READINESS).exists()
     assert {path.name for path in (tmp_path / files.CANDIDATES).iterdir()} == {"step-2", "step-4"}
     assert f"aesl probe {tmp_path} --config FILE, then aesl select {tmp_path}" in capsys.readouterr().out
 
 
 def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
-    trainer = trainer_for(tokenizer, tmp_path, selection="last")
+    trainer = monitored_trainer(tokenizer, tmp_path, selection="last")
     trainer.train()
     chosen = files.read_json(tmp_path / files.SELECTION)
     assert chosen["step"] == 4 and chosen["rule"] == chosen["applied"] == "last" and chosen["candidates"] == [2, 4]
@@ -461,26 +321,11 @@ def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
     assert "selected step: 4" in trainer._model_card_section()
 
 
-def test_candidates_survive_the_trainers_rotation(tokenizer, tmp_path):
-    trainer_for(tokenizer, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=4).train()
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
-    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
-
-
-def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
-    trainer = trainer_for(tokenizer, tmp_path)
-    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: pytest.fail("pushed"))
-    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
-    trainer.args.push_to_hub = True
-    trainer.train()
-    assert (tmp_path / files.SELECTED).exists()
-
-
 def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
     """Else a candidate of the old run could be selected, or crowd out those of the new one."""
-    trainer_for(tokenizer, tmp_path, max_steps=6, diversity_steps=3).train()
+    monitored_trainer(tokenizer, tmp_path, max_steps=6, diversity_steps=3).train()
     (tmp_path / files.CANDIDATES / ".step-5.tmp").mkdir()
-    trainer_for(tokenizer, tmp_path, max_steps=4).train()
+    monitored_trainer(tokenizer, tmp_path, max_steps=4).train()
     assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
     assert sorted(path.name for path in (tmp_path / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
     assert files.read_json(tmp_path / files.SELECTION)["candidates"] == [2, 4]
@@ -489,11 +334,11 @@ def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
 def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     model = {"attention_dropout": 0.3}
-    whole = trainer_for(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
+    whole = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     whole.train()
     before, chosen = series(tmp_path), files.read_json(tmp_path / files.SELECTION)
     samples = {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()}
-    resumed = trainer_for(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
+    resumed = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert series(tmp_path) == before and [row["step"] for row in before] == [0, 2, 4, 6]
     assert {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()} == samples
@@ -536,7 +381,7 @@ def test_candidates_in_partitions_are_refused(tmp_path, settings, refused):
 
 def test_a_budget_makes_the_measurement_smaller_and_says_so(tokenizer, tmp_path, capsys):
     settings = {"diversity_num_prompts": 3, "diversity_max_new_tokens": 300, "diversity_token_budget": 2304}
-    trainer_for(tokenizer, tmp_path, max_steps=1, diversity_steps=1, **settings).train()
+    monitored_trainer(tokenizer, tmp_path, max_steps=1, diversity_steps=1, **settings).train()
     out = capsys.readouterr().out
     asked, size = "3 prompts x 3 samples x 300 tokens", "3 prompts x 3 samples x 256 tokens"
     assert out.count(f"{asked} exceed the budget of 2304 completion tokens a measurement: measuring {size}") == 1
@@ -548,7 +393,7 @@ def test_a_budget_makes_the_measurement_smaller_and_says_so(tokenizer, tmp_path,
 
 
 def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):
-    trainer = trainer_for(tokenizer, tmp_path)
+    trainer = monitored_trainer(tokenizer, tmp_path)
     trainer.train()
     rows = files.read_jsonl(tmp_path / files.DIVERSITY)
     assert all(0 < row["seconds"] and 0 < row["time_share"] <= 1 for row in rows)
@@ -570,7 +415,7 @@ def test_the_interval_that_would_cost_less(share, expected):
 
 
 def test_rows_say_how_they_were_measured(tokenizer, tmp_path):
-    trainer_for(tokenizer, tmp_path, reward_funcs=[lambda completions, **_: [1.0] * len(completions)]).train()
+    monitored_trainer(tokenizer, tmp_path, reward_funcs=[lambda completions, **_: [1.0] * len(completions)]).train()
     rows = series(tmp_path)
     for row in rows:
         assert row["entropy_estimator"] == "exact" and row["batch_size"] == 128 and "gap" not in row
@@ -587,7 +432,7 @@ def test_rows_say_how_they_were_measured(tokenizer, tmp_path):
 def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
     error, tokenizer, tmp_path, monkeypatch, capsys
 ):
-    plain = trainer_for(tokenizer, tmp_path / "plain", diversity_steps=0, prompts=None)
+    plain = monitored_trainer(tokenizer, tmp_path / "plain", diversity_steps=0, prompts=None)
     plain.train()
     capsys.readouterr()
 
@@ -595,7 +440,7 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
         raise error
 
     monkeypatch.setattr(generate, "_generate", fail)
-    measured = trainer_for(tokenizer, tmp_path / "gaps", selection="turning_point")
+    measured = monitored_trainer(tokenizer, tmp_path / "gaps", selection="turning_point")
     measured.train()
     weights = trained_weights(plain)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(measured).items())
@@ -622,9 +467,9 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
 )
 def test_resuming_with_other_settings_is_refused(changes, message, tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
-    trainer_for(tokenizer, tmp_path, max_steps=2, **settings).train()
+    monitored_trainer(tokenizer, tmp_path, max_steps=2, **settings).train()
     before = (tmp_path / files.DIVERSITY).read_text()
-    resumed = trainer_for(tokenizer, tmp_path, **{**settings, **changes})
+    resumed = monitored_trainer(tokenizer, tmp_path, **{**settings, **changes})
     with pytest.raises(InputError, match=message):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (tmp_path / files.DIVERSITY).read_text() == before

@@ -1,11 +1,14 @@
-"""The token budget of a measurement: what gives way, in which order, and where it ends."""
+"""The token budget of a measurement (what gives way, in which order, and where it ends), and vLLM's obstacles."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny_models import build_model
 
 from aesl_trl.errors import InputError
-from aesl_trl.training.measurement import DEFAULT_BUDGETS, FLOORS, Size, budget_of, fit
+from aesl_trl.losses.scoring import add_fused_head
+from aesl_trl.training.measurement import DEFAULT_BUDGETS, FLOORS, Size, _vllm_obstacle, budget_of, fit
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,14 @@ def test_defaults_and_no_limit(backend):
 def test_a_budget_below_the_smallest_measurement_names_the_nearest_one():
     with pytest.raises(InputError, match="16 prompts x 4 samples x 256 tokens, takes 16384: set .* to 16384 or more"):
         fit(Size(64, 8, 512), 1000)
+
+
+def test_at_another_temperature_vllm_needs_the_fused_head(tokenizer):
+    model = build_model(tokenizer)
+    model.name_or_path = "tiny"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for candidate in (model, adapted):
+        assert _vllm_obstacle(candidate, 1.0) is None
+        assert _vllm_obstacle(candidate, 0.5) == "at temperature 0.5 the entropy needs AESLSFTTrainer's fused head"
+    add_fused_head(model)
+    assert _vllm_obstacle(model, 0.5) is None and _vllm_obstacle(adapted, 0.5) is None

@@ -128,7 +128,7 @@ def test_gradients_equal_the_definition(mode, tokenizer, tmp_path):
     model = double_model()
     trainer = _trainer(tokenizer, copy.deepcopy(model), tmp_path, build(tokenizer), t_scaling=T_SCALING, **changes)
     _assert_gradients(trainer, model, list(trainer.train_dataset), t_scaling=T_SCALING)
-    weights = trainer._sums["train"][2] / trainer._sums["train"][0]
+    weights = trainer._sums["train"].weight / trainer._sums["train"].tokens
     assert 0.1 < weights < 0.95
 
 
@@ -198,7 +198,7 @@ def test_old_log_probs_stay_with_their_tokens(mode, tokenizer, tmp_path):
     )
     torch.testing.assert_close(loss.detach(), truth, rtol=TOLERANCE, atol=TOLERANCE, check_dtype=False)
     assert_close_by_name(gradients(trainer.model), expected, rtol=TOLERANCE, atol=TOLERANCE)
-    low_share = trainer._sums["train"][3] / trainer._sums["train"][0]
+    low_share = trainer._sums["train"].low_weights / trainer._sums["train"].tokens
     assert 0.05 < low_share < 0.8  # tokens beyond the clip, and tokens within
 
 

@@ -351,7 +351,7 @@ def test_prompt_learning_scores_the_same_tokens(kind, cold_start_loss, tokenizer
     counted = sum(label != -100 for _, labels in documents(trainer.train_dataset) for label in labels)
     trainer.model.eval()
     trainer.compute_loss(trainer.model, dict(batch))
-    assert trainer._sums["eval"][0].item() == counted
+    assert trainer._sums["eval"].tokens.item() == counted
 
 
 @pytest.mark.parametrize("kind", PROMPT_LEARNING)

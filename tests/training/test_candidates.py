@@ -1,0 +1,62 @@
+"""Candidates: how many are on disk, which ones, and who must leave them alone."""
+
+import pytest
+from monitored_runs import PEAKED, monitored_trainer, plan
+
+from aesl_trl import files
+from aesl_trl.training.candidates import Candidates
+
+
+@pytest.mark.parametrize("max_candidates", [2, 3])
+def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, tokenizer, tmp_path, monkeypatch):
+    plan(monkeypatch, PEAKED)
+    seen = []
+    original = Candidates.keep
+
+    def keep(self, step, rows):
+        original(self, step, rows)
+        seen.append(sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()))
+
+    monkeypatch.setattr(Candidates, "keep", keep)
+    monitored_trainer(
+        tokenizer, tmp_path, diversity_steps=1, max_steps=10, max_candidates=max_candidates, selection="turning_point"
+    ).train()
+    assert max(len(names) for names in seen) == max_candidates
+    assert all(f"step-{step}" in names for step, names in enumerate(seen, 1))  # the newest is always there
+    assert {"step-4", "step-10"} <= set(seen[-1])
+    assert files.read_json(tmp_path / files.SELECTION)["step"] == 4
+
+
+def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
+    trainer = monitored_trainer(
+        tokenizer,
+        tmp_path,
+        diversity_steps=1,
+        max_steps=5,
+        max_candidates=2,
+        selection="best_eval",
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.3,
+    )
+    trainer.train()
+    evaluated = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
+    chosen = files.read_json(tmp_path / files.SELECTION)
+    assert chosen["applied"] == "best_eval" and chosen["step"] == min(evaluated, key=evaluated.get)
+
+
+def test_candidates_survive_the_trainers_rotation(tokenizer, tmp_path):
+    monitored_trainer(
+        tokenizer, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=4
+    ).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+
+
+def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
+    trainer = monitored_trainer(tokenizer, tmp_path)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: pytest.fail("pushed"))
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert (tmp_path / files.SELECTED).exists()

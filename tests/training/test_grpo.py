@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from aesl_trl import grpo
 from aesl_trl.errors import Diverged, InputError
+from aesl_trl.training import grpo as training_grpo
 from aesl_trl.training.grpo import ARGUMENT_TYPES, build_trainer, load_datasets, load_rewards
 
 
@@ -187,7 +188,7 @@ def test_a_signal_is_no_success(config, tmp_path):
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(config, monkeypatch, overrides, message):
-    monkeypatch.setattr(grpo, "build_trainer", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(training_grpo, "build_trainer", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(InputError, match=message) as caught:
         grpo.main(config(**overrides))
@@ -204,7 +205,7 @@ def test_a_config_that_cannot_run_is_refused_in_one_line(config, monkeypatch, ov
     ],
 )
 def test_prompts_that_cannot_be_used_are_refused(config, tmp_path, monkeypatch, text, message):
-    monkeypatch.setattr(grpo, "build_trainer", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(training_grpo, "build_trainer", lambda *args: pytest.fail("a model was loaded"))
     arguments = config()
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
@@ -229,7 +230,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training(config, monkeypatch):
         next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
         return trainer
 
-    monkeypatch.setattr(grpo, "build_trainer", build_poisoned)
+    monkeypatch.setattr(training_grpo, "build_trainer", build_poisoned)
     with pytest.raises(Diverged, match="step 1: the gradient's norm is nan; stopped before the optimizer's step"):
         grpo.main(config())
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..arguments import check_folder, load_yaml, read_dataclass
+from ..arguments import check_folder
 from ..errors import InputError, nearest
+from ..values import load_yaml, read_dataclass
 
 
 @dataclass

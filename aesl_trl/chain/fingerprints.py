@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import INPUT_FIELDS, OUTPUT_FIELDS, load_yaml, resolve, without_defaults
+from ..arguments import INPUT_FIELDS, OUTPUT_FIELDS, resolve, without_defaults
+from ..values import load_yaml
 from .stages import BUILDERS, Chain, Stage, argument_types
 
 

@@ -8,7 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from ..arguments import INPUT_FIELDS, load_yaml, resolve
+from ..arguments import INPUT_FIELDS, resolve
+from ..values import load_yaml
 from .fingerprints import Inputs, file_hash, settings_of
 from .stages import BUILDERS, Chain, Stage, portable
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import ENV_PREFIXES, load_config, load_yaml, parse, resolve
+from ..arguments import ENV_PREFIXES, load_config, parse, resolve
 from ..errors import InputError
 from ..processes import GRACE_S, MARK
+from ..values import load_yaml
 from .config import ChainConfig
 
 

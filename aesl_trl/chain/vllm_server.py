@@ -12,8 +12,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from ..arguments import load_yaml
 from ..errors import InputError
+from ..values import load_yaml
 
 
 TIMEOUT_S = 240.0  # GRPOConfig's own default of vllm_server_timeout

@@ -18,12 +18,13 @@ from typing import Any
 import yaml
 
 from .. import files
-from ..arguments import load_yaml, resolve
+from ..arguments import resolve
 from ..chain.config import read_config as read_chain
 from ..chain.fingerprints import walk
 from ..chain.old_fingerprints import renew
 from ..chain.stages import Chain
 from ..errors import InputError
+from ..values import load_yaml
 from .config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_label, row_name
 
 

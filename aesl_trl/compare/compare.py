@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import ArgumentParser, check_bound
+from ..arguments import ArgumentParser
 from ..chain.stages import CLI
 from ..diversity.selection import select_run
 from ..errors import InputError, nearest
 from ..processes import MARK, check_in_child, end_orphans, lock
 from ..provenance import commit, hardware, package_versions
+from ..values import check_bound
 from .cells import CELL, CHAIN_CONFIG, Cell, chain_of, failure, rows, table_cells, unfinished_groups
 from .config import CompareConfig, read_config
 from .plan import check, plan

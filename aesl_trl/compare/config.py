@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_folder, load_yaml, read_dataclass, resolve
+from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import RULES, default_rule
 from ..errors import InputError, nearest
+from ..values import load_yaml, read_dataclass
 
 
 STEP = "step-"  # begins the selections that come from rl_from_steps

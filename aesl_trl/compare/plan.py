@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import files
-from ..arguments import load_yaml
 from ..chain.stages import Chain, check_stages
 from ..diversity.passk import powers_of_two
 from ..errors import InputError, nearest
+from ..values import load_yaml
 from .cells import CHAIN_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
 from .config import CompareConfig
 from .tuning import planned

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..arguments import option
 from ..errors import InputError
 from ..sampling.backends import OFFLINE_BACKENDS
+from ..values import option
 from .problems import Problem
 
 

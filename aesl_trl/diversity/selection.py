@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import files
-from ..arguments import ArgumentParser, check_choice
+from ..arguments import ArgumentParser
 from ..errors import InputError, exit_on_input_error
 from ..files import RunFolder
 from ..provenance import __version__
+from ..values import check_choice
 from .intervals import is_number
 from .readiness import rank
 from .series import METRICS, by_step, check_settings, turning_point_of

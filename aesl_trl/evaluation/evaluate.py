@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..arguments import check_folder, option, parse, positionals
+from ..arguments import check_folder, parse, positionals
 from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from ..data.checks import check_prompts
 from ..data.prompts import prompt_rows
@@ -30,6 +30,7 @@ from ..rewards.functions import check_columns, load_reward_funcs
 from ..sampling.backends import OFFLINE_BACKENDS, choose_engine
 from ..sampling.draws import Piece, SamplingSettings
 from ..sampling.offline import open_engine
+from ..values import option
 from .figures import PROMPTS, Task, describe, grade_task, summary_lines
 from .samples import SAMPLES_DIR, SamplesFile, assemble, draw_missing, folder_for, pieces
 

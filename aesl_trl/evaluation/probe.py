@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, ModelConfig
 
 from .. import files
-from ..arguments import check_folder, option, parse, positionals
+from ..arguments import check_folder, parse, positionals
 from ..data.prompts import check_held_out, prompt_rows
 from ..diversity.intervals import with_interval
 from ..diversity.passk import powers_of_two
@@ -33,6 +33,7 @@ from ..models.loading import release_memory
 from ..provenance import package_versions
 from ..training.grpo import GRPOScriptArguments, build_trainer, check_rows, find_model, load_rewards
 from ..training.session import load_split
+from ..values import option
 from .evaluate import check_model_and_tokenizer
 from .probe_trainer import probe_class, sample, short_rl
 

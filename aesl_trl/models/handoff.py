@@ -14,9 +14,10 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ..arguments import check_choice, check_replaceable, parse, positionals
+from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error
 from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, link_or_copy, read_json, swapped, write_json
+from ..values import check_choice
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
 from .loading import check_model, load_model, load_tokenizer, put_adapter, release_memory

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..arguments import load_yaml, parse
+from ..arguments import parse
 from ..errors import InputError
 from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
+from ..values import load_yaml
 from .facts import (
     Facts,
     Hardware,

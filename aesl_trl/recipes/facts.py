@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import load_yaml, parse
+from ..arguments import parse
 from ..errors import InputError, in_one_line
 from ..files import read_json
+from ..values import load_yaml
 from .memory import Shape
 
 

@@ -11,7 +11,6 @@ from transformers import AutoProcessor, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
-from ..arguments import option
 from ..data.checks import check_prompts
 from ..errors import InputError
 from ..files import RUN, write_json
@@ -19,6 +18,7 @@ from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
+from ..values import option
 from .session import check_quantization, load_train_and_eval, model_init_kwargs, named_settings, revision_and_trust
 
 

@@ -5,10 +5,10 @@ from functools import partial
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..arguments import option
 from ..data.checks import check_demonstrations, check_trainable
 from ..data.prompts import check_held_out, prompt_rows
 from ..errors import InputError
+from ..values import option
 from .config import AESLSFTConfig
 from .session import check_finished, end_trackers, load_split, load_train_and_eval, model_init_kwargs, named_settings
 

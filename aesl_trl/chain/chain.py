@@ -33,9 +33,6 @@ from .vllm_server import wait_for_server
 COLUMNS = ("pass@1", "pass@8", "entropy", "self_bleu", "groups_mixed")  # of the closing table
 
 
-# ---- Running
-
-
 def run_chain(chain: Chain, interrupts: Interrupts) -> None:
     """Run the stages that are not done yet, in order.
 
@@ -60,11 +57,7 @@ def run_chain(chain: Chain, interrupts: Interrupts) -> None:
 
 
 def check_readiness(chain: Chain) -> None:
-    """Say the verdict on the model that RL would start from. Stop before RL where the verdict is not "ready".
-
-    Raises:
-        SystemExit: code [`~errors.UNFINISHED`], unless the chain says `ignore_readiness`.
-    """
+    """Say the verdict on the model that RL would start from. Stop before RL where the verdict is not "ready"."""
     found = files.read_json(chain.run / files.READINESS)["checkpoints"][0]
     line = f"{found['text']} ({'; '.join(why for why in found['reasons'] if not why.startswith(CAUTION))})"
     if found["verdict"] == READY:
@@ -146,9 +139,6 @@ def say(line: str) -> None:
     print(f"{NAME}: {line}", flush=True)
 
 
-# ---- The end
-
-
 def closing_table(chain: Chain) -> str:
     """Lay out the figures at RL's start and end, of this run and of the recorded ones. Entropy is in nats a token."""
     rows = [("run", "model", "step", *COLUMNS)]
@@ -158,9 +148,6 @@ def closing_table(chain: Chain) -> str:
             shown = ("-" if figures.get(column) is None else f"{figures[column]:.3f}" for column in COLUMNS)
             rows.append((f"{run_name(run)}{label}", name, start.get(name, ""), *shown))
     return aligned(rows) if rows[1:] else "no evaluation.json to show"
-
-
-# ---- Command line
 
 
 def main(argv: list[str] | None = None) -> None:

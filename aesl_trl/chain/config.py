@@ -1,7 +1,4 @@
-"""chain.yaml: its sections as dataclasses, read strictly, with absolute paths.
-
-Left out: the configs of the stages themselves, which each stage's own parser reads.
-"""
+"""chain.yaml: its sections as dataclasses, read strictly, with absolute paths."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..arguments import check_folder
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest_sibling
 from ..values import load_yaml, read_dataclass
 
 
@@ -38,11 +35,10 @@ class HandoffOptions:
 
 
 @dataclass
-class ProbeOptions:
+class ProbeOptions(TrainingOptions):
     """Without a config the probe takes GRPO's: RL's own prompts, rewards, lengths and temperature."""
 
     config: str | None = None
-    accelerate_config: str | None = None
 
 
 @dataclass
@@ -122,5 +118,4 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
 def check_config_file(name: str, path: Path) -> None:
     """Refuse the missing config `path`, and say which config beside it has the nearest name."""
     if not path.is_file():
-        siblings = [item.name for item in path.parent.glob("*.y*ml")]
-        raise InputError(f"{name} does not exist, looked for {path}{nearest(path.name, siblings)}")
+        raise InputError(f"{name} does not exist, looked for {path}{nearest_sibling(path, '*.y*ml')}")

@@ -55,9 +55,6 @@ def walk(chain: Chain) -> Iterator[tuple[Stage, Inputs]]:
             previous = inputs.fingerprint
 
 
-# ---- Settings
-
-
 def settings_of(stage: Stage) -> dict[str, Any]:
     """Return the settings of the stage's configs and those that the chain gives, with contents in place of paths."""
     found = {}

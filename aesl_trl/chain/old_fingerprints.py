@@ -15,8 +15,7 @@ from .stages import BUILDERS, Chain, Stage, portable
 
 
 # Each stage was a module of its own, which `aesl_trl.cli` and the command's name stand for now.
-MODULES = {"handoff": "aesl_trl.handoff", "probe": "aesl_trl.probe", "eval": "aesl_trl.evaluate"}
-MODULES |= {"report": "aesl_trl.report"}
+MODULES = {name: f"aesl_trl.{name}" for name in ("handoff", "probe", "report")} | {"eval": "aesl_trl.evaluate"}
 
 
 def renew(chain: Chain) -> None:
@@ -38,19 +37,16 @@ def old_fingerprint(stage: Stage, folder: Path, previous: str | None) -> str:
     """Hash the command, the configs, the files that these name, and the stage before, with paths from `folder`."""
     configs = [path for path in (stage.config, stage.accelerate_config) if path]
     paths = [*configs, *(path for config in configs for path in _named_files(config))]
+    command = list(stage.command)
+    if "aesl_trl.cli" in command:
+        place = command.index("aesl_trl.cli")
+        command[place : place + 2] = [MODULES[command[place + 1]]]
     facts = {
-        "command": portable(_old_command(stage.command), folder),
+        "command": portable(command, folder),
         "files": {os.path.relpath(path, folder): file_hash(path) for path in paths},
         "previous": previous,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _old_command(command: list[str]) -> list[str]:
-    if "aesl_trl.cli" not in command:
-        return command
-    place = command.index("aesl_trl.cli")
-    return [*command[:place], MODULES[command[place + 1]], *command[place + 2 :]]
 
 
 def _named_files(config: str) -> list[str]:

@@ -14,7 +14,7 @@ from ..arguments import ENV_PREFIXES, load_config, parse, resolve
 from ..errors import InputError
 from ..processes import GRACE_S, MARK
 from ..values import load_yaml
-from .config import ChainConfig
+from .config import ChainConfig, TrainingOptions
 
 
 NAME = "aesl chain"
@@ -121,11 +121,19 @@ def launch(accelerate_config: str | None, *arguments: str) -> list[str]:
 
 
 def build_sft(chain: Chain) -> Stage:
-    options, folder, seed = chain.config.sft, chain.sft_dir, chain.config.seed
-    flags = ["--config", options.config, "--output_dir", str(folder), "--seed", str(seed)]
-    command = launch(options.accelerate_config, "aesl_trl.sft", *flags)
-    output = folder / files.TRAINER_STATE
-    return Stage("sft", command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
+    return _training_stage(chain, "sft", chain.config.sft, chain.sft_dir / files.TRAINER_STATE)
+
+
+def build_grpo(chain: Chain) -> Stage:
+    output = chain.run / files.GRPO_DIR / files.RUN
+    return _training_stage(chain, "grpo", chain.config.grpo, output, *start_flags(chain))
+
+
+def _training_stage(chain: Chain, name: str, options: TrainingOptions, output: Path, *start: str) -> Stage:
+    folder, seed = output.parent, chain.config.seed
+    flags = ["--config", options.config, *start, "--output_dir", str(folder), "--seed", str(seed)]
+    command = launch(options.accelerate_config, f"aesl_trl.{name}", *flags)
+    return Stage(name, command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
 
 
 def build_select(chain: Chain) -> Stage:
@@ -160,19 +168,8 @@ def _probe_stage(chain: Chain, name: str, start: str, output: Path) -> Stage:
     return Stage(name, command, output, config, accelerate, {"seed": seed, **chain.own_start})
 
 
-def build_grpo(chain: Chain) -> Stage:
-    options, folder, seed = chain.config.grpo, chain.run / files.GRPO_DIR, chain.config.seed
-    flags = ["--config", options.config, *start_flags(chain), "--output_dir", str(folder), "--seed", str(seed)]
-    command = launch(options.accelerate_config, "aesl_trl.grpo", *flags)
-    output = folder / files.RUN
-    return Stage("grpo", command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
-
-
 def start_flags(chain: Chain) -> list[str]:
-    """Return GRPO's flags for its start: the handed-over model, or the adapter that it goes on training.
-
-    Without SFT there are none: the config names the model.
-    """
+    """Return GRPO's flags for its start: a handed-over model or adapter; none where its config names the model."""
     if not chain.config.sft:
         return []
     handoff, folder = chain.run / files.HANDOFF, str(chain.run / files.HANDOFF_DIR)
@@ -245,20 +242,13 @@ def portable(command: Sequence[str], folder: Path) -> list[str]:
     return ["python" if command[0] == sys.executable else command[0], *relative]
 
 
-# ---- Checks before anything starts
-
-
 def argument_types(name: str) -> tuple[type, ...]:
     """Return the dataclasses that read a stage's config; none for a stage without one."""
     return import_module(READ_BY[name]).ARGUMENT_TYPES if name in READ_BY else ()
 
 
 def check_stages(chain: Chain) -> None:
-    """Parse each stage's config as the stage will, so that a typing error in the last does not wait for the first.
-
-    Raises:
-        InputError: a config that its stage would refuse.
-    """
+    """Parse each stage's config as the stage will, so that a typing error in the last does not wait for the first."""
     config, seed = chain.config, ["--seed", str(chain.config.seed)]
     for options in filter(None, (config.sft, config.grpo)):
         if options.accelerate_config:

@@ -7,7 +7,6 @@ the server: it has its own GPUs and its own log, and it may outlive the run.
 import json
 import shlex
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +22,14 @@ RETRY_S = 2.0
 def wait_for_server(config: str, model: str, say: Callable[[str], None]) -> None:
     """Return once the server that the GRPO config `config` names is healthy, or at once where it names none.
 
-    Args:
-        model: the model that the server has to serve, for the command that we show.
-
-    Raises:
-        InputError: the server did not answer within the config's `vllm_server_timeout`.
+    The command that we show serves `model`. A server must answer within the config's `vllm_server_timeout`.
     """
     values = load_yaml(config)
     if not values.get("use_vllm") or values.get("vllm_mode", "colocate") != "server":
         return
-    url, timeout_s = server_url(values), float(values.get("vllm_server_timeout", TIMEOUT_S))
+    base, host = values.get("vllm_server_base_url"), values.get("vllm_server_host", "0.0.0.0")
+    url = base.rstrip("/") if base else f"http://{host}:{values.get('vllm_server_port', 8000)}"
+    timeout_s = float(values.get("vllm_server_timeout", TIMEOUT_S))
     if is_healthy(url):
         return
     command = serve_command(values, model)
@@ -43,13 +40,6 @@ def wait_for_server(config: str, model: str, say: Callable[[str], None]) -> None
         if is_healthy(url):
             return
     raise InputError(f"no vLLM server at {url}/health after {timeout_s:.0f} s: start it, then run the chain again")
-
-
-def server_url(values: dict[str, Any]) -> str:
-    """Return the address that GRPO will ask."""
-    base = values.get("vllm_server_base_url")
-    host, port = values.get("vllm_server_host", "0.0.0.0"), values.get("vllm_server_port", 8000)
-    return base.rstrip("/") if base else f"http://{host}:{port}"
 
 
 def serve_command(values: dict[str, Any], model: str) -> str:
@@ -64,5 +54,5 @@ def is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError, ValueError):
+    except (OSError, ValueError):
         return False

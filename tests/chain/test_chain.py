@@ -49,7 +49,7 @@ def test_sft_dir_resolves_for_the_other_stages(project, fakes):
     path = project(sft={"config": "sft.yaml", "output_dir": "shared/sft"})
     run(path)
     config = read_config(path)
-    assert files.sft_dir(config.output_dir) == Path(config.sft.output_dir)
+    assert files.RunFolder(config.output_dir).sft == Path(config.sft.output_dir)
 
 
 def test_done_stages_are_skipped(project, fakes, capfd):
@@ -180,7 +180,7 @@ def test_a_shared_sft_is_trained_once(project, fakes):
     assert run(project(sft=shared)) == ALL
     second = project("second.yaml", sft=shared, output_dir="runs/two")
     assert run(second) == ALL[1:]
-    assert files.sft_dir(read_config(second).output_dir).name == "shared"
+    assert files.RunFolder(read_config(second).output_dir).sft.name == "shared"
 
 
 def test_a_shared_sft_of_other_inputs_is_refused(project, fakes, tmp_path):

@@ -6,8 +6,6 @@ seed share a cold start, and so its SFT folder:
     <output_dir>/[tune/][<setting>/]sft/<method>[@<point>].yaml        the cold start's config, merged
     <output_dir>/[tune/][<setting>/]sft/<method>[@<point>]/seed-<n>/   its folder
     <output_dir>/[tune/][<setting>/]<method>[_<selection>][@<point>]/seed-<n>/     the cell: chain.yaml, cell.json
-
-Left out: running the chains (compare.py).
 """
 
 import os
@@ -25,7 +23,7 @@ from ..chain.old_fingerprints import renew
 from ..chain.stages import Chain
 from ..errors import InputError
 from ..values import load_yaml
-from .config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_label, row_name
+from .config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_name
 
 
 CELL = "cell.json"
@@ -45,7 +43,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The row without its setting, as `reference` names it."""
-        return row_label(self.method, self.selection)
+        return row_name(self.method, self.selection)
 
     @property
     def row(self) -> str:
@@ -55,8 +53,6 @@ class Cell:
     def label(self) -> str:
         at = f" at {self.point}" if self.tuning and self.point.values else ""
         return f"{'tuning: ' if self.tuning else ''}{self.row}{at}, seed {self.seed}"
-
-    # ---- Folders and configs
 
     @property
     def root(self) -> Path:
@@ -70,8 +66,8 @@ class Cell:
     @property
     def home(self) -> Path:
         """The folder of the cell."""
-        at = self.at if self.tuning else ""
-        return self.root / f"{row_name(self.method, self.selection)}{at}" / f"seed-{self.seed}"
+        name = row_name(self.method, self.selection, "_") + (self.at if self.tuning else "")
+        return self.root / name / f"seed-{self.seed}"
 
     @property
     def sft_dir(self) -> Path | None:
@@ -116,8 +112,6 @@ class Cell:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 files.write_text(path, text)
 
-    # ---- What the folders say
-
     def is_done(self) -> bool:
         """Return whether the chain of this cell, with the configs that it would have now, has nothing left to do.
 
@@ -125,9 +119,8 @@ class Cell:
         """
         if not has_ended(self.home) or not (self.home / CELL).exists():
             return has_ended(self.home)
-        for path, values in self.configs().items():
-            if not path.exists() or load_yaml(path) != values:
-                return False
+        if any(not path.exists() or load_yaml(path) != values for path, values in self.configs().items()):
+            return False
         chain = chain_of(source(self.home))
         return all(chain.recorded(stage.name).get("inputs") == inputs.fingerprint for stage, inputs in walk(chain))
 
@@ -152,11 +145,10 @@ class Cell:
         if not has_ended(self.home):
             return None
         facts, run = files.read_object(self.home / CELL), source(self.home)
-        models = files.read_json(run / files.EVALUATION)["models"]
+        evaluation = run / files.EVALUATION
+        models = files.read_json(evaluation)["models"]
         if missing := {"start", "final"} - models.keys():
-            raise InputError(
-                f"{run / files.EVALUATION} has no model {missing.pop()!r}: it is no evaluation of a chain"
-            )
+            raise InputError(f"{evaluation} has no model {missing.pop()!r}: it is no evaluation of a chain")
         before, after = (
             {name: value for name, value in models[model].items() if isinstance(value, int | float)}
             for model in ("start", "final")
@@ -219,13 +211,9 @@ def has_ended(home: Path) -> bool:
 
 def failure(home: Path) -> str | None:
     """Return `stage grpo failed with exit code 3` where the cell's last run ended so. The next run tries it again."""
-    for name, stage in files.read_object(home / files.CHAIN).get("stages", {}).items():
-        if stage.get("status") == "failed":
-            return f"stage {name} failed with exit code {stage.get('returncode')}"
-    return None
-
-
-# ---- Rows and groups
+    stages = files.read_object(home / files.CHAIN).get("stages", {})
+    codes = {name: stage.get("returncode") for name, stage in stages.items() if stage.get("status") == "failed"}
+    return next((f"stage {name} failed with exit code {code}" for name, code in codes.items()), None)
 
 
 def rows(config: CompareConfig) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ NAME = "aesl compare"
 JSON, MARKDOWN = "compare.json", "compare.md"
 LOG = "cell.log"
 CHAIN = [*CLI, "chain"]
-TUNING_FACTS = ("by", "seeds", "keep")
 FAILED = 1  # exit code: a cell failed, and the table lacks it
 
 
@@ -63,9 +63,6 @@ class Comparison:
             if (self.methods is None or cell.method in self.methods)
             and (self.seeds is None or cell.tuning or cell.seed in self.seeds)
         ]
-
-
-# ---- Running
 
 
 def run(comparison: Comparison) -> None:
@@ -98,11 +95,7 @@ def _run_cells(comparison: Comparison, cells: list[Cell]) -> None:
         {**os.environ, MARK: str(comparison.output), **({} if share is None else {DEVICES: share})}
         for share in split_devices(visible_devices(), workers)
     ]
-    with Workers(
-        environments,
-        lambda cell, environment: _launch(comparison, cell, environment),
-        lambda cell, code: _goes_on(comparison, cell, code),
-    ) as pool:
+    with Workers(environments, partial(_launch, comparison), partial(_goes_on, comparison)) as pool:
         pool.run(groups)
     if pool.received:
         say(f"stopped by {signal.Signals(pool.received[0]).name}; run it again to go on")
@@ -178,19 +171,12 @@ def _provenance(comparison: Comparison, home: Path, environment: dict[str, str])
     return {key: [*dict.fromkeys([*(before.get(key) or []), value])] for key, value in now.items()}
 
 
-# ---- Results
-
-
 def write_results(comparison: Comparison) -> str:
-    """Write compare.json, compare.md and the plots, from the run folders alone. Return the tables.
-
-    Raises:
-        InputError: no cell is finished, or a file of a cell cannot be used.
-    """
-    from .page import page
+    """Write compare.json, compare.md and the plots, from the run folders alone. Return the tables."""
+    from .page import page  # with the plots it imports matplotlib
     from .plots import write_plots
 
-    config = comparison.config
+    config, tune = comparison.config, comparison.config.tune
     chosen, tuning = choose(config)
     records = {cell: cell.record() for cell in table_cells(config, chosen)}
     cells = [item for item in records.values() if item]
@@ -202,7 +188,7 @@ def write_results(comparison: Comparison) -> str:
         "seeds": config.seeds,
         "reference": config.reference,
         **table(cells, rows(config), reference=config.reference, metric=config.metric),
-        "tuning": config.tune and {**{key: getattr(config.tune, key) for key in TUNING_FACTS}, "rows": tuning},
+        "tuning": tune and {"by": tune.by, "seeds": tune.seeds, "keep": tune.keep, "rows": tuning},
         "missing": [cell.label + (f" ({reason})" if reason else "") for cell, reason in failed.items()],
         "cells": cells,
         "versions": package_versions(),
@@ -212,9 +198,6 @@ def write_results(comparison: Comparison) -> str:
     text = page(files.read_json(comparison.output / JSON), plots)
     files.write_text(comparison.output / MARKDOWN, text)
     return text
-
-
-# ---- Command line
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,12 @@
 """compare.yaml: methods, settings, seeds and tuning, read strictly, with absolute paths.
 
-A method is a name and what it changes in the config of the cold start, so a new loss needs no change here. Left out:
-the configs of the chain's stages. cells.py writes each cell's chain.yaml, and the chain checks it.
+A method is a name and what it changes in the config of the cold start, so a new loss needs no change here.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import RULES, default_rule
 from ..errors import InputError, nearest
-from ..values import load_yaml, read_dataclass
+from ..values import check_choice, load_yaml, read_dataclass
 
 
 STEP = "step-"  # begins the selections that come from rl_from_steps
@@ -24,6 +23,7 @@ TUNE_DIR, SFT_DIR = "tune", "sft"
 FOLDERS = (TUNE_DIR, SFT_DIR)  # of the output folder, so no method or setting may have these names
 OURS = ("output_dir", "seed", "selection", "report")  # keys of chain.yaml that differ from cell to cell
 FIXED = ("output_dir", "seed")  # keys of a stage's config that differ from cell to cell
+FROM_STEP_1 = {"at_least": 1, "hint": "RL from the base is a method with sft: null"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CompareConfig:
     chain: dict[str, Any]
     methods: dict[str, MethodOptions]
     settings: dict[str, SettingOptions] = field(default_factory=dict)
-    rl_from_steps: list[int] = field(default_factory=list)
+    rl_from_steps: list[int] = field(default_factory=list, metadata=FROM_STEP_1)
     reference: list[str] = field(default_factory=list)
     metric: str = "pass@1"
     tune: TuneOptions | None = None
@@ -100,14 +100,13 @@ class CompareConfig:
         options = self.methods[method]
         if self.tune is None or options.sft is None:
             return []
-        return list(grid_points(self.tune.grid if options.grid is None else options.grid))
+        return grid_points(self.tune.grid if options.grid is None else options.grid)
 
 
 def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Collection[str] = ()) -> CompareConfig:
     """Read the comparison in `path`. `output_dir`, from the current folder, wins over it.
 
-    Args:
-        to_come: absolute paths that the configs may name although they do not exist yet.
+    The configs may name the absolute paths `to_come` although they do not exist yet.
 
     Raises:
         InputError: an unknown or mistyped key, a file that does not exist, names that would share a folder, a
@@ -182,21 +181,19 @@ def _set_default_selections(config: CompareConfig) -> None:
             options.selections = [] if config.rl_from_steps else [rule]
 
 
-# ---- Checks
-
-
 def _check_names(config: CompareConfig) -> None:
     """Refuse names that no folder can have, that would give two rows one folder, or that nothing has."""
     if not config.methods:
         raise InputError("methods is empty: name at least one")
-    seen: dict[str, str] = {}
-    for kind, names in (("methods", config.methods), ("settings", [name for name in config.settings if name])):
+    settings, seen = [name for name in config.settings if name], {}
+    for kind, names in (("methods", config.methods), ("settings", settings)):
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", str(name)) or name in FOLDERS:
                 wanted = f"letters, digits and _ . + -, and not {' or '.join(FOLDERS)}"
                 raise InputError(f"{kind}: {name!r} names a folder: {wanted}")
-    places = [(method, row_name(method, each)) for method in config.methods for each in config.selections(method)]
-    for owner, place in [*((f"setting {name}", name) for name in config.settings if name), *places]:
+    pairs = [(method, each) for method in config.methods for each in config.selections(method)]
+    places = [(method, row_name(method, each, "_")) for method, each in pairs]
+    for owner, place in [*((f"setting {name}", name) for name in settings), *places]:
         if place in seen:
             raise InputError(f"{owner} and {seen[place]} would both write to the folder {place}: rename one")
         seen[place] = owner
@@ -204,7 +201,7 @@ def _check_names(config: CompareConfig) -> None:
         for method in options.methods or []:
             if method not in config.methods:
                 raise InputError(f"settings.{name}.methods: no method {method!r}{nearest(method, config.methods)}")
-    rows = [row_label(method, each) for method in config.methods for each in config.selections(method)]
+    rows = [row_name(method, each) for method, each in pairs]
     for name in config.reference:
         if name not in rows:
             raise InputError(f"reference: no row {name!r}, there are {', '.join(rows)}{nearest(name, rows)}")
@@ -215,29 +212,17 @@ def _check_selections(config: CompareConfig) -> None:
         if options.sft is None and options.selections:
             raise InputError(f"methods.{name}: selections need a cold start, and sft is null")
         for rule in options.selections or []:
-            if rule not in RULES:
-                raise InputError(
-                    f"methods.{name}.selections: {rule!r} is not one of {', '.join(RULES)}{nearest(rule, RULES)}"
-                )
-        if options.sft is not None and not config.selections(name):
+            check_choice(f"methods.{name}.selections", rule, RULES)
+        selections = config.selections(name)
+        if not selections:
             raise InputError(f"methods.{name}: neither selections nor rl_from_steps says where RL starts")
-        if len(set(config.selections(name))) != len(config.selections(name)):
+        if len(set(selections)) != len(selections):
             raise InputError(f"methods.{name}: the same selection twice")
-    if any(step < 1 for step in config.rl_from_steps):
-        raise InputError(
-            f"rl_from_steps must be steps from 1 on, got {config.rl_from_steps}; RL from the base is a method "
-            "with sft: null"
-        )
 
 
-def row_name(method: str, selection: str | None) -> str:
-    """Return the folder of a row's cells, as the recipes name theirs."""
-    return method if selection is None else f"{method}_{selection}"
-
-
-def row_label(method: str, selection: str | None) -> str:
-    """Return the name of a row without its setting, as `reference` and the tables give it."""
-    return method if selection is None else f"{method}/{selection}"
+def row_name(method: str, selection: str | None, separator: str = "/") -> str:
+    """Return a row's name without its setting, as `reference` and the tables give it. Its folder has a "_"."""
+    return method if selection is None else f"{method}{separator}{selection}"
 
 
 def _check_seeds_and_grids(config: CompareConfig) -> None:
@@ -245,26 +230,21 @@ def _check_seeds_and_grids(config: CompareConfig) -> None:
     for name, seeds in {"seeds": config.seeds, "tune.seeds": config.tune.seeds if config.tune else [0]}.items():
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise InputError(f"{name} must be different whole numbers from 0 on, at least one, got {seeds}")
+    grids = {f"methods.{name}.grid": options for name, options in config.methods.items() if options.grid is not None}
     if config.tune is None:
-        for name, options in config.methods.items():
-            if options.grid is not None:
-                raise InputError(f"methods.{name}.grid needs a section tune, with seeds of its own")
+        if grids:
+            raise InputError(f"{next(iter(grids))} needs a section tune, with seeds of its own")
         return
     if shared := sorted({*config.seeds} & {*config.tune.seeds}):
         raise InputError(f"tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
     budget = len(_named_points(config.tune.grid, "tune.grid"))
     if config.tune.keep is not None and not 1 <= config.tune.keep <= budget:
         raise InputError(f"tune.keep must lie from 1 to {budget}, the points of the grid, got {config.tune.keep}")
-    for name, options in config.methods.items():
-        if options.grid is None:
-            continue
+    for where, options in grids.items():
         if options.sft is None:
-            raise InputError(f"methods.{name}.grid: without a cold start there is nothing to tune")
-        tried = len(_named_points(options.grid, f"methods.{name}.grid"))
-        if tried != budget:
-            raise InputError(
-                f"methods.{name}.grid has {tried} points, tune.grid {budget}: every method gets the same budget"
-            )
+            raise InputError(f"{where}: without a cold start there is nothing to tune")
+        if (tried := len(_named_points(options.grid, where))) != budget:
+            raise InputError(f"{where} has {tried} points, tune.grid {budget}: every method gets the same budget")
 
 
 def _named_points(grid: Any, where: str) -> list[Point]:
@@ -275,7 +255,7 @@ def _named_points(grid: Any, where: str) -> list[Point]:
             f"{where} must hold lists of values (learning_rate: [1.0e-5, 1.0e-4]) or be a list of points "
             "([{learning_rate: 1.0e-5}, ...])"
         )
-    points = list(grid_points(grid))
+    points = grid_points(grid)
     for point in points:
         if bad := [name for name, value in point.values if isinstance(value, list | dict) or name in FIXED]:
             raise InputError(f"{where}: {bad[0]} must have plain values of the cold start's config")
@@ -286,10 +266,8 @@ def _named_points(grid: Any, where: str) -> list[Point]:
     return points
 
 
-def grid_points(grid: dict[str, list] | list[dict]) -> Iterator[Point]:
-    """Yield all combinations of a mapping's values, or the points of a list as they stand."""
-    if isinstance(grid, list):
-        yield from (Point(tuple(point.items())) for point in grid)
-    else:
-        for values in itertools.product(*grid.values()):
-            yield Point(tuple(zip(grid, values, strict=True)))
+def grid_points(grid: dict[str, list] | list[dict]) -> list[Point]:
+    """Return all combinations of a mapping's values, or the points of a list as they stand."""
+    if isinstance(grid, dict):
+        grid = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [Point(tuple(point.items())) for point in grid]

@@ -25,11 +25,7 @@ FIGURES = (
 
 
 def check(config: CompareConfig, path: Path) -> None:
-    """Have each method's chain checked as the chain would, in every setting and at every point of its grid.
-
-    Raises:
-        InputError: a config that a stage would refuse; the message names the files that the config was made of.
-    """
+    """Check each method's chain as the chain itself would, in every setting and at every point of its grid."""
     evaluation = load_yaml(config.chain["eval"]["config"])
     samples = evaluation.get("samples", 8)
     known = [*FIGURES, *(f"pass@{k}" for k in powers_of_two(samples))]
@@ -64,18 +60,16 @@ def _check_candidates(chain: Chain, path: Path) -> None:
     step = chain.config.selection.step
     if step is None:
         return
-    values = load_yaml(chain.config.sft.config)
+    config, where = chain.config.sft.config, f"{path}: rl_from_steps"
+    values = load_yaml(config)
     every, last = values["diversity_steps"], values.get("max_steps")
     if step % every and step != last:
-        raise InputError(f"{path}: rl_from_steps: step {step} is never saved, candidates are every {every} steps")
+        raise InputError(f"{where}: step {step} is never saved, candidates are every {every} steps")
     if last and step > last:
-        raise InputError(f"{path}: rl_from_steps: step {step} is beyond max_steps {last} of {chain.config.sft.config}")
+        raise InputError(f"{where}: step {step} is beyond max_steps {last} of {config}")
     kept, needed = values.get("max_candidates", 5), -(-last // every) if last else 0
     if kept < needed:
-        raise InputError(
-            f"{path}: rl_from_steps: {chain.config.sft.config} keeps {kept} of {needed} candidates; set "
-            f"max_candidates: {needed}"
-        )
+        raise InputError(f"{where}: {config} keeps {kept} of {needed} candidates; set max_candidates: {needed}")
 
 
 def plan(config: CompareConfig, path: Path, cells: list[Cell], workers: int, open_rows: Collection[str] = ()) -> str:
@@ -94,9 +88,6 @@ def plan(config: CompareConfig, path: Path, cells: list[Cell], workers: int, ope
     return "\n".join([*lines, f"{to_run}, {time}"])
 
 
-# ---- Time
-
-
 @dataclass(frozen=True)
 class Hours:
     """The work that is left. The hours are None where nothing tells them."""
@@ -111,9 +102,8 @@ class Hours:
 def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Collection[str] = ()) -> Hours:
     """Return what is left to run and how long it takes: medians of the method's finished cells, else of all cells.
 
-    Args:
-        open_rows: rows of the table whose point tuning has still to choose. We count all their cells, each with a cold
-            start of its own, since no two of these rows can count on the same point.
+    Tuning has still to choose the point of `open_rows`. We count all their cells, each with a cold start of its own,
+    since no two of these rows can count on the same point.
     """
     measured: dict[str | None, list[tuple[float | None, float]]] = {}
     for cell in cells:
@@ -136,9 +126,8 @@ def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Col
     total = sum(times) / 3600 if known else None
     wall = max(total / workers, max(times, default=0) / 3600) if known else None
     count = len(measured.get(None, []))
-    return Hours(
-        left, starts, total, wall, f"medians of {count} finished cells" if count else "as the section estimate says"
-    )
+    told_by = f"medians of {count} finished cells" if count else "as the section estimate says"
+    return Hours(left, starts, total, wall, told_by)
 
 
 def _seconds(home: Path) -> tuple[float | None, float] | None:

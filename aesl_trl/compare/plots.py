@@ -42,14 +42,27 @@ def colours(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-# ---- Results, row by row
-
-
 def result_panels(result: dict[str, Any]) -> list[Panel]:
     """Draw the metric before (ring) and after RL (dot, interval), and the paired differences to each reference."""
-    return [
-        panel for setting, rows in _sheets(result["rows"], result["metric"]) for panel in _rows(result, setting, rows)
-    ]
+    metric, by_method, panels = result["metric"], colours(result), []
+    for setting, rows in _sheets(result["rows"], metric):
+        start, lines = f"{setting}: " if setting else "", []
+        for row in rows:
+            before, after = row["before"][metric]["mean"], row["after"][metric]
+            seeds = [cell["after"][metric] for cell in result["cells"] if cell["row"] == row["row"]] or [after["mean"]]
+            ring, whisker = [] if before is None else [before], (after["low"], after["high"])
+            lines.append(Row(row["name"], by_method[row["method"]], ring, seeds, whisker))
+        panels.append(_row_panel(f"{start}{metric}, start (ring), RL (dot)", lines))
+        for name in result["reference"]:
+            found = [(row, row["differences"].get(name, {}).get("after", {}).get(metric, {})) for row in rows]
+            lines = [
+                Row(row["name"], by_method[row["method"]], after=[each["mean"]], interval=(each["low"], each["high"]))
+                for row, each in found
+                if each.get("n")
+            ]
+            if lines:
+                panels.append(_row_panel(f"{start}{metric} after RL, minus {name}", lines, zero=True))
+    return panels
 
 
 def _sheets(rows: list[dict], metric: str) -> list[tuple[str, list[dict]]]:
@@ -68,28 +81,6 @@ def _by_step(row: dict) -> bool:
     return (row["selection"] or "").startswith(STEP)
 
 
-def _rows(result: dict[str, Any], setting: str, rows: list[dict]) -> list[Panel]:
-    metric, by_method = result["metric"], colours(result)
-    start = f"{setting}: " if setting else ""
-    lines = []
-    for row in rows:
-        before, after = row["before"][metric]["mean"], row["after"][metric]
-        seeds = [cell["after"][metric] for cell in result["cells"] if cell["row"] == row["row"]] or [after["mean"]]
-        ring, whisker = [] if before is None else [before], (after["low"], after["high"])
-        lines.append(Row(row["name"], by_method[row["method"]], ring, seeds, whisker))
-    panels = [_row_panel(f"{start}{metric}, start (ring), RL (dot)", lines)]
-    for name in result["reference"]:
-        found = [(row, row["differences"].get(name, {}).get("after", {}).get(metric, {})) for row in rows]
-        lines = [
-            Row(row["name"], by_method[row["method"]], after=[each["mean"]], interval=(each["low"], each["high"]))
-            for row, each in found
-            if each.get("n")
-        ]
-        if lines:
-            panels.append(_row_panel(f"{start}{metric} after RL, minus {name}", lines, zero=True))
-    return panels
-
-
 def _row_panel(title: str, rows: list[Row], zero: bool = False) -> Panel:
     def draw(ax: Axes) -> None:
         ring_dot_whisker(ax, rows, dense=True)
@@ -97,9 +88,6 @@ def _row_panel(title: str, rows: list[Row], zero: bool = False) -> Panel:
             ax.axvline(0, color=LIGHT["muted"], linewidth=0.9)
 
     return Panel(title, draw, labelled=False)
-
-
-# ---- Score and diversity before RL against the result
 
 
 def diversity_panels(result: dict[str, Any]) -> list[Panel]:
@@ -132,9 +120,6 @@ def _scatter(ax: Axes, cells: list[dict], name: str, metric: str, by_method: dic
 def _short(name: str, width: int = 18) -> str:
     """Shorten a name in the middle: names that differ do so at their ends."""
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
-
-
-# ---- RL potential against SFT steps
 
 
 def step_panels(result: dict[str, Any]) -> list[Panel]:

@@ -1,15 +1,16 @@
 """The statistics of a comparison: finished cells -> means, intervals, paired differences, rank correlations.
 
-Pure: no files, no torch. The unit is the seed: a seed changes demonstrations, their order, RL's problems and all
-sampling, and problems inside a seed are averaged. Intervals over seeds are Student's t at 95 %, two-sided,
+Nothing here reads files or imports torch. The unit is the seed: a seed changes demonstrations, their order, RL's
+problems and all sampling, and problems inside a seed are averaged. Intervals over seeds are Student's t at 95 %,
 
     mean ± t(0.975, n - 1) * s / sqrt(n)        s: standard deviation with n - 1 in its denominator
 
-as narrow as few seeds allow, not clipped to [0, 1], and not adjusted for the number of rows that are compared.
+two-sided, as narrow as few seeds allow, not clipped to [0, 1], and not adjusted for the number of rows compared.
 """
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,9 +20,6 @@ from ..errors import InputError, nearest
 
 MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds would decide
 SIGNAL = "groups_mixed"
-
-
-# ---- One row, and two rows
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -44,22 +42,15 @@ def seeds_to_decide(mean: float, sd: float) -> int | None:
         t(0.975, n - 1) * sd / sqrt(n) < |mean|
 
     if mean and standard deviation stayed as they are now. At that n about half of all repetitions find a difference of
-    this size. So n is the least that makes sense, and no plan with 80 % power.
-
-    Returns:
-        n from 2 on; None where the difference is zero, or where it would take more than [`MAX_SEEDS`] seeds.
+    this size. So n is the least that makes sense, and no plan with 80 % power. The result is None where the difference
+    is zero, or where it would take more than [`MAX_SEEDS`] seeds.
     """
 
     def decides(n: int) -> bool:
         return t_quantile(n - 1) * sd / math.sqrt(n) < abs(mean)
 
-    if not decides(MAX_SEEDS):
-        return None
-    low, high = 1, MAX_SEEDS  # the left side falls with n: low does not decide, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decides(middle) else (middle, high)
-    return high
+    n = bisect_left(range(2, MAX_SEEDS + 1), True, key=decides) + 2  # the left side falls with n
+    return n if n <= MAX_SEEDS else None
 
 
 def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
@@ -76,9 +67,6 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
     return {**found, "seeds": seeds, "decided": decided, "seeds_to_decide": needed}
 
 
-# ---- The table
-
-
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
     """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of groups with signal."""
     known = [set(cell[when]) for cell in cells for when in ("before", "after")]
@@ -92,25 +80,19 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
     """Return the part of compare.json that holds the statistics.
 
     Args:
-        cells: finished cells of the table: `row`, `seed`, `before` and `after` (figures by name),
-            `setting`, `method`, `selection`, `point`, `step`.
-        rows: in order: `row`, `setting`, `method`, `selection`, and `name` (the row without its setting).
+        cells: records of the finished cells ([`~aesl_trl.compare.cells.Cell.record`]).
+        rows: the rows in order, each with `row`, `setting`, `method`, `selection`, and `name` (without its setting).
         reference: names of the rows to which we take paired differences, each inside its own setting.
-        metric: the figure after RL that counts.
-
-    Returns:
-        `figures`, `metric`, `level`, `rows` (each with `seeds`, `steps`, `before`, `after` and `differences`) and
-        `correlations` of each figure before RL with the metric after it. The correlation with the metric before RL
-        tells what it is worth to choose the start with the best score.
+        metric: the figure after RL that counts. Its correlation with itself before RL tells what it is worth to choose
+            the start with the best score.
 
     Raises:
         InputError: no cell has the figure `metric`.
     """
-    figures = figure_names(cells)
     options = {name for cell in cells for name in cell["after"]}
     if cells and metric not in options:
         raise InputError(f"metric: no finished cell has {metric!r}{nearest(metric, options)}")
-    figures = tuple(dict.fromkeys((*figures, metric)))
+    figures = tuple(dict.fromkeys((*figure_names(cells), metric)))
     by_row = {row["row"]: [cell for cell in cells if cell["row"] == row["row"]] for row in rows}
     return {
         "metric": metric,
@@ -127,16 +109,14 @@ def _row(row: dict, rows: Sequence[dict], by_row: dict[str, list[dict]], figures
     found = {**row, "seeds": [cell["seed"] for cell in mine], "steps": [cell["step"] for cell in mine]}
     for when in ("before", "after"):
         found[when] = {name: summary(list(_by_seed(mine, when, name).values())) for name in figures}
-    found["differences"] = {
-        name: {
-            when: {
-                key: paired(_by_seed(mine, when, key), _by_seed(by_row[others[name]], when, key)) for key in figures
+    found["differences"] = {}
+    for name in reference:
+        if name in others and name != row["name"]:
+            theirs = by_row[others[name]]
+            found["differences"][name] = {
+                when: {key: paired(_by_seed(mine, when, key), _by_seed(theirs, when, key)) for key in figures}
+                for when in ("before", "after")
             }
-            for when in ("before", "after")
-        }
-        for name in reference
-        if name in others and name != row["name"]
-    }
     return found
 
 
@@ -146,10 +126,7 @@ def _by_seed(cells: Sequence[dict], when: str, name: str) -> dict[int, float]:
 
 
 def correlations(cells: Sequence[dict], names: Sequence[str], metric: str) -> list[dict[str, Any]]:
-    """Return the rank correlation of each figure before RL with `metric` after it, and its interval.
-
-    Every run is a point ([`distinct_runs`]).
-    """
+    """Return the rank correlation, over runs, of each figure before RL with `metric` after it, and its interval."""
     found, cells = [], distinct_runs(cells)
     for name in names:
         by_row: dict[str, list[tuple[float, float]]] = {}
@@ -172,9 +149,6 @@ def distinct_runs(cells: Sequence[dict]) -> list[dict]:
         key = (cell["setting"], cell["method"], cell.get("point"), cell["seed"], start)
         found.setdefault(key, cell)
     return list(found.values())
-
-
-# ---- Tuning
 
 
 def tuned(

@@ -52,9 +52,6 @@ def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]
     return chosen, lines
 
 
-# ---- One row
-
-
 def _cells(config: CompareConfig, row: dict[str, Any], seed: int, points: list[Point]) -> list[Cell]:
     place = (row["setting"], row["method"], row["selection"])
     return [Cell(config, *place, seed, point, tuning=True) for point in points]
@@ -78,10 +75,7 @@ def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
 
 
 def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:
-    """Return the best point, each point's figures, and the number of finished cells.
-
-    The best point is None while a cell is at work.
-    """
+    """Return the best point (None while a cell is at work), each point's figures, and the number of finished cells."""
     found = [item for cell in cells if (item := cell.record())]
     failed = [cell for cell in cells if failure(cell.home)]
     best, figures = tuned(found, points, seeds, lambda item: item["after"].get(config.tune.by))

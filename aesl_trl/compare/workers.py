@@ -21,7 +21,7 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without any."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; an empty list for none."""
     named = os.environ.get(DEVICES)
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]

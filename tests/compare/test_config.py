@@ -30,7 +30,10 @@ AESL = {"cold_start_loss": "aesl"}
         ({"methods": {}}, ["methods is empty"]),
         ({"methods": {"nll": {}}}, ["methods.nll: sft is missing"]),
         ({"methods": {"nll": {"sft": {}, "selection": ["last"]}}}, ["methods.nll", "'selection'", "'selections'"]),
-        ({"methods": {"nll": {"sft": {}, "selections": ["lst"]}}}, ["selections: 'lst' is not one of", "'last'"]),
+        (
+            {"methods": {"nll": {"sft": {}, "selections": ["lst"]}}},
+            ["selections is 'lst', but must be one of", "'last'"],
+        ),
         ({"methods": {"nll": {"sft": {}, "selections": ["last", "last"]}}}, ["the same selection twice"]),
         ({"methods": {"nll": {"sft": {}, "selections": []}}}, ["neither selections nor rl_from_steps"]),
         ({"methods": {"base": {"sft": None, "selections": ["last"]}}}, ["selections need a cold start"]),
@@ -49,7 +52,7 @@ AESL = {"cold_start_loss": "aesl"}
         ({"seeds": [1, 1]}, ["seeds must be different whole numbers"]),
         ({"seeds": ["1"]}, ["seeds must be a list of int"]),
         ({"reference": ["nll"]}, ["reference: no row 'nll'", "nll/last"]),
-        ({"rl_from_steps": [0]}, ["rl_from_steps must be steps from 1 on"]),
+        ({"rl_from_steps": [0]}, ["rl_from_steps is 0, but must be at least 1; RL from the base"]),
         ({"chain": {}}, ["chain.grpo is missing"]),
         ({"chain": {"grpo": {"config": "grpo.yaml"}}}, ["chain.eval is missing"]),
         (

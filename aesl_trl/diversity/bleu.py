@@ -16,6 +16,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from ..errors import InputError, in_one_line, nearest
+from ..values import check_choice
 
 
 def self_bleu(
@@ -54,9 +55,7 @@ def self_bleu(
     Raises:
         InputError: sacrebleu does not have a setting, or a completion is no text.
     """
-    if smooth_method not in BLEU.SMOOTH_DEFAULTS:
-        options = list(BLEU.SMOOTH_DEFAULTS)
-        raise InputError(f"smooth_method={smooth_method!r} is not one of {options}{nearest(smooth_method, options)}")
+    check_choice("smooth_method", smooth_method, BLEU.SMOOTH_DEFAULTS)
     high = 1 if smooth_method == "floor" else math.inf  # a floor above 1 is a precision above 1
     if smooth_value is not None and not (0 <= smooth_value <= high and math.isfinite(smooth_value)):
         allowed = "between 0 and 1" if high == 1 else "at least 0 and finite"
@@ -118,15 +117,11 @@ def sentence_bleus(
 
     Texts are lists of words or ids. At least two texts, or one reference, are needed.
     """
-    lengths = np.array([len(text) for text in texts], dtype=int)
-    if references is None:
-        matched = _matches(texts, lengths, len(texts), max_ngram_order)
-        closest = _closest_of_others(lengths)
-    else:
-        reference_lengths = np.array([len(text) for text in references], dtype=int)
-        both = np.concatenate([lengths, reference_lengths])
-        matched = _matches([*texts, *references], both, len(texts), max_ngram_order)
-        closest = _closest(lengths, reference_lengths)
+    everything = [*texts, *(references or ())]
+    all_lengths = np.array([len(text) for text in everything], dtype=int)
+    lengths, reference_lengths = np.split(all_lengths, [len(texts)])
+    matched = _matches(everything, all_lengths, len(texts), max_ngram_order)
+    closest = _closest_of_others(lengths) if references is None else _closest(lengths, reference_lengths)
     return [
         BLEU.compute_bleu(
             right,

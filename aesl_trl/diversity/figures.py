@@ -49,15 +49,10 @@ class Group:
 
     @classmethod
     def from_row(cls, row: dict, where: str, needs: Collection[str] = ("prompt",)) -> "Group":
-        """Read a group from its row in a file of samples. Keys that are no fields (`prompt_index`) are left out.
+        """Read a group from an object of samples/step-N.jsonl or of an evaluation's samples; `where` names its line.
 
-        Args:
-            row: an object of samples/step-N.jsonl or of an evaluation's samples.
-            where: file and line, for the message.
-            needs: fields that the row must have beside `completions`. The others are None where the row lacks them.
-
-        Raises:
-            InputError: the row lacks a field, or a list does not have one entry for each completion.
+        Beside `completions` the row must have the fields `needs`; a row without one, and a list without one entry for
+        each completion, are refused. Other fields may be missing, and other keys (`prompt_index`) are left out.
         """
         completions = row.get("completions") if isinstance(row, dict) else None
         if not isinstance(completions, list) or not all(isinstance(text, str) for text in completions):
@@ -78,9 +73,6 @@ class Group:
 
 class PromptSums(dict[str, list[tuple[float, float]]]):
     """For each figure the (numerator, denominator) of each prompt; (0, 0) of a prompt that cannot give the figure."""
-
-
-# ---- Figures of one prompt
 
 
 def distinct_n(completions: Iterable[str], n: int) -> float:
@@ -129,11 +121,9 @@ def final_answer(completion: str) -> str:
                 last, content = start, completion[start : match.start()]
         elif match.group().endswith("{") and (match[1] or match.group() == "{"):
             opened.append(match.end() if match[1] else -1)
-    lines = [] if last >= 0 else completion.split("\n")
-    return content.strip() if last >= 0 else next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-# ---- Figures of all prompts
+    if last >= 0:
+        return content.strip()
+    return next((line.strip() for line in reversed(completion.split("\n")) if line.strip()), "")
 
 
 def measure(
@@ -169,9 +159,8 @@ def measure(
     Raises:
         InputError: there are no groups, or `base_completions` has another number of prompts.
     """
-    sums = _as_sums(groups, success_threshold, base_completions)
     figures = {}
-    for name, pairs in sums.items():
+    for name, pairs in prompt_sums(groups, success_threshold, base_completions).items():
         part, whole = map(math.fsum, zip(*pairs, strict=True))
         figures[name] = part / whole if whole else math.nan
     return figures
@@ -195,7 +184,7 @@ def intervals(
     Returns:
         One pair for each figure; NaN twice where the figure is NaN.
     """
-    sums = _as_sums(groups, success_threshold, base_completions)
+    sums = prompt_sums(groups, success_threshold, base_completions)
     pairs = np.array(list(sums.values()), dtype=float)  # [figure, prompt, 2]
     ends = ratio_intervals(pairs[..., 0].T, pairs[..., 1].T, level=level, resamples=resamples, seed=seed)
     return {name: list(pair) for name, pair in zip(sums, ends, strict=True)}
@@ -209,24 +198,22 @@ def by_prompt(
     They serve [`~intervals.paired_interval`]: steps measured on the same prompts differ by less than their intervals
     suggest.
     """
-    sums = _as_sums(groups, success_threshold, None)
+    sums = prompt_sums(groups, success_threshold)
     kept = [name for name in sums if name in ("entropy", "self_bleu") or name.startswith("pass@")]
     return {name: [part / whole if whole else None for part, whole in sums[name]] for name in kept}
 
 
-def _as_sums(groups, success_threshold: float, base_completions) -> PromptSums:
-    if isinstance(groups, PromptSums):
-        return groups
-    return prompt_sums(groups, success_threshold=success_threshold, base_completions=base_completions)
-
-
 def prompt_sums(
-    groups: Sequence[Group],
-    *,
+    groups: Sequence[Group] | PromptSums,
     success_threshold: float = 1.0,
     base_completions: Sequence[Sequence[str]] | None = None,
 ) -> PromptSums:
-    """Return the sums that [`measure`], [`intervals`] and [`by_prompt`] share; arguments and errors are theirs."""
+    """Return the sums that [`measure`], [`intervals`] and [`by_prompt`] share; arguments and errors are theirs.
+
+    `groups` that are such sums already are returned as they are.
+    """
+    if isinstance(groups, PromptSums):
+        return groups
     if not groups:
         raise InputError("there are no samples to measure: the list of groups is empty")
     if base_completions is not None and len(base_completions) != len(groups):
@@ -237,16 +224,16 @@ def prompt_sums(
     sums = {
         "entropy": exact if entropy_estimator(groups) == "exact" else sampled,
         "entropy_sampled": sampled,
-        "self_bleu": [_once(self_bleu_of_tokens(words)) for words in texts],
-        **{f"distinct_{n}": [_once(_distinct_share(words, n)) for words in texts] for n in (1, 2, 3, 4)},
-        "unique": [_once(unique_share(group.completions)) for group in groups],
-        "length": [_sample_sums(group.num_tokens) for group in groups],
-        "truncated": [_sample_sums(group.truncated) for group in groups],
-        "eos_prob": [_sample_sums(group.eos_prob) for group in groups],
+        "self_bleu": [known_sum([self_bleu_of_tokens(words)]) for words in texts],
+        **{f"distinct_{n}": [known_sum([_distinct_share(words, n)]) for words in texts] for n in (1, 2, 3, 4)},
+        "unique": [known_sum([unique_share(group.completions)]) for group in groups],
+        "length": [known_sum(group.num_tokens) for group in groups],
+        "truncated": [known_sum(group.truncated) for group in groups],
+        "eos_prob": [known_sum(group.eos_prob) for group in groups],
     }
     if base_completions is not None:
         sums["bleu_to_base"] = [
-            _once(mean_score(sentence_bleus(words, tokenized(base))) if words and base else math.nan)
+            known_sum([mean_score(sentence_bleus(words, tokenized(base))) if words and base else None])
             for words, base in zip(texts, base_completions, strict=True)
         ]
     if any(group.rewards is not None for group in groups):
@@ -259,23 +246,15 @@ def _reward_sums(groups: Sequence[Group], success_threshold: float) -> dict[str,
     rewards = [group.rewards or [] for group in groups]
     totals = [[[value for value in sample if is_number(value)] for sample in samples] for samples in rewards]
     counts = right_counts(groups, success_threshold)
+    sums = {"reward": [known_sum([math.fsum(values) for values in samples if values]) for samples in totals]}
+    for k in powers_of_two(max(map(len, rewards))):
+        sums[f"pass@{k}"] = [known_sum([pass_at_k(num, right, k) if num >= k else None]) for num, right in counts]
     signals = [group_signal([num], [right]) if num else {} for num, right in counts]
-    answers = [{final_answer(text) for text in group.completions} - {""} for group in groups]
-    return {
-        "reward": [_sample_sums([math.fsum(values) for values in samples if values]) for samples in totals],
-        **{
-            f"pass@{k}": [_once(pass_at_k(num, right, k) if num >= k else math.nan) for num, right in counts]
-            for k in powers_of_two(max(map(len, rewards)))
-        },
-        **{
-            f"groups_{name}": [_once(signal.get(name, math.nan)) for signal in signals]
-            for name in ("all_right", "all_wrong", "mixed")
-        },
-        "distinct_answers": [
-            _once(len(different) if group.rewards is not None and group.completions else math.nan)
-            for group, different in zip(groups, answers, strict=True)
-        ],
-    }
+    for name in ("all_right", "all_wrong", "mixed"):
+        sums[f"groups_{name}"] = [known_sum([signal.get(name)]) for signal in signals]
+    graded = [group.completions if group.rewards is not None else [] for group in groups]
+    answers = [len({final_answer(text) for text in texts} - {""}) if texts else None for texts in graded]
+    return sums | {"distinct_answers": [known_sum([number]) for number in answers]}
 
 
 def right_counts(groups: Iterable[Group], success_threshold: float = 1.0) -> list[tuple[int, int]]:
@@ -302,7 +281,7 @@ def entropy_estimator(groups: Iterable[Group]) -> str:
 
 
 def _token_sums(group: Group, values: Sequence[float | None] | None) -> tuple[float, float]:
-    """Return the sum of `values` (means over a sample) over all tokens whose sample has one, and their number."""
+    """Return the sum over the tokens of all samples whose mean is known in `values`, and the number of tokens."""
     if values is None:
         return 0.0, 0.0
     pairs = zip(group.num_tokens, values, strict=True)
@@ -310,11 +289,7 @@ def _token_sums(group: Group, values: Sequence[float | None] | None) -> tuple[fl
     return math.fsum(tokens * value for tokens, value in known), float(sum(tokens for tokens, _ in known))
 
 
-def _sample_sums(values: Sequence[float | None] | None) -> tuple[float, float]:
+def known_sum(values: Sequence[float | None] | None) -> tuple[float, float]:
+    """Return the sum of the values that are known, and their number."""
     known = [float(value) for value in values or () if is_number(value)]
     return math.fsum(known), float(len(known))
-
-
-def _once(value: float) -> tuple[float, float]:
-    """Return the sums of a prompt that counts once, or not at all where its figure is not known."""
-    return (float(value), 1.0) if is_number(value) else (0.0, 0.0)

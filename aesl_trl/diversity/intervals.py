@@ -30,9 +30,6 @@ def with_interval(value: float | None, ends: Sequence[float | None] | None, digi
     return f"{value:.{digits}f}{brackets}"
 
 
-# ---- Bootstrap over prompts
-
-
 def bootstrap_interval(
     values: Sequence[float | None], *, level: float = LEVEL, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -91,14 +88,8 @@ def ratio_intervals(
 ) -> list[tuple[float, float]]:
     """Return the percentile bootstrap intervals of `numerators.sum(0) / denominators.sum(0)`, problems resampled.
 
-    All figures share the resampled problems. A resample without a denominator is left out.
-
-    Args:
-        numerators, denominators: [problem, figure], finite.
-        level, resamples, seed: as in [`bootstrap_interval`].
-
-    Returns:
-        (low, high) of each figure; NaN twice where no resample has the figure.
+    The arrays are [problem, figure] and finite; the settings are those of [`bootstrap_interval`]. All figures share
+    the resampled problems. A resample without a denominator is left out; without any, both ends are NaN.
     """
     if not 0 < level < 1:
         raise InputError(f"level must lie between 0 and 1, got {level}")
@@ -111,17 +102,13 @@ def ratio_intervals(
     blocks = []
     rows = max(1, 2**20 // problems)  # resamples at once, so that memory stays bounded
     for start in range(0, resamples, rows):
-        counts = _resampled_counts(generator, min(rows, resamples - start), problems)
+        size = min(rows, resamples - start)
+        drawn = generator.integers(problems, size=(size, problems)) + problems * np.arange(size)[:, None]
+        # How often each problem is in each resample, [resample, problem]
+        counts = np.bincount(drawn.ravel(), minlength=size * problems).reshape(size, problems).astype(float)
         with np.errstate(divide="ignore", invalid="ignore"):
             blocks.append((counts @ numerators) / (counts @ denominators))
     return [_percentiles(values, level) for values in np.concatenate(blocks).T]
-
-
-def _resampled_counts(generator: np.random.Generator, resamples: int, problems: int) -> np.ndarray:
-    """Draw problems with replacement; return how often each problem is in each resample, [resample, problem]."""
-    drawn = generator.integers(problems, size=(resamples, problems))
-    drawn += problems * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * problems).reshape(resamples, problems).astype(float)
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
@@ -131,9 +118,6 @@ def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-# ---- Student's t
 
 
 def t_probability(t: float, df: int) -> float:
@@ -154,11 +138,7 @@ def t_probability(t: float, df: int) -> float:
 
 @cache
 def t_quantile(df: int, level: float = LEVEL) -> float:
-    """Return the t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for df 4.
-
-    Raises:
-        InputError: `df` is below 1 or `level` outside (0, 1).
-    """
+    """Return the t that |T| stays below with probability `level`: 12.706 for df 1 at 0.95, 2.776 for df 4."""
     if df < 1 or not 0 < level < 1:
         raise InputError(f"Student's t needs df >= 1 and 0 < level < 1, got df {df} and level {level}")
     low, high = 0.0, 1.0
@@ -168,9 +148,6 @@ def t_quantile(df: int, level: float = LEVEL) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_probability(middle, df) < level else (low, middle)
     return (low + high) / 2
-
-
-# ---- Rank correlation
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -192,10 +169,8 @@ def spearman_interval(
     """Return the percentile bootstrap interval of Spearman's correlation, clusters resampled whole.
 
     A cluster holds the points of one row, such as its seeds: they start alike, and resampled one by one they would
-    count as independent. Resamples in which a side is constant are left out.
-
-    Returns:
-        (low, high); NaN twice with fewer than [`MIN_CLUSTERS`] clusters.
+    count as independent. Resamples in which a side is constant are left out. Both ends are NaN with fewer than
+    [`MIN_CLUSTERS`] clusters.
     """
     if len(clusters) < MIN_CLUSTERS:
         return math.nan, math.nan

@@ -47,7 +47,7 @@ def avg_at_k(num_samples: int, num_correct: int) -> float:
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """Return 1, 2, 4, ... up to `limit`: the values of k that are reported."""
+    """Return 1, 2, 4, ... up to `limit`: the values of k that we report."""
     return [2**exponent for exponent in range(int(limit).bit_length())]
 
 
@@ -70,23 +70,16 @@ def group_signal(num_samples: int | Sequence[int], num_correct: Sequence[int]) -
     for total, right in zip(num_samples, num_correct, strict=True):
         _check_counts(total, right)
     groups = len(num_correct)
-    if groups == 0:
-        return {"all_right": math.nan, "all_wrong": math.nan, "mixed": math.nan}
     all_right = sum(right == total for total, right in zip(num_samples, num_correct, strict=True))
     all_wrong = sum(right == 0 for right in num_correct)
-    return {
-        "all_right": all_right / groups,
-        "all_wrong": all_wrong / groups,
-        "mixed": (groups - all_right - all_wrong) / groups,
-    }
+    counts = {"all_right": all_right, "all_wrong": all_wrong, "mixed": groups - all_right - all_wrong}
+    return {name: count / groups if groups else math.nan for name, count in counts.items()}
 
 
 def expected_group_variance(success_rate: float, group_size: int) -> float:
     """Return the expected variance of the 0/1 rewards inside a group, `p (1 - p) (g - 1) / g` (arXiv 2606.18487).
 
-    Args:
-        success_rate: p, the chance in [0, 1] that a sample is right.
-        group_size: g, the number of samples in a group. The variance divides by g, and is zero for a group of one.
+    p is the chance that a sample is right, in [0, 1], and g the number of samples. The variance divides by g.
     """
     if not 0 <= success_rate <= 1:
         raise InputError(f"success_rate must lie between 0 and 1, got {success_rate}")

@@ -6,13 +6,13 @@ result of a short RL run is taken as given (`rl` of an entry). docs/readiness.md
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .figures import Group, intervals, measure, prompt_sums, right_counts
+from .figures import Group, intervals, known_sum, measure, prompt_sums, right_counts
 from .intervals import is_number, with_interval
 from .passk import expected_group_variance
-from .series import turning_point_of
+from .series import nearest_step, turning_point_of
 
 
 READY, COLLAPSED, NOT_ABLE, NEVER_STOPS, SOLVED = "ready", "collapsed", "not yet able", "never stops", "solved"
@@ -29,9 +29,6 @@ MAX_TRUNCATED = 0.5
 MIN_PROMPTS, MIN_SAMPLES = 64, 8
 
 CAUTION = "caution: "  # opens a reason that did not decide
-
-
-# ---- Figures
 
 
 def expected_mixed(success_rate: float, group_size: int) -> float:
@@ -55,35 +52,34 @@ def figures_of(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the figures of graded groups, and their 95% intervals over prompts.
 
-    Args:
-        groups: the samples of each prompt, with rewards.
-        success_threshold: a sample is right when its first reward gives at least this.
-        reward_weights: weights of the reward functions in GRPO's sum, by default 1 each.
-
-    Returns:
-        The figures of [`~figures.measure`], and
-        - `signal`: share of groups whose summed rewards differ, the only groups with a gradient in GRPO (`1 -
-          frac_reward_zero_std` in TRL's log); with one 0/1 reward it equals `groups_mixed`;
-        - `reward_std`: standard deviation of the summed rewards within a group (divided by g - 1, as TRL's), mean over
-          groups;
-        - `variance`: variance of right and wrong (0/1) within a group, divided by g, mean over groups;
-        - `variance_if_alike`, `mixed_if_alike`: the `variance` and `groups_mixed` to expect if every prompt were as
-          hard as the mean, p = pass@1: [`~passk.expected_group_variance`] and [`expected_mixed`]. Both are concave in
-          p: if prompts differ in difficulty, the observed value is lower, and the gap is the signal lost to prompts
-          that are always right or wrong. (At each prompt's own p the predicted variance is the observed one.)
+    A sample is right when its first reward gives at least `success_threshold`. `reward_weights` are those of GRPO's
+    sum, by default 1 each. The figures are those of [`~figures.measure`], and
+    - `signal`: share of groups whose summed rewards differ, the only groups with a gradient in GRPO (`1 -
+      frac_reward_zero_std` in TRL's log); with one 0/1 reward it equals `groups_mixed`;
+    - `reward_std`: standard deviation of the summed rewards within a group (divided by g - 1, as TRL's), mean over
+      groups;
+    - `variance`: variance of right and wrong (0/1) within a group, divided by g, mean over groups;
+    - `variance_if_alike`, `mixed_if_alike`: the `variance` and `groups_mixed` to expect if every prompt were as hard
+      as the mean, p = pass@1: [`~passk.expected_group_variance`] and [`expected_mixed`]. Both are concave in p: if
+      prompts differ in difficulty, the observed value is lower, and the gap is the signal lost to prompts that are
+      always right or wrong. (At each prompt's own p the predicted variance is the observed one.)
     """
-    sums = prompt_sums(groups, success_threshold=success_threshold)
-    totals = [[_total(sample, reward_weights) for sample in group.rewards or []] for group in groups]
-    totals = [[value for value in values if value is not None] for values in totals]
+    sums = prompt_sums(groups, success_threshold)
+    rewards = [[_total(sample, reward_weights) for sample in group.rewards or []] for group in groups]
+    totals = [[total for total in samples if total is not None] for samples in rewards]
     right = [[1.0] * right + [0.0] * (num - right) for num, right in right_counts(groups, success_threshold)]
     stds = [math.sqrt(_variance(values, lost=1)) if len(values) > 1 else None for values in totals]
-    sums["signal"] = [(0.0, 0.0) if std is None else (float(std > 1e-8), 1.0) for std in stds]
-    sums["reward_std"] = [(0.0, 0.0) if std is None else (std, 1.0) for std in stds]
-    sums["variance"] = [(_variance(values), 1.0) if values else (0.0, 0.0) for values in right]
+    sums["signal"] = [known_sum([None if std is None else std > 1e-8]) for std in stds]
+    sums["reward_std"] = [known_sum([std]) for std in stds]
+    sums["variance"] = [known_sum([_variance(values) if values else None]) for values in right]
     figures, ends = measure(sums), intervals(sums)
     group_size = max(len(group.completions) for group in groups)
+    rate, (low, high) = figures["pass@1"], ends["pass@1"]
     for name, expected in (("variance_if_alike", expected_group_variance), ("mixed_if_alike", expected_mixed)):
-        figures[name], ends[name] = _predicted(expected, figures["pass@1"], ends["pass@1"], group_size)
+        # Both rise up to p = 0.5 and fall from there
+        at = [low, high, 0.5] if low < 0.5 < high else [low, high]
+        at_rate, *values = (math.nan if math.isnan(p) else expected(p, group_size) for p in (rate, *at))
+        figures[name], ends[name] = at_rate, [min(values), max(values)]
     return figures, ends
 
 
@@ -97,22 +93,6 @@ def _total(sample: Sequence[float | None], weights: Sequence[float] | None) -> f
 def _variance(values: Sequence[float], lost: int = 0) -> float:
     mean = math.fsum(values) / len(values)
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - lost)
-
-
-def _predicted(
-    expected: Callable[[float, int], float], rate: float, ends: Sequence[float], group_size: int
-) -> tuple[float, list[float]]:
-    """Return `expected` at `rate`, and its range over the interval `ends`: it rises to 0.5 and falls from there."""
-
-    def at(rate: float) -> float:
-        return math.nan if math.isnan(rate) else expected(rate, group_size)
-
-    low, high = ends
-    values = [at(end) for end in (low, high, *([0.5] if low < 0.5 < high else []))]
-    return at(rate), [min(values), max(values)]
-
-
-# ---- The verdict
 
 
 @dataclass(frozen=True)
@@ -154,11 +134,9 @@ def judge(
     above p* (the prompts are split into always right and always wrong ones) or where an earlier step of the run had
     signal, else "not yet able".
 
-    Args:
-        figures, ends: as [`figures_of`] returns them; None stands for unknown.
-        group_size: samples of a prompt.
-        history: the run that the checkpoint belongs to, if any.
-        temperature: temperature of the samples. The entropy flag is for temperature 1.
+    `figures` and `ends` are those of [`figures_of`], where None stands for unknown; `group_size` is the number of
+    samples of a prompt, and `temperature` theirs (the entropy flag is for temperature 1). `history` is the run that
+    the checkpoint belongs to, if any.
     """
     shown = {key: with_interval(figures.get(key), ends.get(key)) for key in figures}
     if figures["truncated"] >= MAX_TRUNCATED:
@@ -224,7 +202,7 @@ def go_back(history: History) -> tuple[int | None, str]:
         why = f"diversity turned at step {turning}"
         if not saved:
             return turning, f"{why}, of which no weights are saved"
-        nearest = min(saved, key=lambda step: (abs(step - turning), step))
+        nearest = nearest_step(turning, saved)
         return nearest, why if nearest == turning else f"{why}, saved is {nearest}"
     entropy = {row["step"]: row["entropy"] for row in history.rows if is_number(row.get("entropy"))}
     measured = [step for step in saved if step in entropy]
@@ -232,9 +210,6 @@ def go_back(history: History) -> tuple[int | None, str]:
         return None, "no earlier step of the run is both measured and saved: train again with diversity_steps"
     best = max(measured, key=lambda step: (entropy[step], -step))
     return best, f"step {best} has the most diverse samples of the saved ones before it ({entropy[best]:.2f} nats)"
-
-
-# ---- Entries of readiness.json
 
 
 def entry(
@@ -264,13 +239,12 @@ def entry(
     }
 
 
-def rank(entries: Iterable[dict]) -> tuple[dict | None, str]:
+def rank(entries: Sequence[dict]) -> tuple[dict | None, str]:
     """Return the best of the entries that are ready, and why; None where no entry is ready.
 
     Entries are compared by the reward after the short RL run where every ready one had it, with equal budget; else by
     the share of groups with signal. Of equal entries the larger variance within groups wins, then the earlier step.
     """
-    entries = list(entries)
     ready = [entry for entry in entries if entry["verdict"] == READY]
     if not ready:
         verdicts = [entry["verdict"] for entry in entries]

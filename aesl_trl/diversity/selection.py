@@ -15,7 +15,7 @@ from ..provenance import __version__
 from ..values import check_choice
 from .intervals import is_number
 from .readiness import rank
-from .series import METRICS, by_step, check_settings, turning_point_of
+from .series import METRICS, by_step, check_settings, nearest_step, turning_point_of
 
 
 EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # on which side of the figure the model is best
@@ -51,9 +51,8 @@ def select_checkpoint(
         diversity_rows: lines of diversity.jsonl. Of a step measured twice (a resumed run), the later line counts.
         eval_rows: rows with `step` and `eval_nll`, such as Trainer's log_history.
         candidates: steps of the saved candidates.
-        rule: one of the above.
+        rule, patience: one of the above; and the patience of [`~turning_point.find_turning_point`].
         metric: "entropy" or "self_bleu". The turning point of the other metric goes into the evidence.
-        patience: as in [`~turning_point.find_turning_point`].
         best_eval_metric: "eval_nll" (lowest) or "pass@1" of the diversity rows (highest).
         readiness: the contents of readiness.json, which the rule "readiness" needs.
 
@@ -62,10 +61,6 @@ def select_checkpoint(
         `candidates`, `metric`. The evidence has `turning_point` (by metric: `step`, `reason` and the numbers),
         `evaluation` (`metric`, and its `values` by step) and `measured` (the diversity row of the chosen step, or
         None). It has `verdicts` (by step) under the rule "readiness", and `wanted_step` where that was not saved.
-
-    Raises:
-        InputError: there are no candidates; the rule or a metric is unknown; the metric was not measured; no candidate
-            was probed; or the rows were measured with different settings.
     """
     check_choice("rule", rule, RULES)
     check_choice("metric", metric, METRICS)
@@ -89,7 +84,7 @@ def select_checkpoint(
     if rule == "readiness" and not probed:
         raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
     applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed)
-    step = _nearest(wanted, candidates)
+    step = nearest_step(wanted, candidates)
     evidence = {
         "turning_point": turning_points,
         "evaluation": {"metric": best_eval_metric, "values": evaluations},
@@ -109,10 +104,6 @@ def select_checkpoint(
         "candidates": candidates,
         "metric": metric,
     }
-
-
-def _nearest(step: int, candidates: Iterable[int]) -> int:
-    return min(candidates, key=lambda candidate: (abs(candidate - step), candidate))
 
 
 def _apply(
@@ -189,8 +180,8 @@ def select_run(
     if step is not None:
         if step not in candidates:
             raise InputError(
-                f"{folder.sft / files.CANDIDATES} holds no step {step}, the nearest is {_nearest(step, candidates)}; "
-                "raise max_candidates to keep more"
+                f"{folder.sft / files.CANDIDATES} holds no step {step}, "
+                f"the nearest is {nearest_step(step, candidates)}; raise max_candidates to keep more"
             )
         candidates, rule = [step], "last"
     selection = select_checkpoint(

@@ -38,7 +38,7 @@ def turning_point_of(rows: Iterable[dict], metric: str, patience: int = 3) -> Se
         [row.get(metric) for row in measured.values()],
         mode=METRICS[metric],
         patience=patience,
-        by_prompt=[row.get("by_prompt", {}).get(metric) for row in measured.values()],
+        by_prompt=[(row.get("by_prompt") or {}).get(metric) for row in measured.values()],
     )
 
 
@@ -62,12 +62,15 @@ def check_settings(rows: Iterable[dict], where: str | Path = files.DIVERSITY) ->
                 )
 
 
+def nearest_step(step: int, saved: Iterable[int]) -> int:
+    """Return the saved step that is nearest to `step`, and of two equally near the earlier."""
+    return min(saved, key=lambda candidate: (abs(candidate - step), candidate))
+
+
 def base_completions(folder: Path, prompts: list) -> list[list[str]] | None:
     """Return the samples of step 0 in an SFT folder, by prompt; None where step 0 has no samples of these prompts."""
     path = folder / files.SAMPLES / "step-0.jsonl"
     if not path.exists():
         return None
     rows = files.read_jsonl(path)
-    if [row["prompt"] for row in rows] != prompts:
-        return None
-    return [row["completions"] for row in rows]
+    return [row["completions"] for row in rows] if [row["prompt"] for row in rows] == prompts else None

@@ -147,11 +147,8 @@ def _paired(by_prompt, places: list[int], steps: list[int]) -> tuple[np.ndarray 
 
 
 def _shape(values: list[float], prompts: np.ndarray | None, sign: float, steps: list[int]) -> dict:
-    """Return peak, rise, fall and noise of `values`, and how large rise and fall have to be.
-
-    Values times `sign` are heights: high is diverse.
-    """
-    heights = [sign * value for value in values]
+    """Return peak, rise, fall and noise of `values`, and how large rise and fall have to be."""
+    heights = [sign * value for value in values]  # high is diverse
     fit = unimodal_fit(heights)
     top = max(fit)
     peak = fit.index(top)  # a measured value, or the first of equal values: nothing is pooled at the top
@@ -161,16 +158,17 @@ def _shape(values: list[float], prompts: np.ndarray | None, sign: float, steps: 
         "rise": [place for place in range(peak) if fit[place] == fit[0]],
         "fall": [place for place in range(peak + 1, len(fit)) if fit[place] == fit[-1]],
     }
-    errors, needed = {}, {}
-    for name, level in levels.items():
-        errors[name], needed[name] = 0.0, threshold * noise
-        if prompts is not None:
-            errors[name] = _error(prompts, peak, level)
-            # Few prompts know their own spread less well: Student's quantile at the level of the normal one
-            confidence = math.erf(STANDARD_ERRORS / math.sqrt(2))
-            sampling = t_quantile(prompts.shape[1] - 1, confidence) * errors[name]
-            by_noise = needed[name] if len(fit) >= MINIMUM else math.inf
-            needed[name] = min(by_noise, math.hypot(sampling, MULTIPLE * noise))
+    errors, needed = dict.fromkeys(levels, 0.0), dict.fromkeys(levels, threshold * noise)
+    if prompts is not None:
+        # Few prompts know their own spread less well: Student's quantile at the level of the normal one
+        quantile = t_quantile(prompts.shape[1] - 1, math.erf(STANDARD_ERRORS / math.sqrt(2)))
+        by_noise = threshold * noise if len(fit) >= MINIMUM else math.inf
+        for name, level in levels.items():
+            if level:  # else there is no rise, or no fall, to judge
+                # Each prompt is its own control: whatever measurements share (hard prompts, the sampling seed) cancels
+                differences = prompts[peak] - prompts[level].mean(axis=0)
+                errors[name] = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+            needed[name] = min(by_noise, math.hypot(quantile * errors[name], MULTIPLE * noise))
     return {
         "fit": [sign * level for level in fit],
         "peak_step": steps[peak],
@@ -188,17 +186,6 @@ def _shape(values: list[float], prompts: np.ndarray | None, sign: float, steps: 
         "threshold": threshold,
         "needed": max(needed.values()),
     }
-
-
-def _error(prompts: np.ndarray, peak: int, level: list[int]) -> float:
-    """Return the standard error over prompts of the peak against the mean of the steps in `level`.
-
-    Each prompt is its own control, so what measurements share (hard prompts, the sampling seed) cancels.
-    """
-    if not level:
-        return 0.0  # no rise, or no fall: nothing to judge
-    differences = prompts[peak] - prompts[level].mean(axis=0)
-    return float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 def _decide(evidence: dict) -> Selection:

@@ -36,9 +36,6 @@ PSFT_LOG_RATIO = 20.0  # the authors' clamp of log pi - log pi_old, for stabilit
 Count = Tensor | float | int
 
 
-# ---- AESL
-
-
 class AESLSettings(TypedDict, total=False):
     """The keywords of every `aesl_*` function on logits; [`aesl_scores`] says what they mean and has the defaults."""
 
@@ -50,7 +47,7 @@ class AESLSettings(TypedDict, total=False):
 
 
 class AESLScores(NamedTuple):
-    """Quantities of AESL, each `[B, L]` and without gradient; 0 where the label is ignored."""
+    """Weights and temperatures, each `[B, L]` and without gradient; 0 where the label is ignored."""
 
     weights: Tensor  # in [0, 1]
     temperatures: Tensor  # >= min_temperature on trained tokens
@@ -139,14 +136,9 @@ def aesl_temperatures(
 ) -> Tensor:
     """Return the temperature of each trained token, from the log-probabilities alone (paper, Eq. 4).
 
-    Args:
-        log_probs: log-probabilities of the labels, in nats, of any shape.
-        prefix_sums, prefix_counts: float64, of the same shape: the sum of the log-probabilities in the token's
-            sequence up to and with the token, and their number.
-        t_scaling, min_temperature, prefix_mode: as in [`aesl_scores`].
-
-    Returns:
-        The shape and dtype of `log_probs`, >= `min_temperature`; meaningless where no token is trained.
+    `prefix_sums` and `prefix_counts` are float64: the sum of the log-probabilities in the token's sequence up to and
+    with the token, and their number. All have the shape of `log_probs`, and so does the result, whose values are
+    meaningless where no token is trained. The settings and their errors are those of [`aesl_scores`].
     """
     if prefix_mode not in PREFIX_MODES:
         raise ValueError(f"prefix_mode is {prefix_mode!r}, but must be one of {', '.join(PREFIX_MODES)}")
@@ -179,14 +171,8 @@ def simple_weights(
 ) -> Tensor:
     """Return the weights of AESL's ablations without prefix and temperature, with q the label's probability.
 
-    Args:
-        logits, labels: `[B, L, V]`, `[B, L]`, already shifted.
-        kind: `"linear"`: 1 - q, which is `prefix_mode="none"` at temperature 1; `"threshold"`: 1 where q < threshold,
-            else 0.
-        threshold: threshold of `"threshold"`, in (0, 1).
-
-    Returns:
-        `[B, L]` in [0, 1], without gradient, 0 where ignored.
+    `kind` is `"linear"` (1 - q, which is `prefix_mode="none"` at temperature 1) or `"threshold"` (1 where q is below
+    `threshold` in (0, 1), else 0). The weights are `[B, L]` in [0, 1], without gradient, 0 where ignored.
     """
     if kind not in AESL_WEIGHTS[1:]:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(AESL_WEIGHTS[1:])}")
@@ -194,9 +180,6 @@ def simple_weights(
         return aesl_weights(logits, labels, t_scaling=1.0, prefix_mode="none", ignore_index=ignore_index)
     probs = gold_log_probs(logits.detach(), labels, ignore_index=ignore_index).exp()
     return (probs < threshold).to(probs.dtype).where(labels != ignore_index, 0.0)
-
-
-# ---- Plain negative log-likelihood
 
 
 def _full_precision(logits: Tensor) -> Tensor:
@@ -225,9 +208,6 @@ def nll_loss(logits: Tensor, labels: Tensor, *, num_items: Count | None = None, 
     return weighted_nll(gold_log_probs(logits, labels, ignore_index=ignore_index), None, num_items)
 
 
-# ---- Rivals
-
-
 def dft_loss(logits: Tensor, labels: Tensor, *, num_items: Count | None = None, ignore_index: int = -100) -> Tensor:
     """Return the loss of Dynamic Fine-Tuning (arXiv 2508.05629), `sum_t sg(q_t) (-log q_t) / num_items`.
 
@@ -248,9 +228,7 @@ def gem_loss(
     num_items: Count | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Return the loss of GEM.
-
-    Li et al., "Preserving Diversity in Supervised Fine-Tuning of Large Language Models", ICLR 2025:
+    """Return the loss of GEM (Li et al., "Preserving Diversity in Supervised Fine-Tuning of LLMs", ICLR 2025).
 
         L = -sum_t sum_v sg(r_v h_v) (log pi(s_t) - log pi(v)) / num_items,    r = softmax(z_t / beta)
 

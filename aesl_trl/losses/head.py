@@ -56,18 +56,12 @@ class LogitTransform(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How the head makes logits, and how it holds them.
+    """How the head makes logits, and how it holds them."""
 
-    Attributes:
-        transform: the architecture's scale and soft cap.
-        tile_dtype: dtype of the logits' tile, by default float32 (float64 for float64 inputs): a low temperature
-            amplifies the rounding of bf16 logits.
-        tile_rows: n, the tokens of a tile, by default by device and budget.
-    """
-
-    transform: LogitTransform = LogitTransform()
+    transform: LogitTransform = LogitTransform()  # of the architecture
+    # None: float32 (float64 for float64 inputs), since a low temperature amplifies the rounding of bf16 logits
     tile_dtype: torch.dtype | None = None
-    tile_rows: int | None = None
+    tile_rows: int | None = None  # n; None: by device and budget
 
 
 class HeadOutput(NamedTuple):
@@ -99,10 +93,8 @@ def fused_head(
         log_probs = z.log_softmax(-1).gather(-1, labels)
         loss_sum = -(rule's weights, detached * log_probs).sum()
 
-    unless the rule brings a value or a gradient of its own ([`~rules.TokenRule`]).
-
-    The products run in the dtype of autocast where it is on and else in that of `hidden`; sums are float32, or float64
-    for float64 inputs.
+    unless the rule brings a value or a gradient of its own ([`~rules.TokenRule`]). The products run in the dtype of
+    autocast where it is on and else in that of `hidden`; sums are float32, or float64 for float64 inputs.
 
     Args:
         hidden: `[N, H]`.
@@ -177,9 +169,9 @@ class _Tokens:
             5, count, dtype=dtype, device=device
         )
         self.is_top1 = torch.empty(count, dtype=torch.bool, device=device)
-        self.temperatures, self.rest = (
-            torch.empty(2, count, dtype=dtype, device=device) if rule.temperatures is not None else (None, None)
-        )
+        self.temperatures = self.rest = None
+        if rule.temperatures is not None:
+            self.temperatures, self.rest = torch.empty(2, count, dtype=dtype, device=device)
         self.statistic = None if rule.tile is None else torch.empty(count, dtype=dtype, device=device)
         starts = torch.ones(count, dtype=torch.bool, device=device)
         starts[1:] = task.sequence_ids[1:] != task.sequence_ids[:-1]

@@ -18,7 +18,12 @@ def statistics(tile: Tensor, tokens, part: slice, transform) -> None:
     tokens.max[part], tokens.log_sum_exp[part] = largest.squeeze(1), log_sum_exp.squeeze(1)
     tokens.log_probs[part] = (gold - largest - log_sum_exp).squeeze(1)
     tokens.entropy[part] = log_sum_exp.squeeze(1) - torch.linalg.vecdot(probs, logits - largest)
-    tokens.is_top1[part] = _is_first_largest(logits, gold, largest, labels)
+    # Whether argmax would return the label, without its slow sweep unless there is a tie
+    others = logits.scatter(1, labels, -torch.inf).amax(1, keepdim=True)
+    is_top1 = gold >= others
+    if bool((gold == others).any()):
+        is_top1 &= logits.argmax(1, keepdim=True) == labels
+    tokens.is_top1[part] = is_top1.squeeze(1)
 
 
 def rest_and_gradient(tile: Tensor, gradient: Tensor | None, tokens, part: slice, transform) -> None:
@@ -72,12 +77,3 @@ def _transformed(tile: Tensor, transform) -> Tensor:
     if transform.scale != 1.0:
         logits = logits * transform.scale
     return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
-
-
-def _is_first_largest(logits: Tensor, gold: Tensor, largest: Tensor, labels: Tensor) -> Tensor:
-    """Return whether argmax would return the label, `[n]`, without the slow sweep of argmax unless there is a tie."""
-    others = logits.scatter(1, labels, -torch.inf).amax(1, keepdim=True)
-    is_top1 = gold >= others
-    if bool((gold == others).any()):
-        is_top1 &= logits.argmax(1, keepdim=True) == labels
-    return is_top1.squeeze(1)

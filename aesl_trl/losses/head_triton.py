@@ -1,7 +1,6 @@
 """The fused head's two tile passes as Triton kernels: one program a row, the vocabulary in blocks.
 
-Both passes take a tile `[n, V]` of products and fill vectors of n numbers; head.py shows where they stand. Arithmetic
-is float64 for a float64 tile, else float32.
+Their arguments are those of head_torch.py. Arithmetic is float64 for a float64 tile, else float32.
 """
 
 import torch
@@ -157,10 +156,7 @@ def statistics(tile: Tensor, tokens, part: slice, transform) -> None:
 
 
 def rest_and_gradient(tile: Tensor, gradient: Tensor | None, tokens, part: slice, transform) -> None:
-    """Run K2: fill `rest` where there are temperatures, and write the gradient of the `[n, V]` products of G1.
-
-    `gradient` may be the tile itself.
-    """
+    """Run K2: fill `rest` where there are temperatures, and write the gradient, which may be the tile itself."""
     has_temperature = tokens.temperatures is not None
     written = tile if gradient is None else gradient
     _rest_and_gradient_kernel[(tile.size(0),)](

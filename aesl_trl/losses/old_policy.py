@@ -27,11 +27,9 @@ OLD_LOG_PROBS = "old_log_probs"  # the key in a batch; its value is wrapped, or 
 
 
 class OldPolicy:
-    """The batches of a trainer with the old policy's log-probabilities beside them.
+    """The batches of an AESLSFTTrainer with the old policy's log-probabilities beside them.
 
-    Args:
-        trainer: an AESLSFTTrainer.
-        refresh_steps: optimiser steps from one refresh to the next, at least 1.
+    A refresh comes after `refresh_steps` optimiser steps, at least 1.
     """
 
     def __init__(self, trainer, refresh_steps: int):

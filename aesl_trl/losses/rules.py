@@ -11,7 +11,6 @@ logits, against which the rules are tested, are in definition.py.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,12 +73,12 @@ def nll_rule() -> TokenRule:
 
 def aesl_rule(*, t_scaling: float = 3.0, min_temperature: float = 1e-2, prefix_mode: str = "inclusive") -> TokenRule:
     """Make the rule of AESL (paper, Eq. 4); the arguments are those of [`~definition.aesl_scores`]."""
-    temperature = partial(
-        aesl_temperatures, t_scaling=t_scaling, min_temperature=min_temperature, prefix_mode=prefix_mode
-    )
+    settings = {"t_scaling": t_scaling, "min_temperature": min_temperature, "prefix_mode": prefix_mode}
     return TokenRule(
         weights=lambda stats: stats.rest,
-        temperatures=lambda stats: temperature(stats.log_probs, stats.prefix_sums, stats.prefix_counts),
+        temperatures=lambda stats: aesl_temperatures(
+            stats.log_probs, stats.prefix_sums, stats.prefix_counts, **settings
+        ),
     )
 
 
@@ -159,7 +158,7 @@ def rule_from_logits(token_losses: Callable[[Tensor, Tensor], Tensor]) -> TokenR
 
 
 class Loss(NamedTuple):
-    """A row of `TOKEN_RULES`.
+    """A row of `TOKEN_RULES`, whose keys are the values of `cold_start_loss`.
 
     Args:
         rule: maps an AESLSFTConfig to the loss's rule under it.
@@ -180,7 +179,6 @@ def _aesl(args) -> TokenRule:
     return aesl_rule(t_scaling=args.t_scaling, min_temperature=args.min_temperature, prefix_mode=args.prefix_mode)
 
 
-# cold_start_loss -> its row
 TOKEN_RULES = {
     "aesl": Loss(
         _aesl, ("t_scaling", "min_temperature", "prefix_mode", "aesl_weight", "weight_threshold"), reads_prefix=True

@@ -59,14 +59,21 @@ class ScoredOutput(ModelOutput):
 def add_fused_head(model) -> None:
     """Let `model(**inputs, labels=labels, token_rule=rule)` return a [`ScoredOutput`] instead of logits.
 
-    A rule that compares with an old policy also takes `old_log_probs=Uncast(values)`, values `[B, L]` shaped as the
-    `log_probs` of the same batch's [`TokenScores`]. Without `token_rule` the original forward runs, so `generate` and
-    TRL's own head are unchanged. Call it on the base model, before PEFT or a distributed wrapper.
+    A rule that compares with an old policy also takes `old_log_probs=Uncast(values)`, with values `[B, L]` as in
+    [`TokenScores`]. Without `token_rule` the original forward runs, so `generate` and TRL's own head are unchanged.
+    Call it on the base model, before PEFT or a distributed wrapper.
 
     Raises:
         InputError: the architecture does more between backbone and logits than one linear layer, a scale and a cap.
     """
-    _refuse_larger_head(model)
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    # A head with layers of its own (BERT) would silently train with other logits
+    if model.base_model is model or name is None or "." in name:
+        raise InputError(
+            f"{type(model).__name__} is not a backbone followed by one linear LM head (found {name}), which is what "
+            "the fused head computes: use a decoder-only model such as Qwen, Llama, Gemma or Mistral"
+        )
     original_forward = model.forward
     text_config = model.config.get_text_config()
     settings = HeadSettings(logit_transform(text_config))
@@ -84,11 +91,9 @@ def add_fused_head(model) -> None:
         old = None if old_log_probs is None else old_log_probs.value
         scored = score_hidden(outputs.last_hidden_state, head, labels, sequence_ids, token_rule, settings, old)
         if kwargs.get("output_router_logits"):
+            mask = kwargs.get("attention_mask")  # None in packed rows: every token counts
             scored.aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                kwargs.get("attention_mask"),  # None in packed rows: every token counts
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
             )
         return scored
 
@@ -98,17 +103,6 @@ def add_fused_head(model) -> None:
 def has_fused_head(model) -> bool:
     """Say whether `add_fused_head` was called on the model, whose forward then takes a `token_rule`."""
     return "token_rule" in inspect.signature(model.forward, follow_wrapped=False).parameters
-
-
-def _refuse_larger_head(model) -> None:
-    """Refuse prediction heads with layers of their own (BERT): they would silently train with other logits."""
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    if model.base_model is model or name is None or "." in name:
-        raise InputError(
-            f"{type(model).__name__} is not a backbone followed by one linear LM head (found {name}), which is what "
-            "the fused head computes: use a decoder-only model such as Qwen, Llama, Gemma or Mistral"
-        )
 
 
 def logit_transform(text_config) -> LogitTransform:
@@ -171,31 +165,22 @@ def score_hidden(
     if sequence_ids is not None:  # a number for each document of each row
         sequences = sequences * (sequence_ids.max() + 1) + sequence_ids
     with maybe_gather_lm_head_ctx(weight, bias):
-        _refuse_foreign_weight(weight, hidden)
+        if weight.dim() != 2 or weight.size(1) != hidden.size(-1) or not weight.is_floating_point():
+            raise InputError(
+                f"the LM head's weight is {weight.dtype} of shape {tuple(weight.shape)}, but must be floating point "
+                f"of shape (vocabulary, {hidden.size(-1)}): a quantized head, or one that FSDP1 wraps as a unit of "
+                "its own, is not supported (keep lm_head out of the quantization, or use fsdp_version 2)"
+            )
+        old = None if old_log_probs is None else old_log_probs.to(device)[mask]
         scores = fused_head(
-            hidden[mask],
-            weight,
-            bias,
-            labels[mask],
-            sequences[mask],
-            rule,
-            settings,
-            old_log_probs=None if old_log_probs is None else old_log_probs.to(device)[mask],
+            hidden[mask], weight, bias, labels[mask], sequences[mask], rule, settings, old_log_probs=old
         )
-
-    def unpack(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-    tokens = TokenScores(
-        log_probs=unpack(scores.log_probs),
-        label_mask=mask,
-        entropy=unpack(scores.entropy),
-        is_top1=unpack(scores.is_top1),
-        weights=unpack(scores.weights),
-        temperatures=unpack(scores.temperatures),
-        labels=labels,
-        sequence_ids=sequence_ids,
-    )
+    unpacked = {
+        name: None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+        for name, values in scores._asdict().items()
+        if name != "loss_sum"
+    }
+    tokens = TokenScores(**unpacked, label_mask=mask, labels=labels, sequence_ids=sequence_ids)
     return ScoredOutput(loss_sum=scores.loss_sum, kept=Uncast(tokens))
 
 
@@ -205,12 +190,3 @@ def _parameters(head) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     gradients = [Partial("avg")] * weight.device_mesh.ndim
     return tuple(None if value is None else value.full_tensor(grad_placements=gradients) for value in (weight, bias))
-
-
-def _refuse_foreign_weight(weight: Tensor, hidden: Tensor) -> None:
-    if weight.dim() != 2 or weight.size(1) != hidden.size(-1) or not weight.is_floating_point():
-        raise InputError(
-            f"the LM head's weight is {weight.dtype} of shape {tuple(weight.shape)}, but must be floating point of "
-            f"shape (vocabulary, {hidden.size(-1)}): a quantized head, or one that FSDP1 wraps as a unit of its own, "
-            "is not supported (keep lm_head out of the quantization, or use fsdp_version 2)"
-        )

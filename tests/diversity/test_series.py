@@ -57,6 +57,8 @@ def test_per_prompt_values_are_handed_on():
     given = [row | {"by_prompt": {"entropy": prompts}} for row, prompts in zip(measured, values, strict=True)]
     assert turning_point_of(given, "entropy").evidence["prompts"] == 16
     assert turning_point_of(measured, "entropy").evidence["prompts"] == 0
+    unknown = [row | {"by_prompt": None} for row in measured]
+    assert turning_point_of(unknown, "entropy") == turning_point_of(measured, "entropy")
 
 
 def test_rows_by_step():

@@ -11,28 +11,20 @@ if TYPE_CHECKING:
     from .training.config import AESLSFTConfig
     from .training.trainer import AESLSFTTrainer
 
-_HOMES = {
-    "AESLSFTConfig": "training.config",
-    "AESLSFTTrainer": "training.trainer",
-    "DiversityCallback": "training.callback",
-}
+_FILES = {"AESLSFTConfig": "config", "AESLSFTTrainer": "trainer", "DiversityCallback": "callback"}
 
 
 def __getattr__(name: str):
     # We load these on first use, so that `aesl --help`, the metrics and the report start without torch and TRL
-    if name not in _HOMES:
+    if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".training.{_FILES[name]}", __name__), name)
 
 
 def _check_versions() -> None:
-    """Refuse packages outside of the bounds that aesl_trl was installed with: TRL's inside changes between versions.
-
-    Raises:
-        ImportError: one line that names the package, its version and the command that mends it.
-    """
+    """Refuse packages outside of the bounds that aesl_trl was installed with: TRL's inside changes."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement
@@ -47,10 +39,8 @@ def _check_versions() -> None:
         found = version(requirement.name)
         if not requirement.specifier.contains(found, prereleases=True):
             wanted = f"{requirement.name}{requirement.specifier}"
-            raise ImportError(
-                f"aesl_trl {__version__} needs {wanted}, but {requirement.name} {found} is installed: "
-                f"pip install {wanted!r}"
-            )
+            problem = f"needs {wanted}, but {requirement.name} {found} is installed"
+            raise ImportError(f"aesl_trl {__version__} {problem}: pip install {wanted!r}")
 
 
 _check_versions()

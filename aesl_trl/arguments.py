@@ -60,11 +60,10 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
     Raises:
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
     """
-    parser = _strict_parser(dataclass_types, prog)
-    path, flags = split_config(argv)
+    path, flags = _split_config(argv)
     config = load_config(path, dataclass_types, to_come) if path else {}
     env = config.pop("env", {})
-    parser.fill(config)
+    parser = _strict_parser(dataclass_types, prog, config)
     try:
         outputs = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     except InputError:
@@ -75,7 +74,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
     return outputs
 
 
-def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the file that `--config FILE` or `--config=FILE` names, and the other arguments."""
     path, rest, argv = None, [], iter(argv)
     for argument in argv:
@@ -98,7 +97,14 @@ def load_config(path: str | Path, dataclass_types: Sequence[type], to_come: Coll
     config = load_yaml(path)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-    env = _check_env(config.pop("env", {}), path)
+    env = config.pop("env", {})
+    if not isinstance(env, dict):
+        raise InputError(f"{path}: env must be a mapping of variables, got {shown(env)}")
+    for key, value in env.items():
+        if not str(key).startswith(ENV_PREFIXES):
+            raise InputError(f"{path}: env may not set {key}; variables may begin with {', '.join(ENV_PREFIXES)}")
+        if not isinstance(value, str):
+            raise InputError(f"{path}: env.{key} must be a str, got {shown(value)}; write it in quotes")
     for key, value in config.items():
         if key not in fields:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, [*fields, 'env'])}")
@@ -124,20 +130,6 @@ def without_defaults(config: Mapping[str, Any], dataclass_types: Sequence[type])
                 continue
         found[key] = value
     return found
-
-
-def _check_env(env: Any, path: Path) -> dict[str, str]:
-    if not isinstance(env, dict):
-        raise InputError(f"{path}: env must be a mapping of variables, got {shown(env)}")
-    for key, value in env.items():
-        if not str(key).startswith(ENV_PREFIXES):
-            raise InputError(f"{path}: env may not set {key}; variables may begin with {', '.join(ENV_PREFIXES)}")
-        if not isinstance(value, str):
-            raise InputError(f"{path}: env.{key} must be a str, got {shown(value)}; write it in quotes")
-    return env
-
-
-# ---- Paths
 
 
 def check_folder(name: str, path: str | Path) -> None:
@@ -171,10 +163,8 @@ def check_replaceable(name: str, target: str | Path, mark: str, kept: Iterable[s
 def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) -> Any:
     """Return the value of the field `name`, made absolute against `folder` where it is a path.
 
-    Names on the hub, and values of fields that hold no path, are returned unchanged.
-
-    Raises:
-        InputError: the value can only be a path (`./x`, `../x`, `/x`, a data file, `file.py:function`) and is missing.
+    Names on the hub, and values of fields that hold no path, are returned unchanged. A value that can only be a path
+    (`./x`, `../x`, `/x`, a data file, `file.py:function`) must exist.
     """
     if isinstance(value, list) and name in INPUT_FIELDS:
         return [resolve(name, item, folder, to_come) for item in value]
@@ -195,17 +185,12 @@ def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) 
     return value
 
 
-# ---- Command lines
-
-
-def _strict_parser(dataclass_types: Sequence[type], prog: str):
+def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str, Any]):
     # TRL takes seconds to import, and reading a YAML file (`aesl chain --help`) needs none of it.
     from trl import TrlParser
 
     class StrictParser(TrlParser):
         """TrlParser with one line instead of a usage dump, and paths checked against the current folder."""
-
-        config: dict = {}
 
         def add_argument(self, *names, **options):
             for key in IN_METADATA:  # TrlParser hands on all metadata of a field, and argparse knows nothing of bounds
@@ -215,14 +200,9 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
         def error(self, message):
             raise InputError(message)
 
-        def fill(self, config):
-            """Take `config` for the values of its keys, as they are: a default would be parsed once more as text."""
-            self.config = config
-            for action in self._actions:
-                action.required = action.required and action.dest not in config
-
         def parse_known_args(self, args=None, namespace=None):
-            namespace, rest = super().parse_known_args(args, argparse.Namespace(**self.config))
+            # The config's values enter as they are: a default would be parsed once more as text.
+            namespace, rest = super().parse_known_args(args, argparse.Namespace(**config))
             if rest:
                 flag = rest[0].partition("=")[0]
                 kind, known = "flag" if flag[0] == "-" else "argument", [CONFIG_FLAG, *self._option_string_actions]
@@ -230,7 +210,7 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
             values = vars(namespace)
             for name, value in values.items():
                 # The config's values are resolved already, and a default is no path of the command line.
-                if value != self.config.get(name, self.get_default(name)):
+                if value != config.get(name, self.get_default(name)):
                     if name in ALSO_BOOL and isinstance(value, str):
                         value = {"true": True, "false": False}.get(value.lower(), value)
                     values[name] = resolve(name, value, Path.cwd())
@@ -238,7 +218,10 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str):
             _check_output_dir(values)
             return namespace, rest
 
-    return StrictParser(dataclass_types, prog=prog, allow_abbrev=False)
+    parser = StrictParser(dataclass_types, prog=prog, allow_abbrev=False)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in config
+    return parser
 
 
 def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
@@ -282,16 +265,10 @@ def positionals(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:count]), list(argv[count:])
 
 
-# ---- Functions by name
-
-
 def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:
     """Return the function that `file.py:function`, the value of the setting `field`, names.
 
     A relative file is looked up in `base_dir`, by default the current folder. The file may import its neighbours.
-
-    Raises:
-        InputError: no such file or function, or the file cannot be imported.
     """
     file, _, function = name.rpartition(":")
     path = Path(os.path.abspath(Path(base_dir or ".") / Path(file).expanduser()))
@@ -308,15 +285,10 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
     return _function_of(module, function, f"{field}: {path}")
 
 
-def import_function(
-    name: str, base_dir: str | Path | None = None, *, field: str, known: Iterable[str] = ()
-) -> Callable:
+def import_function(name: str, base_dir: str | Path | None, *, field: str, known: Iterable[str] = ()) -> Callable:
     """Return the function that an import path such as `package.module.function`, the value of `field`, names.
 
     Modules are also found in `base_dir`. Where there is none of that name, the message names the nearest of `known`.
-
-    Raises:
-        InputError: the module cannot be imported, or has no such function.
     """
     module_name, _, function = name.rpartition(".")
     for folder in (str(base_dir or os.getcwd()), os.getcwd()):  # TRL's script adds the current folder, too

@@ -42,9 +42,6 @@ REPORT = "report.html"
 LOGS = "logs"
 
 
-# ---- Writing
-
-
 def to_json(value: Any) -> Any:
     """Replace every float that JSON cannot hold by None."""
     if isinstance(value, float):
@@ -136,9 +133,6 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-# ---- Reading
-
-
 def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -182,10 +176,8 @@ def read_rows(path: str | Path, needs: Sequence[str] = ()) -> list[dict]:
     for number, row in enumerate(rows, 1):
         missing = [key for key in needs if key not in row] if isinstance(row, dict) else ["object"]
         if missing:
-            raise InputError(
-                f"{path}, row {number} has no {missing[0]!r}: another version wrote it (this is aesl_trl "
-                f"{__version__}), or it was edited"
-            )
+            cause = f"another version wrote it (this is aesl_trl {__version__}), or it was edited"
+            raise InputError(f"{path}, row {number} has no {missing[0]!r}: {cause}")
     return rows
 
 
@@ -198,13 +190,7 @@ class RunFolder:
     """A run as it lies on disk: an SFT folder, or a chain's run folder with its SFT inside or elsewhere.
 
     Every command that looks into a run looks through this class, so it knows each file's place and checks each file
-    once. Files that are not there read as empty; files that are broken raise.
-
-    Args:
-        path: the folder that a user names.
-
-    Raises:
-        InputError: `path` is not a folder.
+    once. Files that are not there read as empty. Broken files, and a `path` that is no folder, raise an InputError.
     """
 
     def __init__(self, path: str | Path):
@@ -219,11 +205,7 @@ class RunFolder:
 
     @cached_property
     def sft(self) -> Path:
-        """The SFT folder: the run itself, or the one that its chain trained.
-
-        Raises:
-            InputError: there is none, or the chain has no SFT stage.
-        """
+        """The SFT folder: the run itself, or the one that its chain trained. InputError: there is none."""
         if (self.path / CHAIN).exists():
             folder = self.chain.get("sft_dir")
             if folder is None:
@@ -243,13 +225,7 @@ class RunFolder:
 
     @cached_property
     def settings(self) -> dict:
-        """run.json of the SFT. It is empty where DiversityCallback ran beside another trainer.
-
-        An older version's file is read; a reader that lacks a key says so.
-
-        Raises:
-            InputError: a newer aesl_trl wrote it, whose files may mean something else.
-        """
+        """run.json of the SFT ([`read_settings`]); empty where DiversityCallback ran beside another trainer."""
         return read_settings(self.sft)
 
     @cached_property
@@ -264,11 +240,7 @@ class RunFolder:
 
     @property
     def candidates(self) -> list[int]:
-        """Steps of the saved candidates, in order.
-
-        Raises:
-            InputError: none was saved.
-        """
+        """Steps of the saved candidates, in order. InputError: none was saved."""
         folder = self.sft / CANDIDATES
         names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
         steps = sorted(int(name) for name in names if name.isdecimal())
@@ -296,13 +268,11 @@ def is_sft_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in (DIVERSITY, RUN, TRAINER_STATE))
 
 
-def sft_dir(run: str | Path) -> Path:
-    """Return the SFT folder of a run, see [`RunFolder.sft`]."""
-    return RunFolder(run).sft
-
-
 def read_settings(folder: Path) -> dict:
-    """Read run.json of a training's folder; see [`RunFolder.settings`]."""
+    """Read run.json of a training's folder. Refuse a newer aesl_trl's, whose files may mean something else.
+
+    An older version's file is read, and a reader that lacks a key says so.
+    """
     path = folder / RUN
     run = read_json(path) if path.exists() else {}
     if not isinstance(run, dict):

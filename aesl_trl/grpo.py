@@ -16,13 +16,10 @@ from .training.signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, save to `output_dir`, and write `run.json`.
+    """Train, save to `output_dir`, and write `run.json`. Unusable input is refused before any model loads.
 
-    Raises:
-        InputError: arguments, data, rewards, model or adapter that cannot be used; before any model loads.
-        SystemExit: code 3 when the training ended before its last step, 128 + signal when a signal ended it (resume
-            with `--resume_from_checkpoint`).
-        Diverged: a gradient that is not finite.
+    The exit code is 3 when the training ended before its last step, and 128 + signal when a signal ended it (resume
+    with `--resume_from_checkpoint`).
     """
     with StopSignals(NAME) as signals:
         script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME)

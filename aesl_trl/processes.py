@@ -1,7 +1,4 @@
-"""A child process and all that it starts: its output is copied as it comes, signals are passed on, nothing is left.
-
-What is run is for the caller to decide. A lock keeps a second process out of a folder.
-"""
+"""Child processes with all that they start (output copied, signals passed on, nothing left behind), and locks."""
 
 import os
 import signal
@@ -10,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -38,22 +35,19 @@ def handling(signals: Iterable[int], handler: Callable) -> Iterator[None]:
             signal.signal(number, old)
 
 
-class Interrupts:
+class Interrupts(ExitStack):
     """Passes SIGINT and SIGTERM on to the stage that runs and waits for its end; a second signal kills the stage."""
 
     def __init__(self):
-        self._handling = handling(STOP_SIGNALS, self._handle)
+        super().__init__()
         self.process: subprocess.Popen | None = None
         self.folder: str | None = None  # the stage's, by which all of its processes are known
         self.received: list[int] = []
         self.deadline = float("inf")
 
     def __enter__(self):
-        self._handling.__enter__()
+        self.enter_context(handling(STOP_SIGNALS, self._handle))
         return self
-
-    def __exit__(self, *error):
-        self._handling.__exit__(*error)
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
@@ -175,18 +169,11 @@ def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
         say(f"ended {len(ended)} processes that a killed {what} had left at work in {folder}")
 
 
-def locked(folder: Path) -> AbstractContextManager:
-    """Hold the folder's lock: a second chain in the same folder would mix its files with ours."""
-    # The lock lies beside the folder, which may be moved aside while the lock is held.
-    return lock(folder.with_name(f".{folder.name}.lock"), f"another chain is at work in {folder}")
-
-
 @contextmanager
 def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock of the file `path` inside the block. It ends with this process, however that ends.
+    """Hold the lock of the file `path` inside the block, or raise InputError(message) where another process holds it.
 
-    Raises:
-        InputError: another process holds it; the text is `message`.
+    It ends with this process, however that ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # in a folder that takes no files the error is not about locks

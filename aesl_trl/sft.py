@@ -17,12 +17,9 @@ from .training.signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, select, and save the last weights to `output_dir`.
+    """Train, select, and save the last weights to `output_dir`. Unusable input is refused before any model loads.
 
-    Raises:
-        InputError: arguments, data, rewards or a model that cannot be used; before any model loads.
-        SystemExit: code 3 when the training ended before its last step without having been told to, 128 + signal
-            when a signal ended it.
+    The exit code is 3 when the training ended before its last step untold, and 128 + signal when a signal ended it.
     """
     with StopSignals(NAME) as signals:
         script_args, args, model_args = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog=NAME)

@@ -41,16 +41,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(path: str | Path) -> dict:
-    """Return the mapping in a YAML file, read safely.
-
-    Raises:
-        InputError: the file is missing, not UTF-8, not YAML, not a mapping, or has a key twice.
-    """
+    """Return the mapping in a YAML file. It is read safely, must be UTF-8, and holds no key twice."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(
-            f"{path} is a folder: name the config file in it{nearest_sibling(path / 'config.yaml', '*.y*ml')}"
-        )
+        hint = nearest_sibling(path / "config.yaml", "*.y*ml")
+        raise InputError(f"{path} is a folder: name the config file in it{hint}")
     if not path.is_file():
         raise InputError(f"config file {path} does not exist{nearest_sibling(path, '*.y*ml')}")
     try:
@@ -73,14 +68,8 @@ class _Mismatch(Exception):
 def read_dataclass(kind: type, mapping: Any, where: str) -> Any:
     """Return an instance of the dataclass `kind` filled from `mapping`, as a YAML file gives it.
 
-    Fields may be dataclasses themselves, also within `| None`, `list[...]` and `dict[str, ...]`.
-
-    Args:
-        where: the file, and the key in it, that hold the mapping. An error's message begins with it.
-
-    Raises:
-        InputError: an unknown, missing or mistyped key, a number out of its field's bounds (see [`check_bounds`]), or
-            a value that the dataclass refuses.
+    Fields may be dataclasses themselves, also within `| None`, `list[...]` and `dict[str, ...]`. Keys, types, bounds
+    and choices are checked (see [`check_bounds`]). A message begins with `where`: the file, and the key in it.
     """
     if not isinstance(mapping, dict):
         raise InputError(f"{where} must be a mapping (key: value), got {shown(mapping)}")
@@ -124,8 +113,11 @@ def _convert(value: Any, hint: Any, where: str = "") -> Any:
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        return _convert_union(value, args, where)
-    if origin is list:
+        # float and list come last: they convert, and the others only compare.
+        for option in sorted(_meant(args), key=lambda option: (option is float) + 2 * (get_origin(option) is list)):
+            with suppress(_Mismatch):
+                return _convert(value, option, where)
+    elif origin is list:
         # A lone value, as in `lora_target_modules: all-linear`, means on the command line what a list of one means.
         item_hint, items = (args or (Any,))[0], value if isinstance(value, list) else [value]
         if value is not None and (dataclasses.is_dataclass(item_hint) or not isinstance(value, dict)):
@@ -147,14 +139,6 @@ def _convert(value: Any, hint: Any, where: str = "") -> Any:
             return value
     elif type(value) is hint:  # not isinstance, to which a bool is an int
         return value
-    raise _Mismatch
-
-
-def _convert_union(value: Any, hints: Sequence[Any], where: str) -> Any:
-    # float and list last: they convert, the others only compare.
-    for hint in sorted(_meant(hints), key=lambda hint: (hint is float) + 2 * (get_origin(hint) is list)):
-        with suppress(_Mismatch):
-            return _convert(value, hint, where)
     raise _Mismatch
 
 
@@ -233,9 +217,7 @@ def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping] 
 
     A field declares them in its metadata, such as `{"at_least": 2, "hint": "why"}` (see [`check_bound`]) or
     `{"choices": ("vllm", "transformers")}`. None passes where the field's type allows it, and every item of a list is
-    checked. [`parse`] and [`read_dataclass`] check by themselves; `__post_init__` checks what Python code builds.
-
-    `prefix` precedes the field's name in a message. `bounds`, by the field's name, are for a dataclass such as
+    checked. `prefix` precedes the field's name in a message. `bounds`, by field name, are for a dataclass such as
     AESLSFTConfig that a plain `HfArgumentParser` must be able to read, which hands on all metadata to argparse.
     """
     hints = get_type_hints(type(instance))

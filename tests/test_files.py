@@ -109,14 +109,14 @@ def sft_run(folder, **settings):
 
 def test_the_sft_folder_of_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no SFT run"):
-        files.sft_dir(tmp_path)
+        _ = files.RunFolder(tmp_path).sft
     files.write_json(tmp_path / "chain" / files.CHAIN, {"sft_dir": "../shared"})
-    assert files.sft_dir(tmp_path / "chain") == (tmp_path / "shared").resolve()
+    assert files.RunFolder(tmp_path / "chain").sft == (tmp_path / "shared").resolve()
     sft_run(tmp_path / "run" / "sft")
-    assert files.sft_dir(tmp_path / "run") == tmp_path / "run" / "sft"
+    assert files.RunFolder(tmp_path / "run").sft == tmp_path / "run" / "sft"
     files.write_json(tmp_path / "base" / files.CHAIN, {"sft_dir": None})
     with pytest.raises(InputError, match="without an SFT stage"):
-        files.sft_dir(tmp_path / "base")
+        _ = files.RunFolder(tmp_path / "base").sft
 
 
 def test_has_sft(tmp_path):

@@ -21,7 +21,7 @@ from ..diversity.readiness import CAUTION, READY
 from ..diversity.selection import select_run
 from ..errors import UNFINISHED, InputError
 from ..evaluation.figures import aligned
-from ..processes import Interrupts, check_in_child, end_orphans, exit_code, locked, run_process
+from ..processes import Interrupts, check_in_child, end_orphans, exit_code, lock, run_process
 from ..training.checkpoints import find_checkpoint, sweep
 from .config import read_config
 from .fingerprints import Inputs, walk
@@ -36,9 +36,7 @@ COLUMNS = ("pass@1", "pass@8", "entropy", "self_bleu", "groups_mixed")  # of the
 def run_chain(chain: Chain, interrupts: Interrupts) -> None:
     """Run the stages that are not done yet, in order.
 
-    Raises:
-        InputError: a shared SFT folder holds another run.
-        SystemExit: a stage failed (its exit code, or 1 where a signal ended it) or a signal came (128 + signal).
+    This process ends with the exit code of a stage that failed (1 where a signal ended it), or with 128 + signal.
     """
     began = time.monotonic()
     chain.read_record()
@@ -168,7 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         for folder in {chain.run, chain.sft_dir or chain.run}:
-            stack.enter_context(locked(folder))
+            # The lock lies beside the folder, which may be moved aside while the lock is held.
+            place = folder.with_name(f".{folder.name}.lock")
+            stack.enter_context(lock(place, f"another chain is at work in {folder}"))
         for folder in filter(None, (chain.run, chain.sft_dir, chain.run / files.GRPO_DIR)):
             end_orphans(folder, say, "chain")
         check_in_child("chain", argv)

@@ -2,8 +2,6 @@
 
 The config is GRPO's with a few keys more, so an RL run's own config serves. `rl_steps` adds a short RL run from each
 checkpoint, of equal budget. Whatever can be refused is refused before the first model loads.
-
-probe_trainer.py measures one checkpoint, and diversity/readiness.py says what the figures mean.
 """
 
 import copy
@@ -12,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from ..training.grpo import GRPOScriptArguments, build_trainer, check_rows, find
 from ..training.session import load_split
 from ..values import option
 from .evaluate import check_model_and_tokenizer
+from .figures import aligned
 from .probe_trainer import probe_class, sample, short_rl
 
 
@@ -73,17 +72,12 @@ ARGUMENT_TYPES = (ProbeArguments, GRPOConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Probe the checkpoints given as first arguments; a run's folder stands for all of its candidates.
-
-    Raises:
-        InputError: no checkpoint, or prompts, rewards, models or settings that cannot be used; before any model loads.
-    """
+    """Probe the checkpoints given as first arguments; a run's folder stands for all of its candidates."""
     names, flags = positionals(sys.argv[1:] if argv is None else argv)
     script_args, training_args, model_args = parse(ARGUMENT_TYPES, flags, prog=NAME)
     if training_args.deepspeed:  # without an optimizer it evaluates in stage 3 alone, and cannot train after that
-        raise InputError(
-            "deepspeed: the probe needs a whole model on each GPU: give it a config of its own without deepspeed"
-        )
+        hint = "give it a config of its own without deepspeed"
+        raise InputError(f"deepspeed: the probe needs a whole model on each GPU: {hint}")
     checkpoints = with_unique_names([found for name in names for found in find_checkpoints(name)])
     if not checkpoints:
         usage = f"{NAME} CHECKPOINT... --config probe.yaml"
@@ -109,9 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     say(target)
 
 
-# ---- Checkpoints
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A model to probe: `path` as given or found, and the SFT folder and step that it comes from, where known."""
@@ -126,7 +117,7 @@ def find_checkpoints(name: str) -> list[Checkpoint]:
     """Return the candidates of the run folder `name`, or `name` itself: a model, an adapter, or a name on the hub."""
     path = Path(name)
     try:
-        sft = files.sft_dir(path) if path.is_dir() else None
+        sft = RunFolder(path).sft if path.is_dir() else None
     except InputError:
         if (path / files.CHAIN).exists():  # a chain's run that cannot be read, or that has no SFT
             raise
@@ -145,18 +136,18 @@ def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
     if numbered:
         return (folder, int(numbered[1])) if (folder / files.DIVERSITY).is_file() else (None, None)
     if path.name in (files.SELECTED, files.HANDOFF_DIR) and (folder / files.SELECTION).is_file():
-        return files.sft_dir(folder), files.read_json(folder / files.SELECTION).get("step")
+        return RunFolder(folder).sft, files.read_json(folder / files.SELECTION).get("step")
     return None, None
 
 
 def with_unique_names(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """Prefix the parent folder, as in `aesl/step-400`, to names that occur twice."""
-    names, renamed = [checkpoint.name for checkpoint in checkpoints], []
-    for checkpoint in checkpoints:
-        parent = (checkpoint.run or Path(checkpoint.path).absolute().parent).name
-        unique = checkpoint.name if names.count(checkpoint.name) == 1 else f"{parent}/{checkpoint.name}"
-        renamed.append(replace(checkpoint, name=unique))
-    return renamed
+    counts = Counter(each.name for each in checkpoints)
+    parents = [(each.run or Path(each.path).absolute().parent).name for each in checkpoints]
+    return [
+        replace(each, name=f"{parent}/{each.name}") if counts[each.name] > 1 else each
+        for each, parent in zip(checkpoints, parents, strict=True)
+    ]
 
 
 def history_of(checkpoint: Checkpoint) -> History | None:
@@ -169,16 +160,10 @@ def history_of(checkpoint: Checkpoint) -> History | None:
     return History(checkpoint.step, [rows[step] for step in sorted(rows)], steps)
 
 
-# ---- Prompts and settings
-
-
 def load_prompts(
     script_args: ProbeArguments, training_args: GRPOConfig, reward_funcs: list
 ) -> tuple[list[dict], Any | None]:
-    """Load the prompts to measure, those of `eval_dataset_name` where it is given, and those of the short RL run.
-
-    The second are None when `rl_steps` is 0.
-    """
+    """Load the prompts to measure, and those of the short RL run, which are None when `rl_steps` is 0."""
     rl_steps, held_out_name = script_args.rl_steps, script_args.eval_dataset_name
     if not script_args.dataset_name:
         raise InputError("dataset_name is missing: name the prompts that RL trains on")
@@ -188,8 +173,8 @@ def load_prompts(
         raise InputError(f"rl_steps needs a learning_rate above 0, got {training_args.learning_rate:g}")
 
     def load(setting: str, split: str | None) -> Any:
-        common = {"seed": training_args.seed, "streaming": script_args.dataset_streaming}
-        rows = load_split(script_args, setting, split, **common)
+        streaming = script_args.dataset_streaming
+        rows = load_split(script_args, setting, split, seed=training_args.seed, streaming=streaming)
         check_rows(rows, field=setting, reward_funcs=reward_funcs)
         return rows
 
@@ -225,9 +210,6 @@ def settings_for(
     return script_args, training_args, model_args
 
 
-# ---- Measuring
-
-
 def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None) -> dict:
     """Measure a checkpoint and return its entry in readiness.json; its model is freed at the end."""
     from datasets import Dataset
@@ -258,9 +240,6 @@ def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: lis
     del trainer
     release_memory()
     return found
-
-
-# ---- Output
 
 
 def find_target(output: str | None, checkpoints: list[Checkpoint]) -> Path:
@@ -315,13 +294,6 @@ def table(result: dict) -> str:
     for each in entries:
         verdicts += [f"{each['name']}: {each['text']}", *(f"  - {reason}" for reason in each["reasons"])]
     return "\n\n".join([*parts, "\n".join(verdicts)])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lay `rows` of texts out as a table for a terminal, each column as wide as its longest text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":

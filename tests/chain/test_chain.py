@@ -17,7 +17,7 @@ from aesl_trl import files
 from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
 from aesl_trl.errors import InputError
-from aesl_trl.processes import locked
+from aesl_trl.processes import lock
 
 
 ROOT = Path(__file__).parents[2]
@@ -233,7 +233,8 @@ def test_by_readiness_the_candidates_are_probed_first(project, fakes, tmp_path):
 
 def test_two_chains_in_one_folder_are_refused(project, fakes):
     path = project()
-    with locked(Path(read_config(path).output_dir)):
+    folder = Path(read_config(path).output_dir)
+    with lock(folder.with_name(f".{folder.name}.lock"), ""):
         with pytest.raises(InputError, match="another chain is at work"):
             run(path)
     assert run(path) == ALL

@@ -98,8 +98,8 @@ class EvalArguments:
         if self.benchmarks is not None:
             for name in ("dataset_name", "reward_funcs"):
                 if getattr(self, name):
-                    bring = "benchmarks bring their own problems and reward"
-                    raise InputError(f"benchmarks and {name} are both given: {bring}")
+                    both = f"benchmarks and {name} are both given"
+                    raise InputError(f"{both}: benchmarks bring their own problems and reward")
             check_names(self.benchmarks)
         if self.prompt_format == "text" and self.system_prompt:
             raise InputError("system_prompt has no place in prompt_format: text; put it into prompt_template")
@@ -112,12 +112,7 @@ ARGUMENT_TYPES = (EvalArguments,)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the models given as first arguments, `--start` and `--final`, and write evaluation.json.
-
-    Raises:
-        InputError: no model, an output that cannot be written, or problems, rewards or models that cannot be used;
-            before any model loads.
-    """
+    """Measure the models given as first arguments, `--start` and `--final`, and write evaluation.json."""
     names, flags = positionals(sys.argv[1:] if argv is None else argv)
     (args,) = parse(ARGUMENT_TYPES, flags, prog="aesl eval")
     paths = {name: name for name in names}
@@ -148,24 +143,17 @@ def check_model_and_tokenizer(path: str, field: str, rows: list[dict], trust_rem
     return model
 
 
-# ---- Problems
-
-
 def load_tasks(args: EvalArguments) -> list[Task]:
     """Load the problems and the rewards: one task a benchmark, or one of `dataset_name`."""
     if not args.benchmarks:
         reward_funcs = load_reward_funcs(args.reward_funcs)
         return [Task(PROMPTS, load_prompts(args, reward_funcs), reward_funcs)]
+    which = {"data_dir": args.data_dir, "num": args.num_prompts}
+    as_chat = args.prompt_format == "chat"
+    form = {"template": args.prompt_template, "system": args.system_prompt, "as_chat": as_chat}
     tasks = []
     for name in args.benchmarks:
-        rows, source = load_benchmark(
-            name,
-            data_dir=args.data_dir,
-            num=args.num_prompts,
-            template=args.prompt_template,
-            system=args.system_prompt,
-            as_chat=args.prompt_format == "chat",
-        )
+        rows, source = load_benchmark(name, **which, **form)
         tasks.append(Task(name, rows, load_reward_funcs([BENCHMARKS[name].metric]), source))
     return tasks
 
@@ -185,15 +173,8 @@ def load_prompts(args: EvalArguments, reward_funcs: list) -> list[dict]:
     return rows
 
 
-# ---- Sampling
-
-
 def evaluate(models: dict[str, ModelFolder], tasks: list[Task], args: EvalArguments, parent: Path) -> dict | None:
-    """Sample and grade each model on each task, with one model in memory at a time.
-
-    Returns:
-        The content of evaluation.json; None on processes other than the first.
-    """
+    """Return the content of evaluation.json, on processes other than the first None; one model at a time is loaded."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=args.use_cpu)
@@ -258,8 +239,8 @@ class ModelSamples:
 
         def draw(piece: Piece) -> list[Group]:
             if self._engine is None:
-                model = self._model.weights
-                self._engine = open_engine(self._backend, model, self._sampling, self._accelerator)
+                weights = self._model.weights
+                self._engine = open_engine(self._backend, weights, self._sampling, self._accelerator)
             return self._engine.sample(task.rows[piece.first : piece.first + piece.num], piece)
 
         draw_missing(file, wanted, found, draw, is_main)

@@ -1,7 +1,6 @@
 """From graded samples to the content of evaluation.json: pass@k, avg@k, maj@k, diversity, and their intervals.
 
-Intervals resample problems, not samples. Nothing is sampled here. Child processes grade and compare the answers
-(rewards/grading.py, rewards/majority.py).
+Intervals resample problems, not samples.
 """
 
 import importlib.metadata
@@ -41,7 +40,10 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
     reward = task.reward_funcs[0]
     groups = score_groups(groups, task.rows, task.reward_funcs)
     if task.source is not None:
-        groups = [_all_or_none(group) for group in groups]
+        # A gold answer that cannot be read leaves NaN, but 0.0 where a sample broke the grader: no verdict counts.
+        for index, group in enumerate(groups):
+            if not all(is_number(sample[0]) for sample in group.rewards):
+                groups[index] = replace(group, rewards=[[math.nan] for _ in group.completions])
     figures = figures_with_intervals(groups, success_threshold)
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]
     if task.source is not None:
@@ -54,16 +56,6 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
             row |= {"solution": problem["solution"], "answers": of_problem}
     write_jsonl(folder / f"{task.name}.graded.jsonl", rows)
     return figures
-
-
-def _all_or_none(group: Group) -> Group:
-    """Take the verdict off every sample of a problem whose gold answer cannot be read.
-
-    Each sample then has the reward NaN, but for a sample that broke the grader: that one has 0.0.
-    """
-    if all(is_number(sample[0]) for sample in group.rewards):
-        return group
-    return replace(group, rewards=[[math.nan] for _ in group.completions])
 
 
 def figures_with_intervals(groups: list[Group], success_threshold: float) -> dict:
@@ -107,9 +99,6 @@ def _mean_and_interval(name: str, values: list[float]) -> dict:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-# ---- evaluation.json
 
 
 def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:

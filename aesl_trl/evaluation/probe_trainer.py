@@ -47,11 +47,9 @@ def sample(trainer: Any, rows: list[dict], num_samples: int) -> list[Group]:
 def short_rl(
     trainer: Any, before: list[Group], rows: list[dict], *, num_samples: int, success_threshold: float
 ) -> dict:
-    """Train for `max_steps`, and sample the same held-out prompts once more.
+    """Train for `max_steps`, sample the same held-out prompts once more, and return the figures after it.
 
-    Returns:
-        `steps`, figures after them such as `reward`, each with its `_interval` over prompts, and `pass@1_change`:
-        [difference, low, high] over the same prompts.
+    `pass@1_change` is [difference, low, high] over the same prompts.
     """
     trainer.train()
     after = sample(trainer, rows, num_samples)
@@ -64,9 +62,6 @@ def short_rl(
         **{f"{key}_interval": ends[key] for key in kept},
         "pass@1_change": list(paired_interval(*rates)),
     }
-
-
-# ---- GRPOTrainer, looked over the shoulder
 
 
 def probe_class() -> type:
@@ -94,9 +89,9 @@ def probe_class() -> type:
             if self.samples is not None:  # the rewards are those of all processes
                 own = rewards[self.accelerator.process_index * len(prompts) :][: len(prompts)].tolist()
                 noted = zip(self._drawn, completions, completion_ids_list, own, strict=True)
-                for each, completion, ids, values in noted:
-                    is_text = isinstance(completion, str)
-                    text = completion if is_text else str(completion[-1].get("content") or "")
+                for each, text, ids, values in noted:
+                    if not isinstance(text, str):
+                        text = str(text[-1].get("content") or "")
                     each |= {"completions": text, "ids": list(ids), "rewards": values}
             return rewards
 

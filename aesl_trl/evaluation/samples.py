@@ -55,11 +55,7 @@ class SamplesFile:
         self._settings = settings
 
     def read(self, wanted: Iterable[Piece]) -> dict[Piece, list[Group]]:
-        """Read the pieces drawn so far. A last line that a kill cut off is removed, with a line on stderr.
-
-        Raises:
-            InputError: a line before the last is not whole, or a line is no piece of this run.
-        """
+        """Read the pieces drawn so far; a last line that a kill cut off is removed, with a line on stderr."""
         if not self.path.exists():
             return {}
         self._drop_torn_line()

@@ -29,9 +29,6 @@ EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetens
 LEFTOVER = re.compile(r"\..+\.(?:(\d+)\.(?:tmp|old)|deleted)")  # left by files.py (with its process id) or `rotate`
 
 
-# ---- Finding
-
-
 def numbered(folder: Path) -> list[Path]:
     """Return every checkpoint-N in `folder`, whole or not, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
@@ -55,11 +52,8 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
 def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: None) -> Path | None:
     """Return the checkpoint that the setting `resume_from_checkpoint` asks for; None is a start from step 0.
 
-    True asks for the last whole checkpoint of the output folder `folder`. `say` prints a line for each torn checkpoint
-    that we pass over, and a line for where training goes on.
-
-    Raises:
-        InputError: the setting names a checkpoint, and that checkpoint is torn.
+    True asks for the last whole checkpoint of the output folder `folder`; a torn checkpoint asked for by name is
+    refused. `say` prints a line for each torn checkpoint that we pass over, and a line for where training goes on.
     """
     if not asked:
         return None
@@ -74,9 +68,6 @@ def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: Non
         say(f"{path} is not whole ({damage(path)}): passed over")
     say(f"goes on from {last}" if last else f"no whole checkpoint in {folder}: starts from the beginning")
     return last
-
-
-# ---- Judging
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -160,9 +151,6 @@ def _checksum(path: Path) -> str:
         return f"{zlib.crc32(file.read(EDGE_BYTES), value):08x}"
 
 
-# ---- Writing
-
-
 def mark_incomplete(checkpoint: Path, why: str) -> None:
     """Mark the checkpoint as torn until `write_manifest` declares it whole; the mark's text is `why`."""
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -194,11 +182,8 @@ def _sync(path: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """Read the manifest; a checkpoint of plain TRL has none, which reads as empty."""
+    """Read the manifest; that of a checkpoint of plain TRL, which has none, is empty."""
     return files.read_object(checkpoint / MANIFEST)
-
-
-# ---- Deleting
 
 
 def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
@@ -207,8 +192,8 @@ def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
     Trainer's own rotation goes by age alone. It can delete the last whole one while other ranks still save the next.
     """
     found = sorted(numbered(folder), key=lambda path: (is_whole(path), step_of(path)))
-    surplus = len(found) - max(limit, len(keep))
-    for path in [path for path in found if path not in keep][: max(0, surplus)]:
+    surplus = max(0, len(found) - max(limit, len(keep)))
+    for path in [path for path in found if path not in keep][:surplus]:
         gone = path.with_name(f".{path.name}.deleted")  # a kill in between leaves no half checkpoint under its name
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(path, gone)
@@ -216,14 +201,9 @@ def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the hidden files and folders that killed writers left in `folder` before they could rename them.
-
-    Those of another process that still runs on this machine stay.
-    """
+    """Remove the hidden files and folders that killed writers left in `folder`; those of a live process stay."""
     for path in list(folder.rglob(".*")):
-        match = LEFTOVER.fullmatch(path.name)
-        if not match:
-            continue
-        writer = match[1]  # its process id
-        if writer is None or int(writer) == os.getpid() or not psutil.pid_exists(int(writer)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if match := LEFTOVER.fullmatch(path.name):
+            writer = int(match[1] or os.getpid())
+            if writer == os.getpid() or not psutil.pid_exists(writer):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

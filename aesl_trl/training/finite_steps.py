@@ -52,16 +52,10 @@ class FiniteStepsMixin:
 
 
 def rows_not_finite(log_probs: Tensor, input_ids: Tensor, sequence_ids: Tensor | None, decode: Callable) -> list[str]:
-    """Name the documents of a micro-batch that have a log-probability which is not finite.
+    """Name the documents of a micro-batch that have a log-probability which is not finite: `row 1 ('2+2=...')`.
 
-    Args:
-        log_probs: `[B, L]`, 0 where nothing is trained.
-        input_ids: `[B, L + 1]`.
-        sequence_ids: `[B, L]`, the document of each label in a packed row; None when a row is one document.
-        decode: token ids -> text.
-
-    Returns:
-        Texts such as `row 1 ('2+2=...')`.
+    `log_probs` are `[B, L]`, 0 where nothing is trained, and `input_ids` are `[B, L + 1]`. `sequence_ids`, `[B, L]`,
+    tell the documents of a packed row apart; they are None when a row is one document.
     """
     if sequence_ids is None:
         sequence_ids = torch.zeros_like(log_probs, dtype=torch.long)

@@ -19,6 +19,7 @@ from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_ada
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..values import option
+from .finite_steps import FiniteStepsMixin
 from .session import check_quantization, load_train_and_eval, model_init_kwargs, named_settings, revision_and_trust
 
 
@@ -43,9 +44,6 @@ class GRPOScriptArguments(TRLScriptArguments):
 
 
 ARGUMENT_TYPES = (GRPOScriptArguments, GRPOConfig, ModelConfig)
-
-
-# ---- Before the model loads
 
 
 def find_model(script_args: GRPOScriptArguments, model_args: ModelConfig, training_args: GRPOConfig) -> None:
@@ -111,14 +109,9 @@ def check_rows(rows: Any, *, field: str, reward_funcs: list) -> None:
     check_columns([function for function in reward_funcs if callable(function)], first, where=field)
 
 
-# ---- The trainer
-
-
 def trainer_class() -> type:
     """Return GRPOTrainer with a stop before a step whose gradient is not finite."""
     from trl import GRPOTrainer
-
-    from .finite_steps import FiniteStepsMixin
 
     return type(GRPOTrainer.__name__, (FiniteStepsMixin, GRPOTrainer), {})
 
@@ -132,31 +125,24 @@ def build_trainer(
     eval_dataset: Any = None,
     kind: type | None = None,
 ) -> Any:
-    """Build GRPOTrainer as TRL's script does, or on the adapter that RL continues.
-
-    `kind` is the trainer's class, by default that of [`trainer_class`].
-    """
+    """Build `kind`, by default [`trainer_class`], as TRL's script does or on the adapter that RL continues."""
     kind = kind or trainer_class()
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     start, quantization = start_of(script_args, model_args), get_quantization_config(model_args)
-    common = {
-        "reward_funcs": reward_funcs,
-        "args": training_args,
-        "train_dataset": train_dataset,
-        "eval_dataset": eval_dataset,
-    }
+    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    common = {"reward_funcs": reward_funcs, "args": training_args, **datasets}
     if not start.is_adapter:
         with named_settings():
-            peft_config = get_peft_config(model_args)
-            return kind(model=start.weights, quantization_config=quantization, peft_config=peft_config, **common)
+            common |= {"quantization_config": quantization, "peft_config": get_peft_config(model_args)}
+            return kind(model=start.weights, **common)
     model = load_trainable(start, training_args, quantization)
     # The model is loaded, so GRPOTrainer would only warn that it ignores the keywords for loading it.
     training_args.model_init_kwargs = None
     tokenizer = None  # GRPOTrainer takes the base's
     if start.tokenizer_at == start.weights:
-        options = {"truncation_side": "left", "padding_side": "left"}  # as GRPOTrainer loads it
-        options["trust_remote_code"] = training_args.trust_remote_code
-        tokenizer = AutoProcessor.from_pretrained(start.weights, **options)
+        sides = {"truncation_side": "left", "padding_side": "left"}  # as GRPOTrainer loads it
+        trust = training_args.trust_remote_code
+        tokenizer = AutoProcessor.from_pretrained(start.weights, trust_remote_code=trust, **sides)
     return kind(model=model, processing_class=tokenizer, **common)
 
 
@@ -179,9 +165,6 @@ def load_trainable(start: ModelFolder, training_args: GRPOConfig, quantization: 
         return put_adapter(base, start.weights, start.base, is_trainable=True)
 
 
-# ---- The end
-
-
 def save(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelConfig) -> None:
     """Save model, trainer_state.json and run.json into `output_dir`, and push them to the hub when asked."""
     args, adapter = trainer.args, script_args.adapter_name_or_path
@@ -195,25 +178,21 @@ def save(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelConfig
         # PEFT saves no generation config, which knows the tokens that end a sample.
         if adapter is not None and (Path(adapter) / GENERATION_CONFIG).is_file():
             shutil.copy2(Path(adapter) / GENERATION_CONFIG, folder)
-        write_json(folder / RUN, describe(trainer, script_args, model_args))
+        quantization = get_quantization_config(model_args)
+        facts = {
+            "stage": "grpo",
+            "model": model_args.model_name_or_path,
+            "adapter": adapter,
+            "seed": args.seed,
+            "num_processes": trainer.accelerator.num_processes,
+            "max_steps": trainer.state.max_steps,
+            "learning_rate": args.learning_rate,
+            "num_generations": args.num_generations,
+            "beta": args.beta,
+            "quantization": None if quantization is None else quantization.to_dict(),
+            "versions": package_versions(),
+        }
+        write_json(folder / RUN, facts)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def describe(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelConfig) -> dict:
-    """Return the content of run.json, which lets a report name the runs and compare them."""
-    args, quantization = trainer.args, get_quantization_config(model_args)
-    return {
-        "stage": "grpo",
-        "model": model_args.model_name_or_path,
-        "adapter": script_args.adapter_name_or_path,
-        "seed": args.seed,
-        "num_processes": trainer.accelerator.num_processes,
-        "max_steps": trainer.state.max_steps,
-        "learning_rate": args.learning_rate,
-        "num_generations": args.num_generations,
-        "beta": args.beta,
-        "quantization": None if quantization is None else quantization.to_dict(),
-        "versions": package_versions(),
-    }

@@ -1,8 +1,4 @@
-"""CheckpointCallback: what a checkpoint needs beside Trainer's files, so that a killed run ends as an undisturbed one.
-
-It serves any Trainer: `aesl grpo` trains with TRL's own. checkpoints.py judges and deletes checkpoints, and signals.py
-saves one when a signal comes.
-"""
+"""What a checkpoint needs beside Trainer's files, so that a killed run of any Trainer ends as an undisturbed one."""
 
 import math
 from pathlib import Path
@@ -16,27 +12,19 @@ from .token_sums import TokenSums
 
 
 class CheckpointCallback(TrainerCallback):
-    """
-    End each checkpoint with a manifest, and restore what Trainer and TRL forget when they resume: the sums since the
-    last log (without them the next row of the log covers other steps), the count of tokens, and that the training was
-    over.
+    """End each checkpoint with a manifest, and restore what Trainer and TRL forget when they resume.
 
-    Add it last, so that callbacks which measure or stop at a step have done so.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): the trainer that it is added to.
-        resumed_from (`Path`, *optional*): the checkpoint that `train` is told to resume from.
+    They forget the sums since the last log (without them the next row of the log covers other steps), the count of
+    tokens, and that the training was over. Add this callback after those which measure or stop at a step.
+    `resumed_from` is the checkpoint that `train` is told to resume from.
     """
 
     def __init__(self, trainer, resumed_from: Path | None = None):
-        self.trainer = trainer
-        self.resumed_from = resumed_from
+        self.trainer, self.resumed_from = trainer, resumed_from
         self._limit = None
 
     def _checkpoint(self, state) -> Path:
         return Path(self.trainer.args.output_dir) / f"checkpoint-{state.global_step}"
-
-    # ---- Resuming
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = state.global_step
@@ -54,11 +42,10 @@ class CheckpointCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         if control.should_training_stop:
-            # Why: Trainer looks at `should_training_stop` only after a step, and has no switch to look before one.
-            # What breaks without this: a run that was killed after its last step trains one step more when it is
-            # resumed, and its weights are no longer those of a run that nobody killed.
-            # How: an epoch without batches has no steps, so Trainer goes on to the end of the epoch and stops there.
-            # `on_train_end` takes the replacement away.
+            # Trainer looks at `should_training_stop` only after a step. Without this, a run that was killed after its
+            # last step would train one step more when it is resumed, and have other weights than a run that nobody
+            # killed. An epoch without batches has no steps, so Trainer goes on to the end of the epoch and stops
+            # there. `on_train_end` takes the replacement away.
             self.trainer.get_batch_samples = lambda *args, **kwargs: ([], None)
 
     def _disown_newer(self, args, step: int) -> None:
@@ -75,10 +62,8 @@ class CheckpointCallback(TrainerCallback):
     def _evaluation_was_cut_off(self, args, state) -> bool:
         """Say whether the checkpoint is of an epoch's last step, and that epoch's evaluation is missing in the log."""
         at_end = args.eval_strategy == IntervalStrategy.EPOCH and float(state.epoch).is_integer()
-        evaluated = any(
-            row["step"] == state.global_step and any(key.startswith("eval_") for key in row)
-            for row in state.log_history
-        )
+        logged = [key for row in state.log_history if row["step"] == state.global_step for key in row]
+        evaluated = any(key.startswith("eval_") for key in logged)
         return at_end and args.eval_delay <= state.epoch and not evaluated
 
     def _restore_sums(self) -> None:
@@ -95,8 +80,6 @@ class CheckpointCallback(TrainerCallback):
             trainer._total_train_tokens = sums["tokens"]
         if sums["statistics"] is not None:
             trainer._sums["train"] = TokenSums.of_vector(torch.tensor(sums["statistics"], dtype=torch.float64))
-
-    # ---- Saving
 
     def on_step_end(self, args, state, control, **kwargs):
         # With `best` an evaluation still has to decide about the save: a mark made here might never be taken away.
@@ -128,12 +111,11 @@ class CheckpointCallback(TrainerCallback):
     def _sums_since_log(self) -> dict:
         trainer = self.trainer
         statistics = getattr(trainer, "_sums", {"train": None})["train"]  # AESLSFTTrainer's own
+        metrics = trainer._metrics["train"].items()
         return {
             "losses": trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).tolist(),  # one a rank
             "last_logged": trainer._globalstep_last_logged,
-            "metrics": {
-                name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()
-            },
+            "metrics": {name: [float(value) for value in values] for name, values in metrics},
             "tokens": getattr(trainer, "_total_train_tokens", None),
             "statistics": None if statistics is None else statistics.to_vector().tolist(),
         }

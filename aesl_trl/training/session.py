@@ -1,7 +1,4 @@
-"""What `aesl sft` and `aesl grpo` share: datasets, how a model is loaded, a guarded training, and its end.
-
-The two differ in their arguments, their checks of the rows and their trainers (sft.py, grpo.py).
-"""
+"""What `aesl sft` and `aesl grpo` share: datasets, how a model is loaded, a guarded training, and its end."""
 
 import errno
 import importlib.util
@@ -10,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,6 @@ WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # Some settings only transformers and PEFT can judge: words of their messages -> the setting that is meant
 SETTINGS = {"Target modules": "lora_target_modules", "attn_implementation": "attn_implementation"}
 SAID_AFTER = (2, 10, 100, 1000)  # steps timed so far; the first step of a process warms up and is not timed
-
-
-# ---- Datasets
 
 
 def load_split(script_args: Any, setting: str, split: str | None, *, seed: int, streaming: bool) -> Any:
@@ -62,9 +57,6 @@ def load_train_and_eval(
     evaluation = load_split(script_args, setting, split, seed=seed, streaming=streaming)
     check(evaluation, field="eval_dataset_name")
     return train, evaluation
-
-
-# ---- Loading the model
 
 
 def check_quantization(model_args: Any) -> None:
@@ -99,16 +91,9 @@ def named_settings() -> Iterator[None]:
         raise InputError(f"{setting}: {error}") from None
 
 
-# ---- Training
-
-
 def resume_point(args: Any, command: str) -> Path | None:
-    """Return the checkpoint that `resume_from_checkpoint` stands for, with a line for each torn one on the way."""
-
-    def say(line: str) -> None:
-        if args.process_index == 0:
-            print(f"{command}: {line}", flush=True)
-
+    """Return the checkpoint to resume from; the first process prints a line for each torn checkpoint passed over."""
+    say = partial(print, f"{command}:", flush=True) if args.process_index == 0 else lambda line: None
     return find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir), say)
 
 
@@ -116,9 +101,8 @@ def resume_point(args: Any, command: str) -> Path | None:
 def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
     """Keep a second training out of the output folder, and end in one line when a signal or the disk is the reason.
 
-    Raises:
-        InputError: another process trains in the folder, such as one whose launcher was killed and left it behind.
-        SystemExit: a signal came (128 + signal), or the disk takes no more (1).
+    The other training may be one whose launcher was killed and left it behind. The exit code is 128 + signal after a
+    signal, and 1 when the disk takes no more.
     """
     folder = Path(args.output_dir)
     args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
@@ -146,10 +130,7 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def train(trainer: Any, checkpoint: Path | None, signals: StopSignals, diversity: Any = None) -> None:
-    """Train to the end, from `checkpoint` if there is one; a signal ends in a checkpoint and SystemExit.
-
-    `diversity` is the trainer's [`~callback.DiversityCallback`], if it measures.
-    """
+    """Train to the end, from `checkpoint` if there is one; a signal ends in a checkpoint and SystemExit."""
     saving = CheckpointCallback(trainer, checkpoint)
     for callback in (saving, StopCallback(trainer, signals, saving, diversity), HoursLeft(signals.command)):
         trainer.add_callback(callback)
@@ -182,14 +163,8 @@ class HoursLeft(TrainerCallback):
         print(f"{self.command}: step {state.global_step} of {state.max_steps}, {pace}", flush=True)
 
 
-# ---- The end
-
-
 def check_finished(trainer: Any, command: str) -> None:
-    """Exit with [`~aesl_trl.errors.UNFINISHED`] when the last step was not reached.
-
-    A callback may end a training as if all steps were done, and the stages that follow must not believe it.
-    """
+    """Exit with `UNFINISHED` before the last step: a callback may end a training as if all steps were done."""
     step, last = trainer.state.global_step, trainer.state.max_steps
     if step < last:
         trainer.accelerator.print(f"{command}: stopped at step {step} of {last}", file=sys.stderr)

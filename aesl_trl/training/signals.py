@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT while `aesl sft` and `aesl grpo` run: finish the step, save, leave with exit code 128 + signal.
 
-Outside of a step (loading, measuring, saving the last weights) the process leaves at once: what it was writing is
-renamed into place when it is whole, or lies in a checkpoint that counts as torn. processes.py has a chain's signals.
+Outside of a step (loading, measuring, saving the last weights) the process leaves at once: a file that it was writing
+is renamed into place when it is whole, or lies in a checkpoint that counts as torn.
 """
 
 import contextlib
@@ -57,7 +57,6 @@ class StopSignals:
             _end_at_once(number)
 
     def note(self, number: int) -> None:
-        """Remember the signal and the time."""
         self.received, self._received_at = number, time.monotonic()
 
     def leave(self, outcome: str) -> None:
@@ -92,24 +91,17 @@ def _start_worker(init, number: int) -> None:
 
 
 class StopCallback(TrainerCallback):
-    """
-    Save and leave at the end of the step in which a signal came; all ranks leave at the same step.
+    """Save and leave at the end of the step in which a signal came; all ranks leave at the same step.
 
     Where several steps share one generation (GRPO's `steps_per_generation`, `num_iterations`), this happens at the
     last of them: TRL does not save the samples, and a run that resumed in between would draw others.
 
-    Args:
-        trainer ([`~transformers.Trainer`]): the trainer that it is added to, as its last callback.
-        signals ([`StopSignals`]): tells whether a signal has come.
-        saving ([`~resuming.CheckpointCallback`]): added before this one, so that it has finished the checkpoint.
-        diversity ([`~callback.DiversityCallback`], *optional*): measures at the end of some steps.
+    Add it last, after `saving`, which has then finished the checkpoint. `diversity` is the DiversityCallback of a
+    trainer that measures at the end of some steps.
     """
 
     def __init__(self, trainer, signals: StopSignals, saving: CheckpointCallback, diversity=None):
-        self.trainer = trainer
-        self.signals = signals
-        self.saving = saving
-        self.diversity = diversity
+        self.trainer, self.signals, self.saving, self.diversity = trainer, signals, saving, diversity
         self._stops = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

@@ -1,7 +1,4 @@
-"""The report's last chapter: why the checkpoint was selected, what the handoff checked, settings and versions.
-
-Each object is shown as its stage wrote it, the runs side by side; nothing is judged here.
-"""
+"""The report's last chapter: the objects that the stages wrote, as they wrote them, the runs side by side."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,13 +25,9 @@ def evidence(arms: list[Arm]) -> Section:
             ("SFT settings", _side_by_side(arms, lambda run: run.sft, ("versions",)), False),
             ("RL settings", _side_by_side(arms, lambda run: run.grpo, ("versions",)), False),
             ("Stages", _side_by_side(arms, _stages), False),
-            ("Versions", _side_by_side(arms, _versions), False),
+            ("Versions", _side_by_side(arms, lambda run: run.versions), False),
         ],
     )
-
-
-def _versions(run: Run) -> dict:
-    return (run.sft.get("versions") or {}) | (run.grpo.get("versions") or {})
 
 
 def _stages(run: Run) -> dict:

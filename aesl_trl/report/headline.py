@@ -40,9 +40,9 @@ def warnings(arms: list[Arm]) -> list[str]:
 
 def headline(arms: list[Arm], k: int) -> Section:
     unfinished = [arm.label for arm in arms if not values_of((run.final for run in arm.runs), "pass@1")]
-    single = [replace(arm, runs=[run]) for arm in arms for run in arm.runs]
+    seeds = [replace(arm, runs=[run]) for arm in arms for run in arm.runs] if any(arm.runs[1:] for arm in arms) else []
     caption = "In brackets: 95% interval over problems. "
-    if len(single) > len(arms):
+    if seeds:
         caption += "Several seeds: mean, smallest to largest. "
     evaluation = arms[0].runs[0].evaluation
     if all(evaluation.get(key) for key in SETTINGS):
@@ -50,11 +50,6 @@ def headline(arms: list[Arm], k: int) -> Section:
             "Evaluated on {num_prompts} prompts with {num_samples} samples each, temperature {temperature}, at most "
             "{max_new_tokens} new tokens."
         ).format_map(evaluation)
-    tables = []
-    if any(run.benchmarks for arm in arms for run in arm.runs):
-        tables.append(("Benchmarks", _benchmark_table(arms), True))
-    if len(single) > len(arms):
-        tables.append(("Each seed", _headline_table(single, k), False))
     return Section(
         "headline",
         "Before and after RL",
@@ -63,7 +58,7 @@ def headline(arms: list[Arm], k: int) -> Section:
         first_table=_headline_table(arms, k, caption),
         panels=[panel for key in ("pass@1", f"pass@{k}") for panel in headline_panels(arms, key)],
         reading="Small dots: seeds. Whisker: a single run's 95% interval over its problems.",
-        tables=tables,
+        tables=[("Benchmarks", _benchmark_table(arms), True), ("Each seed", _headline_table(seeds, k), False)],
     )
 
 

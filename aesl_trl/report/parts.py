@@ -62,9 +62,6 @@ WIDE = (0.105, 0.15, 0.865, 0.72)  # left, bottom, width and height of the axes 
 LABELLED = (0.105, 0.15, 0.665, 0.72)  # leaves room on the right for the curves' names
 
 
-# ---- What a chapter holds
-
-
 @dataclass(frozen=True)
 class Cell:
     text: str
@@ -106,9 +103,6 @@ class Section:
     tables: list[tuple[str, Table, bool]] = field(default_factory=list)  # (name, table, whether it is open)
 
 
-# ---- Figures and texts
-
-
 def mean(values: Sequence[float]) -> float:
     return fmean(values) if values else math.nan
 
@@ -140,9 +134,6 @@ def shorten(name: str, width: int = 24) -> str:
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
-# ---- Panels as SVG and PNG
-
-
 def svg(panel: Panel, name: str) -> str:
     """Draw the panel as an SVG element without declaration and namespace, its colours as the page's variables."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -151,9 +142,7 @@ def svg(panel: Panel, name: str) -> str:
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = "<svg" + buffer.getvalue().split("<svg", 1)[1]
     text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text, count=3)
     text = re.sub(r'^<svg (.*?)width="[^"]*"(.*?)height="[^"]*"|^<svg height="[^"]*"', r"<svg \1\2", text, count=1)
     for variable, light in LIGHT.items():
@@ -181,9 +170,6 @@ def _draw(panel: Panel, figure: Figure | SubFigure) -> None:
     figure.text(0.012, 0.965, panel.title, ha="left", va="top", size=10.5, weight="bold")
 
 
-# ---- Drawing kit
-
-
 def y_axis(ax: Axes) -> None:
     """Give the y axis few ticks, and let it begin at 0 where no value is negative."""
     ax.yaxis.set_major_locator(MaxNLocator(5))
@@ -192,10 +178,14 @@ def y_axis(ax: Axes) -> None:
 
 
 def name_ends(ax: Axes, ends: list[tuple]) -> None:
-    """Write each curve's name beside its end; `ends` holds (x, y, name, colour). Names that overlap move apart."""
+    """Write the curves' names beside their `ends` (x, y, name, colour), in three lines at most and without overlap."""
     low, high = ax.get_ylim()
     line = (high - low) * 0.068
-    texts = [(y, _wrap(name), colour) for _, y, name, colour in sorted(ends, key=lambda end: end[1])]
+    texts = []
+    for _, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        parts = textwrap.wrap(name, 13, break_long_words=False, break_on_hyphens=False)
+        lines = [shorten(part, 14) for part in parts[:3]]
+        texts.append((y, "\n".join(lines) + "…" * (len(parts) > 3), colour))
     heights = [line * (text.count("\n") + 1) for _, text, _ in texts]
     places = spread([y for y, *_ in texts], heights, low, high)
     for (_, text, colour), y in zip(texts, places, strict=True):
@@ -203,19 +193,8 @@ def name_ends(ax: Axes, ends: list[tuple]) -> None:
         ax.annotate(text, (1, y), va="center", size=9.5, color=colour, weight="bold", annotation_clip=False, **where)
 
 
-def _wrap(name: str, width: int = 13) -> str:
-    """Break `name` into at most three lines of about `width` characters."""
-    lines = textwrap.wrap(name, width, break_long_words=False, break_on_hyphens=False)
-    lines = [shorten(line, width + 1) for line in lines]
-    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + "…"])
-
-
 def spread(wanted: list[float], heights: list[float], low: float, high: float) -> list[float]:
-    """Place labels of these heights near the wanted centres, which ascend.
-
-    Returns:
-        Centres of labels that do not overlap and, if they fit, lie in [low, high].
-    """
+    """Return centres near the wanted ones, which ascend: no label overlaps another; in [low, high] if all fit."""
     places: list[float] = []
     for y, height in zip(wanted, heights, strict=True):
         floor = places[-1] + heights[len(places) - 1] / 2 if places else low - height / 2
@@ -229,7 +208,7 @@ def spread(wanted: list[float], heights: list[float], low: float, high: float) -
 
 @dataclass(frozen=True)
 class Row:
-    """One row of [`ring_dot_whisker`]."""
+    """A row of [`ring_dot_whisker`]."""
 
     name: str
     colour: str  # as matplotlib takes it
@@ -251,14 +230,12 @@ def ring_dot_whisker(ax: Axes, rows: Sequence[Row], dense: bool = False) -> None
         ring, dot = mean(row.before), mean(row.after)
         if row.before and row.after and not dense:
             ax.plot([ring, dot], [place, place], color=row.colour, linewidth=2.2, alpha=0.45, zorder=2)
+        look = {"color": row.colour, "zorder": 3}
         if row.interval and None not in row.interval:
-            ends = {"marker": "|", "markersize": 7, "linewidth": whisker}
-            ax.plot(row.interval, [place, place], color=row.colour, zorder=3, **ends)
+            ax.plot(row.interval, [place, place], marker="|", markersize=7, linewidth=whisker, **look)
         for values, middle, fill in ((row.before, ring, LIGHT["paper"]), (row.after, dot, row.colour)):
             if len(values) > 1:
-                ax.plot(
-                    values, [place + 0.22] * len(values), "o", color=row.colour, markersize=seed, alpha=0.6, zorder=3
-                )
+                ax.plot(values, [place + 0.22] * len(values), "o", markersize=seed, alpha=0.6, **look)
             ax.plot([middle], [place], "o", color=row.colour, markerfacecolor=fill, markersize=mark, zorder=4)
         weight = "normal" if dense else "bold"
         ax.annotate(row.name, (0, place), xytext=(0, above), weight=weight, color=row.colour, **text)

@@ -1,11 +1,8 @@
-"""The report's plots: arms -> panels, drawn once as inline SVG that follows the page's theme and once as PNG.
-
-A panel is a small drawing of one thing, so that it stays legible on a phone; a PNG holds all panels of a section.
-Colours are written as the light theme's and replaced by the page's variables in the SVG.
-"""
+"""The report's plots: arms -> panels. A panel is a small drawing of one thing, so that it stays legible on a phone."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,13 +13,8 @@ from .runs import Arm, series, values_of
 
 
 # One colour for each method, whatever else is on the page; another method takes the first colour that is free.
-METHOD_COLOURS = {
-    "base": "base",
-    "aesl_last": "aesl",
-    "nll_last": "nll",
-    "nll_turning_point": "stop",
-    "nll_best_eval": "eval",
-}
+METHOD_COLOURS = {"base": "base", "aesl_last": "aesl", "nll_last": "nll"}
+METHOD_COLOURS |= {"nll_turning_point": "stop", "nll_best_eval": "eval"}
 FREE_COLOURS = ("other1", "other2", "eval", "stop", "nll", "aesl", "base")
 
 
@@ -31,13 +23,10 @@ def coloured(arms: list[Arm]) -> list[Arm]:
     given: dict[tuple[str, str], str] = {}
     methods = [arm.runs[0].method for arm in arms]
     for method, arm in sorted(zip(methods, arms, strict=True), key=lambda pair: pair[0] not in METHOD_COLOURS):
-        wanted = [METHOD_COLOURS[method]] if method in METHOD_COLOURS else []
-        free = [colour for colour in (*wanted, *FREE_COLOURS) if colour not in given.values()]
-        given.setdefault((method, arm.name), (free or ["base"])[0])
+        wanted = (METHOD_COLOURS.get(method), *FREE_COLOURS)
+        free = (colour for colour in wanted if colour and colour not in given.values())
+        given.setdefault((method, arm.name), next(free, "base"))
     return [replace(arm, colour=given[method, arm.name]) for method, arm in zip(methods, arms, strict=True)]
-
-
-# ---- Before and after RL
 
 
 def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
@@ -61,9 +50,7 @@ def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
     return [Panel(title, draw, labelled=False)] if any(row.after for row in rows) else []
 
 
-# ---- Figures over steps
-
-# rows of a run -> the figures that are drawn and their titles; {k} is the largest k of pass@k
+# Rows of a run -> the figures that are drawn and their titles; {k} is the largest k of pass@k
 TITLES = {
     "diversity": {
         "entropy": "Entropy of own samples (nats per token)",
@@ -93,10 +80,7 @@ TITLES = {
 
 @dataclass
 class Curve:
-    """One figure over steps, a line for each seed.
-
-    Arms whose seeds hold the same numbers share a curve: one SFT run, two selections.
-    """
+    """A figure over steps, a line for each seed. Two arms share it where one SFT run served two selections."""
 
     arms: list[Arm]
     seeds: list[tuple[list[int], list[float]]]
@@ -146,11 +130,10 @@ def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | N
                 _step_axis(ax, max(steps[-1] for curve in found for steps, _ in curve.seeds), turning_point)
                 y_axis(ax)
                 if turning_point is not None:
-                    look = {"color": LIGHT["muted"], "xycoords": ax.get_xaxis_transform(), "va": "top", "size": 8.5}
                     ax.axvline(turning_point, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-                    ax.annotate(
-                        "turning point", (turning_point, 1.0), xytext=(4, 0), textcoords="offset points", **look
-                    )
+                    where = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "xytext": (4, 0)}
+                    look = {"color": LIGHT["muted"], "va": "top", "size": 8.5}
+                    ax.annotate("turning point", (turning_point, 1.0), **where, **look)
                 name_ends(ax, [end for end in ends if end])
 
             panels.append(Panel(title.format(k=k), draw, see=see))
@@ -158,11 +141,7 @@ def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | N
 
 
 def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | None:
-    """Draw seeds (or noisy steps) faintly and their mean (or running mean) boldly, with a dot at what went to RL.
-
-    Returns:
-        The end of the curve (x, y, name, colour); None where no value is a number.
-    """
+    """Draw seeds or steps faintly, their mean boldly and a dot at the step that went to RL. Return the curve's end."""
     colour = LIGHT[curve.arms[0].colour]
     behind = some_live and all(arm.recorded for arm in curve.arms)
     steps, values = curve.mean
@@ -173,10 +152,8 @@ def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | Non
             ax.plot(seed[0], running_mean(seed[1]), **faint)
     elif not behind:
         ax.plot(steps, values, **faint)
-    look = {"linewidth": 2.2, "zorder": 3}
-    if behind:
-        look = {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5}
-    ax.plot(steps, smooth, color=colour, **look)
+    dashed = {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5}
+    ax.plot(steps, smooth, color=colour, **(dashed if behind else {"linewidth": 2.2, "zorder": 3}))
     known = [(step, value) for step, value in zip(steps, smooth, strict=True) if math.isfinite(value)]
     for arm in curve.arms if marked else ():
         if (step := arm.runs[0].selection.get("step")) is not None:
@@ -209,21 +186,15 @@ def _step_axis(ax: Axes, last: float, turning_point: int | None) -> None:
     ax.set_xlim(0, max(last, 1))
 
 
-# ---- Prompts by outcome
-
-
 def outcome_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
     """Return for each SFT run how many prompts gave all wrong, mixed and all right samples."""
     panels = []
     for mixed in curves(arms, "diversity", "groups_mixed"):
-        keys = ("groups_all_wrong", "groups_mixed", "groups_all_right")
-        shares = [curves(mixed.arms[:1], "diversity", key) for key in keys]
+        outcomes = ("all_wrong", "mixed", "all_right")
+        shares = [curves(mixed.arms[:1], "diversity", f"groups_{outcome}") for outcome in outcomes]
         if all(shares):
-            means = [share[0].mean for share in shares]
-
-            def draw(ax: Axes, means: list = means, colour: str = mixed.arms[0].colour) -> None:
-                _stack(ax, means, colour, turning_point)
-
+            means, colour = [share[0].mean for share in shares], mixed.arms[0].colour
+            draw = partial(_stack, shares=means, colour=colour, turning_point=turning_point)
             title, see = f"Prompts by outcome: {shorten(mixed.label)}", f"mixed share ends at {means[1][1][-1]:.2f}"
             panels.append(Panel(title, draw, labelled=False, see=see))
     return panels
@@ -255,9 +226,6 @@ def _stack(ax: Axes, shares: list[tuple[list[int], list[float]]], colour: str, t
     ax.set_xlabel("SFT step", loc="left")
 
 
-# ---- Weights and temperatures by position
-
-
 def position_panels(rows: list[dict], colour: str) -> list[Panel]:
     """Return weight and temperature by position in the completion, at an early, a middle and a late step."""
     panels = []
@@ -265,8 +233,8 @@ def position_panels(rows: list[dict], colour: str) -> list[Panel]:
         kept = [row for row in rows if any(value is not None for value in row[key])]
         picked = [kept[i] for i in sorted({0, len(kept) // 2, len(kept) - 1})] if kept else []
         if picked:
-            title = f"Mean {key} by position"
-            panels.append(Panel(title, lambda ax, picked=picked, key=key: _position_lines(ax, picked, key, colour)))
+            draw = partial(_position_lines, rows=picked, key=key, colour=colour)
+            panels.append(Panel(f"Mean {key} by position", draw))
     return panels
 
 

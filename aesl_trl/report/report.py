@@ -24,10 +24,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(argv: list[str] | None) -> None:
     parser = ArgumentParser("aesl report", __doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="chain run folder, SFT folder or recorded run")
-    parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="RUN", help="runs to lay beside it, labelled recorded"
-    )
+    several = {"nargs": "+", "metavar": "RUN"}
+    parser.add_argument("runs", **several, help="chain run folder, SFT folder or recorded run")
+    parser.add_argument("--compare", **several, default=[], help="runs to lay beside it, labelled recorded")
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: the first RUN)")
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(argv)
@@ -41,16 +40,10 @@ def write_report(
     output: str | Path | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write report.html, report.md and report_*.png to a folder, and return the page's path.
+    """Write report.html, report.md and report_*.png to `output`, by default the first run; return the page's path.
 
-    Args:
-        runs: run folders, first the one that the report is about. Folders seed-N beside each other are one arm.
-        compare: run folders laid beside them, labelled as recorded.
-        output: the folder that is written to; the first of `runs` by default.
-        title: heading of the page.
-
-    Raises:
-        InputError: a folder is no run, or one of its files is broken.
+    The report is about the first of `runs`; the runs of `compare` are laid beside it and labelled as recorded. Folders
+    seed-N beside each other are one arm. A folder that is no run, or that holds a broken file, is an InputError.
     """
     runs = list(runs)
     arms = read_arms(runs, compare)
@@ -67,16 +60,9 @@ def write_report(
 
 def _html(title: str, arms: list[Arm], sections: list[Section]) -> str:
     # The loader reads the folder of this file, so that an installed package finds its template
-    loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
-    pages = []
-    for section in sections:
-        drawn = [(panel, svg(panel, f"{section.id}-{number}")) for number, panel in enumerate(section.panels)]
-        panels = [{"title": panel.title, "see": panel.see, "svg": text} for panel, text in drawn]
-        pages.append({**vars(section), "panels": panels})
-    footer = "Written by aesl report from the files of the runs; nothing was run again."
-    texts = {"title": title, "story": story(arms), "footer": footer, "warnings": warnings(arms)}
-    return template.render(sections=pages, palette=PALETTE, **texts)
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    texts = {"title": title, "story": story(arms), "warnings": warnings(arms)}
+    return pages.get_template("report.html.jinja").render(sections=sections, svg=svg, palette=PALETTE, **texts)
 
 
 def _markdown(title: str, arms: list[Arm], sections: list[Section]) -> str:
@@ -101,7 +87,3 @@ def _table(table: Table) -> str:
 def _plain(text: str) -> str:
     """Return text that markdown shows as it is, on one line."""
     return re.sub(r"([|<>`*_\[\]\\])", r"\\\1", " ".join(str(text).split()))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ from ..diversity.turning_point import Selection
 from ..errors import InputError
 
 
-# ---- What the chapters rely on in each file: keys -> kinds. A plain key must be there; a pattern stands for keys that
+# What the chapters rely on in each file: keys -> kinds. A plain key must be there; a pattern stands for keys that
 # may be missing or null. A list of one kind may have any length, a list of two is a pair.
 optional = re.compile
 ANY_KEY = optional(".*", re.DOTALL)
@@ -51,11 +51,7 @@ KINDS = {WHOLE: "a whole number", NUMBER: "a number", (str,): "a text"}
 
 
 def check(value: Any, shape: Any, where: str | Path) -> None:
-    """Refuse a value of a run's file that is not of the kind which the chapters rely on.
-
-    Raises:
-        InputError: one line with the file, the keys on the way to the value, and the kind that it should be of.
-    """
+    """Refuse a value that is not of its kind, naming the file, the keys on the way to the value, and the kind."""
     if isinstance(shape, dict):
         kind, fits = "an object", isinstance(value, dict)
     elif isinstance(shape, list):
@@ -77,16 +73,11 @@ def check(value: Any, shape: Any, where: str | Path) -> None:
                     check(value[name], inner, f"{where}: {name!r}")
 
 
-# ---- A run
-
-
 class Run:
     """One run as the page shows it: a chain's run folder, an SFT folder or a recorded run.
 
-    Objects and lists are empty where the file is missing; rows are sorted by step.
-
-    Raises:
-        InputError: the folder does not exist, holds no file of a run, or one of its files is broken.
+    Objects and lists are empty where the file is missing; rows are sorted by step. A folder that does not exist or
+    holds no file of a run is an [`InputError`].
     """
 
     def __init__(self, path: str | Path, recorded: bool = False):
@@ -105,10 +96,18 @@ class Run:
         self.handoff = _object(path / files.HANDOFF)
         self.grpo = _checked(files.read_settings(rl), rl / files.RUN)
         self.grpo_log = _checked(files.read_log(rl), rl / files.TRAINER_STATE)
+        self.versions = (self.sft.get("versions") or {}) | (self.grpo.get("versions") or {})
         self.evaluation = _object(path / files.EVALUATION)
+        self.benchmarks = self.evaluation.get("benchmarks") or {}
+        # Figures of the models that RL began from (as evaluated, else as measured during SFT) and ended with
+        measured = (row for row in self.diversity if row["step"] == self.selection.get("step"))
+        self.start = self.evaluated("start") or next(measured, {})
+        self.final = self.evaluated("final")
         # as probed: first what RL began from, then the candidates
         self.readiness = [entry for place in dict.fromkeys([path, sft]) for entry in _readiness(place)]
-        self.recorded = recorded or (bool(self.evaluation) and not _holds_weights(path))
+        places = [path, *(path / name for name in (files.SELECTED, files.HANDOFF_DIR, files.GRPO_DIR, "sft"))]
+        weights = [place.glob(form) for place in places for form in ("*.safetensors", "pytorch_model*.bin")]
+        self.recorded = recorded or (bool(self.evaluation) and not any(map(any, weights)))
         if not (self.chain or folder.has_sft or self.evaluation or self.grpo_log):
             names = (files.CHAIN, files.DIVERSITY, files.TRAINER_STATE, files.EVALUATION)
             raise InputError(f"{path} holds no run: none of {', '.join(names)} is there")
@@ -121,25 +120,10 @@ class Run:
         self.seed = seed[1] if seed else str(self.sft.get("seed", self.chain.get("seed", "")))
         self.arm = place.parent if seed else place  # the folder that names the arm
 
-    @property
-    def benchmarks(self) -> dict[str, dict]:
-        return self.evaluation.get("benchmarks") or {}
-
     def evaluated(self, model: str, benchmark: str | None = None) -> dict:
         """Return the evaluation's figures of `model`, over all problems or those of a benchmark; {} without any."""
         facts = self.evaluation if benchmark is None else self.benchmarks.get(benchmark) or {}
         return (facts.get("models") or {}).get(model) or {}
-
-    @property
-    def start(self) -> dict:
-        """Figures of the model that RL began from: as evaluated, else as measured during SFT at the selected step."""
-        step = self.selection.get("step")
-        return self.evaluated("start") or next((row for row in self.diversity if row["step"] == step), {})
-
-    @property
-    def final(self) -> dict:
-        """Figures of the model that RL ended with."""
-        return self.evaluated("final")
 
     @property
     def method(self) -> str:
@@ -186,11 +170,6 @@ def _readiness(folder: Path) -> list[dict]:
         raise InputError(f"{error}: run aesl probe again") from None
 
 
-def _holds_weights(path: Path) -> bool:
-    places = [path, *(path / name for name in (files.SELECTED, files.HANDOFF_DIR, files.GRPO_DIR, "sft"))]
-    return any(any(place.glob(form)) for place in places for form in ("*.safetensors", "pytorch_model*.bin"))
-
-
 def read_samples(path: Path) -> dict[int, Group]:
     """Read samples/step-N.jsonl; return the samples of each prompt by its index."""
     rows = files.read_rows(path)
@@ -203,9 +182,6 @@ def turning_point(run: Run) -> Selection:
     """Find the diversity turning point of the run's own measurements, whatever rule then selected a checkpoint."""
     metric = "self_bleu" if run.selection.get("metric") == "self_bleu" else "entropy"
     return turning_point_of(run.diversity, metric, max(1, int(run.sft.get("diversity_patience") or 3)))
-
-
-# ---- Runs that differ only in their seed
 
 
 @dataclass(frozen=True)
@@ -233,10 +209,8 @@ def read_arms(runs: Iterable[str | Path], compare: Iterable[str | Path] = ()) ->
     places = [(folder.parent if folder.name == "sft" else folder, recorded) for folder, recorded in groups]
     count = Counter((place.name, recorded) for place, recorded in places)
     names = [f"{p.parent.name}/{p.name}" if count[p.name, recorded] > 1 else p.name for p, recorded in places]
-    return [
-        Arm(name, recorded, list(found.values()))
-        for name, ((_, recorded), found) in zip(names, groups.items(), strict=True)
-    ]
+    named = zip(names, groups.items(), strict=True)
+    return [Arm(name, recorded, list(found.values())) for name, ((_, recorded), found) in named]
 
 
 def values_of(rows: Iterable[dict], key: str) -> list[float]:

@@ -65,12 +65,11 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def _column(title: str, group: Group) -> dict:
-    texts = group.completions
+    texts, counts = group.completions, Counter(group.completions)
     firsts = [reward[0] if isinstance(reward, list) and reward else reward for reward in group.rewards or []]
     rewards = [first if isinstance(first, int | float) else None for first in firsts]
     first = dict(zip(reversed(texts), reversed(rewards), strict=False))  # of equal texts, the first one's reward
     cut = {text for text, was_cut in zip(texts, group.truncated or [], strict=False) if was_cut}
-    counts = Counter(texts)
     summary = f"{len(counts)} different of {len(texts)}"
     if rewards:
         summary += f", {sum(reward is not None and reward >= SUCCESS for reward in rewards)} right"

@@ -1,7 +1,4 @@
-"""The report's chapters, in the order of the story. Each says in one sentence what to see, and names what is missing.
-
-The first chapter and the last two have files of their own; plots.py draws the panels, report.py writes the pages.
-"""
+"""The report's chapters, in the order of the story. Each says what to look at, and names what is missing."""
 
 import math
 import re
@@ -58,23 +55,14 @@ def _diversity(arms: list[Arm], k: int) -> Section:
         see,
         gap=_gap(arms[0], "diversity", "diversity measurements"),
         first_table=table if table and table.rows else None,
-        panels=[
-            *curve_panels(arms, "diversity", "SFT step", turning.step, k),
-            *outcome_panels(arms, turning.step),
-        ],
+        panels=curve_panels(arms, "diversity", "SFT step", turning.step, k) + outcome_panels(arms, turning.step),
         legend=_legend(arms, "diversity", "entropy"),
         reading=f"Dot: the step that went to RL, in its run's colour. Several seeds: faint lines, bold mean. {found}",
     )
 
 
 def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
-    """Tabulate the figures of the first, the selected and the last step, and the change from each to the next.
-
-    Args:
-        rows: rows of diversity.jsonl.
-        selected: the step that went to RL; None where no step was selected.
-        k: the k of pass@k beside pass@1.
-    """
+    """Tabulate the figures of the first, the selected and the last step, and the change from each to the next."""
     by_step = {row["step"]: row for row in rows}
     steps = [step for step in dict.fromkeys([min(by_step), selected, max(by_step)]) if step in by_step]
     head = ["own samples", f"step {steps[0]}"]
@@ -94,9 +82,9 @@ def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
 
 
 def _change(before: dict, after: dict, key: str) -> Cell:
-    """Return the figure's change, with the paired interval where the rows hold the same prompts.
+    """Return a figure's change, with the paired interval where the rows hold the same prompts.
 
-    The interval is that of the mean over prompts. Entropy is a mean over tokens and may differ from it a little.
+    The interval is of the mean over prompts. Entropy is a mean over tokens and may differ from it a little.
     """
     text = f"{after[key] - before[key]:+.3f}"
     sides = [(row.get("by_prompt") or {}).get(key) for row in (before, after)]
@@ -145,29 +133,22 @@ def _positions(arm: Arm) -> Section:
 
 def _readiness(arms: list[Arm]) -> list[Section]:
     """Return the chapter on what aesl probe found; none where nothing was probed."""
-    head = {
-        "entropy": "entropy",
-        "pass@1": "pass@1",
-        "signal": "groups with signal",
-        "mixed_if_alike": "mixed if alike",
-        "variance": "variance",
-        "variance_if_alike": "variance if alike",
-        "reward_std": "reward std",
-        "truncated": "truncated",
-        "eos_prob": "P(eos)",
-    }
+    keys = ["entropy", "pass@1", "signal", "mixed_if_alike", "variance", "variance_if_alike"]
+    keys += ["reward_std", "truncated", "eos_prob"]
+    titles = {"signal": "groups with signal", "eos_prob": "P(eos)"}
+    head = [titles.get(key, key.replace("_", " ")) for key in keys]
     sentences, rows = [], []
     for arm in arms:
         for entry in arm.runs[0].readiness:
             name, verdict = (str(entry.get(key, "?")) for key in ("name", "text"))
-            cells = [figure_cell(entry["figures"].get(key), entry["intervals"].get(key)) for key in head]
+            cells = [figure_cell(entry["figures"].get(key), entry["intervals"].get(key)) for key in keys]
             rows.append([Cell(arm.label, colour=arm.colour), Cell(name), Cell(verdict), *cells])
             sentences.append(f"{arm.label}, {name}: {verdict}. {'; '.join(entry['reasons'])}.")
     caption = (
         "In brackets: 95% interval over prompts. Groups with signal are those whose rewards differ; variance is of "
         'right and wrong within a group; "if alike" is what is expected if every prompt were as hard as the mean.'
     )
-    table = Table(["run", "checkpoint", "verdict", *head.values()], rows, texts=3, caption=caption)
+    table = Table(["run", "checkpoint", "verdict", *head], rows, texts=3, caption=caption)
     return [Section("readiness", "Readiness for RL", sentences[0], first_table=table)] if rows else []
 
 
@@ -201,22 +182,19 @@ def _rows(arm: Arm, name: str) -> list[dict]:
 
 
 def _gap(arm: Arm, rows: str, name: str) -> str:
-    if _rows(arm, rows):
-        return ""
     why = " (it starts RL from the base model)" if rows != "grpo_log" and not arm.runs[0].has_sft else ""
-    return f"{arm.label} has no {name}{why}."
+    return "" if _rows(arm, rows) else f"{arm.label} has no {name}{why}."
 
 
 def _legend(arms: list[Arm], rows: str, key: str) -> list[dict]:
     """Return an entry for each arm with a curve; an arm that shares another's SFT run has only its dot."""
-    entries = []
-    some_live = any(not arm.recorded for arm in arms)
+    entries, some_live = [], not all(arm.recorded for arm in arms)
     for curve in curves(arms, rows, key):
         for arm in curve.arms:
             shares = arm is not curve.arms[0]
-            notes = ["recorded"] if arm.recorded else []
-            notes += [f"{len(arm.runs)} seeds"] if len(arm.runs) > 1 else []
-            notes += [f"same curve as {curve.arms[0].label}"] if shares else []
+            seeds, same = f"{len(arm.runs)} seeds", f"same curve as {curve.arms[0].label}"
+            notes = {"recorded": arm.recorded, seeds: len(arm.runs) > 1, same: shares}
+            note = ", ".join(text for text, holds in notes.items() if holds)
             look = "dot" if shares else "dashed" if arm.recorded and some_live else "solid"
-            entries.append({"label": arm.label, "colour": arm.colour, "look": look, "note": ", ".join(notes)})
+            entries.append({"label": arm.label, "colour": arm.colour, "look": look, "note": note})
     return entries

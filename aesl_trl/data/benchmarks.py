@@ -2,10 +2,7 @@ r"""The maths benchmarks of `aesl eval` as a table, and their rows, from the hub
 
 The table's names were read in public evaluation code and dataset pages, which `read_at` lists; the datasets
 themselves could not be opened, and `unverified` says what no page states. A dataset with other columns is refused in
-one line that lists the columns found.
-
-Left out: few-shot prompts, and the official prompts of each benchmark. All share one prompt, which a config can
-replace.
+one line that lists the columns found. All benchmarks share one prompt, which a config can replace.
 """
 
 import hashlib
@@ -36,7 +33,7 @@ def _text(value: Any) -> str | None:
     return re.sub(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", text) or None
 
 
-def _after_hashes(value: Any) -> str | None:
+def after_hashes(value: Any) -> str | None:
     """Return the answer behind the `####` with which GSM8K ends a worked solution, as in `#### 1,234`."""
     text = value.rpartition("####")[2].strip() if isinstance(value, str) and "####" in value else ""
     return text.replace(",", "") or None
@@ -50,28 +47,18 @@ def _joined(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        hub, config, split: the dataset's name, configuration and split on the hub.
-        problem, answer: the two columns that are read.
-        gold: turns the answer column's value into LaTeX of the gold answer, or None where there is no answer.
-        read_at: the pages on which hub, split and columns were read.
-        prompt: the user's message; `{problem}` stands for the problem.
-        metric: the reward that grades (rewards/functions.py); 1.0 is right.
-        unverified: what no page states.
-    """
-
-    hub: str
+    hub: str  # the dataset's name on the hub
     split: str
-    problem: str
-    answer: str
-    read_at: tuple[str, ...]
+    problem: str  # the column of problems
+    answer: str  # the column of answers
+    read_at: tuple[str, ...]  # the pages on which hub, split and columns were read
     config: str | None = None
-    gold: Callable[[Any], str | None] = _text
-    prompt: str = PROMPT
-    metric: str = "accuracy_reward"
-    unverified: str = ""
+    gold: Callable[[Any], str | None] = _text  # makes LaTeX of an answer, None of a row without an answer
+    prompt: str = PROMPT  # the user's message; `{problem}` stands for the problem
+    metric: str = "accuracy_reward"  # grades with 1.0 for a right answer (rewards/functions.py)
+    unverified: str = ""  # facts that no page states
 
 
 BENCHMARKS = {
@@ -81,7 +68,7 @@ BENCHMARKS = {
         split="test",
         problem="question",
         answer="answer",
-        gold=_after_hashes,
+        gold=after_hashes,
         read_at=(f"{LM_EVAL}gsm8k/gsm8k.yaml", f"{HUB}openai/gsm8k/commit/24cabd494c5be8001358a76e683fbddc41666a13"),
     ),
     "AIME24": Benchmark(
@@ -154,21 +141,11 @@ def load_benchmark(
     system: str = "",
     as_chat: bool = True,
 ) -> tuple[list[dict], dict]:
-    r"""Load a benchmark. Return its rows and a dict that says where they come from.
+    r"""Load the first `num` problems of a benchmark, by default all. Return rows, and a dict of where they come from.
 
-    A row has `prompt` and `solution`, the gold answer in `\boxed{}`.
-
-    Args:
-        name: a key of [`BENCHMARKS`].
-        data_dir: a folder with `name`.jsonl, .json, .parquet or .csv of the hub's columns, read instead of the hub.
-        num: how many problems to take from the front, by default all.
-        template: replaces the table's prompt; `{problem}` stands for the problem.
-        system: a system message before the prompt.
-        as_chat: whether `prompt` is a list of messages rather than text.
-
-    Raises:
-        InputError: no copy in `data_dir`, a hub that cannot be reached, other columns, or a row without problem or
-            answer.
+    A row has `prompt`, which is a list of messages or, without `as_chat`, text, and `solution`, the gold answer in
+    `\boxed{}`. A copy of the hub's columns in `data_dir` (`name`.jsonl, .json, .parquet or .csv) is read instead of
+    the hub. `template` replaces the table's prompt, and `system` is a system message before it.
     """
     benchmark = BENCHMARKS[name]
     columns = [benchmark.problem, benchmark.answer]
@@ -189,12 +166,19 @@ def load_benchmark(
     raw = list(dataset.select_columns(columns).select(range(min(num or len(dataset), len(dataset)))))
     if not raw:
         raise InputError(f"{where} is empty")
-    rows = [_row(row, benchmark, f"{where}, row {number} (from 0)") for number, row in enumerate(raw)]
     before = [{"role": "system", "content": system}] if system else []
-    for row in rows:
-        # not str.format: problems are full of braces
-        text = (template or benchmark.prompt).replace("{problem}", row["prompt"])
-        row["prompt"] = [*before, {"role": "user", "content": text}] if as_chat else text
+    rows = []
+    for number, row in enumerate(raw):
+        problem, gold = row[benchmark.problem], benchmark.gold(row[benchmark.answer])
+        if not isinstance(problem, str) or not problem.strip():
+            raise InputError(f"{where}, row {number} (from 0): {benchmark.problem} holds no text")
+        if gold is None:
+            shown = json.dumps(row[benchmark.answer], default=str)[:80]
+            raise InputError(f"{where}, row {number} (from 0): no gold answer in {benchmark.answer}: {shown}")
+        # Not str.format: problems are full of braces
+        text = (template or benchmark.prompt).replace("{problem}", problem)
+        prompt = [*before, {"role": "user", "content": text}] if as_chat else text
+        rows.append({"prompt": prompt, "solution": gold if "\\boxed" in gold else f"\\boxed{{{gold}}}"})
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     source = {"hub": benchmark.hub, "config": benchmark.config, "split": benchmark.split, "read_from": str(place)}
     return rows, {**source, "columns": columns, "sha256": digest}
@@ -226,13 +210,3 @@ def _from_hub(name: str, benchmark: Benchmark):
             f"{benchmark.problem} and {benchmark.answer} into a folder as {name}.jsonl or {name}.parquet, and name "
             "the folder in data_dir"
         ) from error
-
-
-def _row(row: dict, benchmark: Benchmark, where: str) -> dict:
-    problem, gold = row[benchmark.problem], benchmark.gold(row[benchmark.answer])
-    if not isinstance(problem, str) or not problem.strip():
-        raise InputError(f"{where}: {benchmark.problem} holds no text")
-    if gold is None:
-        shown = json.dumps(row[benchmark.answer], default=str)[:80]
-        raise InputError(f"{where}: no gold answer in {benchmark.answer}: {shown}")
-    return {"prompt": problem, "solution": gold if "\\boxed" in gold else f"\\boxed{{{gold}}}"}

@@ -24,13 +24,9 @@ MAX_CHARACTERS = 2**22  # of one row: about a million tokens, longer than any co
 def check_demonstrations(
     dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", text_field: str = "text"
 ) -> None:
-    """Refuse a dataset with a row that SFT cannot learn from.
+    """Refuse a dataset without rows or demonstrations, or with a row that SFT cannot learn from.
 
-    Args:
-        text_field: the column of plain texts, as SFTConfig.dataset_text_field.
-
-    Raises:
-        InputError: no rows, no demonstration columns, or a row (from 0) whose completion is missing, empty or no text.
+    `text_field` is the column of plain texts, as SFTConfig.dataset_text_field.
     """
     first, rows = peek(dataset, field)
     kinds = (*DEMONSTRATIONS, (text_field,))
@@ -137,14 +133,11 @@ def _prompt_completion_problem(prompt: Any, completion: Any) -> str:
     if not isinstance(prompt, str | list):
         return f"prompt is {_named_kind(prompt)}; it must be text or a list of messages"
     problem = _turns_problem(prompt, "prompt") if isinstance(prompt, list) else ""
-    if isinstance(completion, list) and completion:
-        return problem or _messages_problem(completion, "completion") or _mixed(prompt, completion)
-    return problem or _text_problem(completion, "completion") or _mixed(prompt, completion)
-
-
-def _mixed(prompt: str | list, completion: str | list) -> str:
-    is_mixed = isinstance(prompt, str) != isinstance(completion, str)
-    return f"prompt is {_form(prompt)} and completion {_form(completion)}: both must be alike" if is_mixed else ""
+    check = _messages_problem if isinstance(completion, list) and completion else _text_problem
+    problem = problem or check(completion, "completion")
+    if not problem and isinstance(prompt, str) != isinstance(completion, str):
+        return f"prompt is {_form(prompt)} and completion {_form(completion)}: both must be alike"
+    return problem
 
 
 def _text_problem(text: Any, column: str) -> str:

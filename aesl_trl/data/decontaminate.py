@@ -2,8 +2,8 @@
 
 A problem is in a benchmark when it shares an n-gram of words with one of the benchmark's problems, as in appendix C of
 GPT-3 (Brown et al., arXiv 2005.14165). With `share` above 0, the shared n-grams must cover more than that share of the
-benchmark's problem (8-grams and one half as in Tulu 3, Lambert et al., arXiv 2411.15124). Left out: paraphrases,
-translations and changed numbers, which no n-gram finds.
+benchmark's problem (8-grams and one half as in Tulu 3, Lambert et al., arXiv 2411.15124). No n-gram finds paraphrases,
+translations and changed numbers.
 """
 
 import re
@@ -34,16 +34,11 @@ def words(text: str) -> list[str]:
 
 
 class BenchmarkIndex:
-    """The n-grams of all benchmark problems.
+    """The n-grams, of `n` words each, of all benchmark problems.
 
     A problem of fewer than `n` words but at least [`SHORTEST`] counts as one n-gram of its own length. A shorter
-    problem is found only where the whole normalised text is equal.
-
-    Args:
-        benchmarks: the problems of each benchmark.
-        n: words of an n-gram.
-        share: in [0, 1): more than this share of a benchmark problem's words must lie in shared n-grams; at 0 one
-            shared n-gram is enough.
+    problem is found only where the whole normalised text is equal. More than `share`, in [0, 1), of a benchmark
+    problem's words must lie in shared n-grams; at 0 one shared n-gram is enough.
     """
 
     def __init__(self, benchmarks: dict[str, list[str]], *, n: int = 13, share: float = 0.0):
@@ -53,15 +48,13 @@ class BenchmarkIndex:
         self._grams: dict[int, dict[str, list[tuple[str, int]]]] = {}  # by their length
         for benchmark, texts in benchmarks.items():
             for index, text in enumerate(texts):
-                self._add(text, (benchmark, index), n)
-
-    def _add(self, text: str, place: tuple[str, int], n: int) -> None:
-        self._whole.setdefault(normalise(text), place)
-        found = self._words[place] = words(text)
-        length = min(n, len(found))
-        if length >= min(n, SHORTEST):
-            for gram in dict.fromkeys(ngrams(found, length)):
-                self._grams.setdefault(length, {}).setdefault(gram, []).append(place)
+                place = benchmark, index
+                self._whole.setdefault(normalise(text), place)
+                found = self._words[place] = words(text)
+                length = min(n, len(found))
+                if length >= min(n, SHORTEST):
+                    for gram in dict.fromkeys(ngrams(found, length)):
+                        self._grams.setdefault(length, {}).setdefault(gram, []).append(place)
 
     def find(self, text: str) -> Overlap | None:
         """Return the first benchmark problem that `text` contains, or None."""
@@ -90,19 +83,11 @@ def ngrams(found: list[str], n: int) -> Iterator[str]:
     return (" ".join(found[start : start + n]) for start in range(len(found) - n + 1))
 
 
-def load_benchmarks(names: list[str], *, field: str = "decontaminate") -> dict[str, list[str]]:
-    """Load the problem texts of each of `names`: local files, or benchmarks of `aesl eval` from the hub.
-
-    Raises:
-        InputError: neither a file nor a benchmark, unreadable rows, or a row without a problem.
-    """
-    return {name: _load_problems(name, field) for name in names}
-
-
-def _load_problems(name: str, field: str) -> list[str]:
-    where = f"{field}: {name}"
+def load_benchmark_problems(name: str) -> list[str]:
+    """Load the problem texts of a local file, or of a benchmark of `aesl eval` from the hub; refuse any other name."""
+    where = f"decontaminate: {name}"
     if Path(name).exists():
-        rows, columns = load_rows(name, field=field), PROBLEM_COLUMNS
+        rows, columns = load_rows(name, field="decontaminate"), PROBLEM_COLUMNS
     elif name in BENCHMARKS:
         bench = BENCHMARKS[name]
         rows, columns = load_rows(bench.hub, split=bench.split, config=bench.config, field=where), [bench.problem]

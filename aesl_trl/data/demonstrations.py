@@ -15,10 +15,7 @@ from ..errors import InputError, in_one_line
 from ..rewards.functions import score_groups
 from .config import DataArguments
 from .output import progress
-from .problems import Drops, Problem, right_answer
-
-
-BATCH = 1000  # texts tokenized, or demonstrations graded, at once
+from .problems import BATCH, Drops, Problem, right_answer
 
 
 def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, drops: Drops) -> list[Problem]:
@@ -61,23 +58,17 @@ class Judge:
         texts = [self.demonstration(problem.row) for problem in problems]
         pairs = {i: (problem, text) for i, (problem, text) in enumerate(zip(problems, texts, strict=True)) if text}
         verdicts = {i: ("no_demonstration", "") for i in range(len(texts)) if i not in pairs}
-        verdicts |= self._too_long(pairs)
-        if self.args.verify:
-            verdicts |= self._wrong({i: pair for i, pair in pairs.items() if i not in verdicts})
-        return [(text, *verdicts.get(i, ("", ""))) for i, text in enumerate(texts)]
-
-    def _too_long(self, pairs: dict[int, tuple[Problem, str]]) -> dict[int, tuple[str, str]]:
         written = [self._written(problem, text) for problem, text in pairs.values()]
-        if self.args.max_length is None:
-            return {}
-        lengths = zip(pairs, count_tokens(self.tokenizer, written), strict=True)
-        return {i: ("too_long", f"{tokens} tokens") for i, tokens in lengths if tokens > self.args.max_length}
-
-    def _wrong(self, pairs: dict[int, tuple[Problem, str]]) -> dict[int, tuple[str, str]]:
-        solutions = [problem.solution for problem, _ in pairs.values()]
-        rewards = zip(pairs, grade(solutions, [text for _, text in pairs.values()], self.reward), strict=True)
-        threshold = self.args.success_threshold
-        return {i: ("wrong", f"reward {reward}") for i, reward in rewards if not reward >= threshold}
+        max_length, threshold = self.args.max_length, self.args.success_threshold
+        if max_length is not None:
+            lengths = zip(pairs, count_tokens(self.tokenizer, written), strict=True)
+            verdicts |= {i: ("too_long", f"{tokens} tokens") for i, tokens in lengths if tokens > max_length}
+        if self.args.verify:
+            left = {i: pair for i, pair in pairs.items() if i not in verdicts}
+            solutions = [problem.solution for problem, _ in left.values()]
+            rewards = zip(left, grade(solutions, [text for _, text in left.values()], self.reward), strict=True)
+            verdicts |= {i: ("wrong", f"reward {reward}") for i, reward in rewards if not reward >= threshold}
+        return [(text, *verdicts.get(i, ("", ""))) for i, text in enumerate(texts)]
 
     def _written(self, problem: Problem, text: str) -> str:
         """Write prompt and demonstration by the chat template; refuse a template that does not keep them whole."""

@@ -71,11 +71,7 @@ def _described(folder: Path) -> dict:
 
 
 def write(output: Output, args: Any) -> list[str]:
-    """Check and write everything; return the lines of the summary. The caller holds the folder's lock.
-
-    Raises:
-        InputError: rows that SFT or RL could not use, or files in the folder that differ.
-    """
+    """Check and write everything; return the lines of the summary. The caller holds the folder's lock."""
     for name, rows in output.files.items():
         check = check_prompts if name in (RL, HELD_OUT) else check_demonstrations
         check(rows, field=name)
@@ -94,13 +90,15 @@ def write(output: Output, args: Any) -> list[str]:
 
 def _describe(output: Output, args: Any, place: Path) -> dict:
     """Return the contents of data.json for the files in `place`."""
-    rows = {**output.files, DROPPED: output.drops.rows}
-    sizes = {name: {"rows": len(rows[name]), "bytes": (place / name).stat().st_size} for name in rows}
+    files = {}
+    for name, rows in {**output.files, DROPPED: output.drops.rows}.items():
+        path = place / name
+        files[name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": _sha256(path)}
     return {
         "stage": "data",
         "source": {"dataset_name": args.dataset_name, "split": args.dataset_split, **output.source},
         "settings": settings_of(args),
-        "files": {name: {**size, "sha256": _sha256(place / name)} for name, size in sizes.items()},
+        "files": files,
         "dropped": output.drops.counts(),
         "not_demonstrations": output.drops.counts("sft"),
         "benchmarks": output.benchmarks,

@@ -27,12 +27,9 @@ from .rows import load_rows
 CHUNK = {"transformers": 64, "vllm": 512}  # problems between two writes; vLLM runs empty at the end of each chunk
 
 
-def rates_in_file(path: str, field: str = "pass_rate_file") -> dict[str, float]:
-    """Read pass rates by problem id, from rows with `pass_rate` and `id` or `problem`.
-
-    Raises:
-        InputError: other columns, a rate outside [0, 1], or two rates for one problem.
-    """
+def rates_in_file(path: str) -> dict[str, float]:
+    """Read pass rates by problem id, from rows with `pass_rate` and `id` or `problem`; refuse two of one problem."""
+    field = "pass_rate_file"
     rows = load_rows(path, field=field)
     name = next((column for column in ("id", "problem") if column in rows.column_names), None)
     if name is None or "pass_rate" not in rows.column_names:
@@ -71,7 +68,16 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
     unknown = [(problem, row) for problem, row in zip(problems, rows, strict=True) if problem.id not in rates]
     progress(f"pass rates: {len(rates)} of {len(problems)} known from {path}, {len(unknown)} to sample")
     if unknown:
-        engine = open_engine(backend, args.model_name_or_path, _sampling(args), accelerator)
+        settings = SamplingSettings(
+            samples=args.pass_rate_samples,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
+            trust_remote_code=args.trust_remote_code,
+        )
+        engine = open_engine(backend, args.model_name_or_path, settings, accelerator)
         for start in range(0, len(unknown), CHUNK[backend]):
             chunk, rows = zip(*unknown[start : start + CHUNK[backend]], strict=True)
             # The chunk's seed comes from its first problem: chunks differ, and a chunk that is redrawn repeats
@@ -87,18 +93,6 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
             progress(f"pass rates: {start + len(chunk)} of {len(unknown)} sampled")
         engine.close()
     return {problem.id: rates[problem.id] for problem in problems}
-
-
-def _sampling(args: DataArguments) -> SamplingSettings:
-    return SamplingSettings(
-        samples=args.pass_rate_samples,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def _keys(rows: list[dict], args: DataArguments, backend: str, reward: Callable) -> list[str]:

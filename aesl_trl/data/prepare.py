@@ -4,8 +4,6 @@
 the seed, and drop what is too long or cannot be graded. Then the first problems give the demonstrations, the last are
 held out for measuring diversity, and RL has the rest. The order is by a hash of seed and problem, so a subset holds
 every smaller one, and a problem that is dropped moves no other.
-
-Left out: finding problems that say the same in other words, and letting another model write demonstrations.
 """
 
 import hashlib
@@ -21,11 +19,11 @@ from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from ..processes import lock
 from ..rewards.functions import check_columns, load_reward_funcs, reward_name
 from .config import DIFFICULTIES, DataArguments
-from .decontaminate import BenchmarkIndex, load_benchmarks
-from .demonstrations import BATCH, Judge, choose_demonstrations, count_tokens, keep_gradable
+from .decontaminate import BenchmarkIndex, load_benchmark_problems
+from .demonstrations import Judge, choose_demonstrations, count_tokens, keep_gradable
 from .output import HELD_OUT, LOCK, RL, SFT, Output, check_output, progress, write
 from .pass_rates import choose_sampler, rates_in_file, sample_rates
-from .problems import Drops, Problem, demonstration_of, listed, read_problems, schema_of
+from .problems import BATCH, Drops, Problem, demonstration_of, listed, read_problems, schema_of
 from .rows import load_rows
 
 
@@ -33,11 +31,7 @@ ARGUMENT_TYPES = (DataArguments,)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the files of `output_dir`, or say that they are there already.
-
-    Raises:
-        InputError: arguments, data or model that cannot be used, or another run's files in `output_dir`.
-    """
+    """Write the files of `output_dir`, or say that they are there already."""
     (args,) = parse(ARGUMENT_TYPES, sys.argv[1:] if argv is None else argv, prog="aesl data")
     for name in ("dataset_name", "output_dir", "model_name_or_path"):
         if not getattr(args, name):
@@ -48,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.pass_rate_samples:
         check_model(args.model_name_or_path, "model_name_or_path", trust_remote_code=args.trust_remote_code)
         choose_sampler(args)
-    benchmarks = load_benchmarks(args.decontaminate or [])
+    benchmarks = {name: load_benchmark_problems(name) for name in args.decontaminate or []}
     known_rates = rates_in_file(args.pass_rate_file) if args.pass_rate_file else {}
     with lock(Path(args.output_dir) / LOCK, f"another aesl data is at work in {args.output_dir}"):
         output = prepare(args, rewards[0], benchmarks, known_rates)
@@ -62,10 +56,17 @@ def prepare(
     """Return the rows of every file, and the counts of the rows that were dropped."""
     rows = load_rows(args.dataset_name, split=args.dataset_split, config=args.dataset_config)
     schema = schema_of(rows)
-    _check_pass_rate_column(args.pass_rate_column, rows.column_names)
+    column, columns = args.pass_rate_column, rows.column_names
+    if column is not None and column not in columns:
+        raise InputError(
+            f"pass_rate_column: dataset_name has no column {column!r}{nearest(column, columns)}; its columns are "
+            f"{', '.join(columns)}"
+        )
     drops = Drops()
-    problems = read_problems(rows, schema, drops, args.pass_rate_column)
-    source = {"rows": len(rows), "schema": schema, "content": _digest(problems)}
+    problems = read_problems(rows, schema, drops, column)
+    # Two sources that hold the same problems and solutions in the same order share this digest
+    digest = hashlib.sha256("".join(f"{problem.id} {problem.solution}\n" for problem in problems).encode())
+    source = {"rows": len(rows), "schema": schema, "content": digest.hexdigest()[:16]}
     progress(f"{len(rows)} rows ({schema}) of {args.dataset_name}")
     problems = without_duplicates(problems, drops)
     index = BenchmarkIndex(benchmarks, n=args.ngram, share=args.ngram_share)
@@ -91,22 +92,6 @@ def prepare(
     return Output(files, source, in_benchmarks, drops, difficulty)
 
 
-def _check_pass_rate_column(column: str | None, columns: list[str]) -> None:
-    if column is not None and column not in columns:
-        raise InputError(
-            f"pass_rate_column: dataset_name has no column {column!r}{nearest(column, columns)}; its columns are "
-            f"{', '.join(columns)}"
-        )
-
-
-def _digest(problems: list[Problem]) -> str:
-    """Return a digest that two sources share when they hold the same problems and solutions in the same order."""
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(f"{problem.id} {problem.solution}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def _check_enough(problems: list[Problem], drops: Drops, num_rows: int, needed: int) -> None:
     reasons = listed(drops.counts(), "none dropped")
     if not problems:
@@ -116,9 +101,6 @@ def _check_enough(problems: list[Problem], drops: Drops, num_rows: int, needed: 
             f"dataset_name: {len(problems)} problems are left of {num_rows} rows ({reasons}), and {needed} are needed "
             "for the largest subset, num_held_out and num_rl (at least 1): lower them"
         )
-
-
-# ---- Filters
 
 
 def without_duplicates(problems: list[Problem], drops: Drops) -> list[Problem]:
@@ -192,9 +174,6 @@ def split(
     demonstrations = choose_demonstrations(problems, args.largest, judge, drops)
     chosen = {problem.id for problem, _ in demonstrations}
     return demonstrations, [problem for problem in problems if problem.id not in chosen][: args.num_rl], held_out
-
-
-# ---- Difficulty, and the rows
 
 
 def _set_pass_rates(problems: list[Problem], args: DataArguments, reward: Callable, known: dict[str, float]) -> None:

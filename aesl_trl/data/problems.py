@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
+from .benchmarks import after_hashes
 from .rows import nearest_column
 
 
 OPENR1, GSM8K = "openr1", "gsm8k"
 COLUMNS = {OPENR1: ("prompt", "target", "reward_model"), GSM8K: ("question", "answer")}
-BATCH = 1000  # rows in memory at once while reading
+BATCH = 1000  # rows read, texts tokenized, or demonstrations graded, at once
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes to its calculator
 _DOLLAR = re.compile(r"(?<!\\)\$")
 # Layout of LaTeX: with or without it a formula is the same
@@ -59,9 +60,6 @@ def listed(counts: dict[str, int], otherwise: str) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or otherwise
 
 
-# ---- Identity
-
-
 def problem_id(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
@@ -81,38 +79,29 @@ def without_layout(text: str) -> str:
     return _FRACTION.sub(r"\\frac", _LAYOUT.sub(" ", _DELIMITERS.sub(" ", text)))
 
 
-# ---- Reading
-
-
-def schema_of(rows: Any, field: str = "dataset_name") -> str:
-    """Return which of the two schemas `rows` (a dataset) has.
-
-    Raises:
-        InputError: no rows, columns that are missing, or columns of another kind.
-    """
+def schema_of(rows: Any) -> str:
+    """Return which of the two schemas `rows` (a dataset) has; refuse rows of neither."""
     if not len(rows):
-        raise InputError(f"{field} is empty: it has no rows")
+        raise InputError("dataset_name is empty: it has no rows")
     names = rows.column_names
     schema = next((name for name, columns in COLUMNS.items() if set(columns) <= set(names)), None)
     if schema is None:
         near = nearest_column(names, [column for columns in COLUMNS.values() for column in columns])
         raise InputError(
-            f"{field} needs the columns prompt, target and reward_model (OpenR1-Math-46k) or question and answer "
+            "dataset_name needs the columns prompt, target and reward_model (OpenR1-Math-46k) or question and answer "
             f"(GSM8K), its columns are {', '.join(names)}{near}"
         )
     if schema == OPENR1:
-        _check_openr1(rows[0], field)
+        row = rows[0]
+        for column in ("prompt", "target"):
+            if not isinstance(row[column], list):
+                found = type(row[column]).__name__
+                raise InputError(f"dataset_name: {column} must be a list of messages, it is a {found}")
+        answer = row["reward_model"]
+        if not isinstance(answer, dict) or "ground_truth" not in answer:
+            found = ", ".join(answer) if isinstance(answer, dict) else type(answer).__name__
+            raise InputError(f"dataset_name: reward_model must hold ground_truth, it holds {found}")
     return schema
-
-
-def _check_openr1(row: dict, field: str) -> None:
-    for column in ("prompt", "target"):
-        if not isinstance(row[column], list):
-            raise InputError(f"{field}: {column} must be a list of messages, it is a {type(row[column]).__name__}")
-    answer = row["reward_model"]
-    if not isinstance(answer, dict) or "ground_truth" not in answer:
-        found = ", ".join(answer) if isinstance(answer, dict) else type(answer).__name__
-        raise InputError(f"{field}: reward_model must hold ground_truth, it holds {found}")
 
 
 def read_problems(rows: Any, schema: str, drops: Drops, pass_rate_column: str | None = None) -> list[Problem]:
@@ -156,8 +145,7 @@ def _openr1(row: dict) -> tuple[str | None, str | None, str | None]:
 
 def _gsm8k(row: dict) -> tuple[str | None, str | None, str | None]:
     """Return no system prompt, the problem and the answer of a row."""
-    _, marks, answer = (row["answer"] or "").rpartition("####")
-    return None, (row["question"] or "").strip(), answer.strip().replace(",", "") if marks else None
+    return None, (row["question"] or "").strip(), after_hashes(row["answer"])
 
 
 def delimited(answer: str) -> str:
@@ -171,9 +159,6 @@ def right_answer(solution: str) -> str:
     inner = solution[1:-1]
     is_one = solution.startswith("$") and solution.endswith("$") and not _DOLLAR.search(inner)
     return rf"The final answer is \boxed{{{inner}}}" if is_one else f"The final answer is {solution}"
-
-
-# ---- Demonstrations
 
 
 def demonstration_of(rows: Any, schema: str) -> Callable[[int], str | None]:

@@ -19,10 +19,8 @@ def prompt_rows(
 ) -> list[dict]:
     """Return the first `num` rows (by default all) with `prompt` and the other columns, which rewards may need.
 
-    Where a row holds `messages`, its prompt is the messages before the last turn of the assistant.
-
-    Raises:
-        InputError: the dataset is empty, has neither `prompt` nor `messages`, or a row whose prompt cannot be used.
+    Where a row holds `messages`, its prompt is the messages before the last turn of the assistant. A dataset that is
+    empty, or has a row whose prompt cannot be used, is refused.
     """
     rows = list(islice(dataset, num))
     if not rows:

@@ -34,19 +34,11 @@ def load_rows(
     base_dir: str | Path | None = None,
     field: str = "dataset_name",
 ) -> "Dataset | IterableDataset":
-    """Load the rows that `name` stands for.
+    """Load the rows that `name` stands for; refuse a name or split that does not exist, or a file that is broken.
 
-    Args:
-        name: a hub name, a local file or folder, or `file.py:function`.
-        split: the split, `train` by default; `file.py:function` has no splits and ignores it.
-        config: the dataset's configuration, for hub names and folders.
-        streaming: whether to return an IterableDataset.
-        seed: the argument for the function of `file.py:function`.
-        base_dir: the folder that a relative path starts from, by default the current one.
-        field: the setting that named the dataset, for messages.
-
-    Raises:
-        InputError: no such file, folder, function, split or hub dataset, or a file that cannot be read.
+    `split` is `train` by default, and `config` the configuration of a hub name or folder; `file.py:function` has
+    neither, and takes the `seed`. Relative paths start from `base_dir`, by default the current folder. With
+    `streaming` an IterableDataset is returned. `field` is the setting that named the dataset, for messages.
     """
     if not name:
         raise InputError(f"{field} is missing: name a dataset on the hub, a local file, or file.py:function")
@@ -140,17 +132,16 @@ def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
     except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
         path = Path(name)
         if path.is_file() and path.suffix in BUILDERS:
-            check_file(path, field=field)
+            _check_file(path, field)
         reason = in_one_line(error.__cause__ or error) or type(error).__name__
         raise InputError(f"{field}: {name} cannot be loaded: {reason}") from error
 
 
-def check_file(path: str | Path, *, field: str) -> None:
+def _check_file(path: Path, field: str) -> None:
     """Refuse a data file that is empty, not UTF-8, or has a line that is not a JSON object; name that line.
 
     A JSON file may also be one array of objects that spans any number of lines.
     """
-    path = Path(path)
     with open(path, "rb") as file:
         start = file.read(1024)
     if not start:
@@ -168,9 +159,15 @@ def check_file(path: str | Path, *, field: str) -> None:
     is_empty = True
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
-            if text.strip():
-                is_empty = False
-                _check_line(text, f"{field}: {path}, line {line}")
+            if not text.strip():
+                continue
+            is_empty, where = False, f"{field}: {path}, line {line}"
+            try:
+                row = json.loads(_decoded(text, where))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{where} must be a JSON object, got {type(row).__name__}")
     if is_empty:
         raise InputError(f"{field}: {path} is empty")
 
@@ -180,15 +177,6 @@ def _decoded(text: bytes, where: str) -> str:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def _check_line(text: bytes, where: str) -> None:
-    try:
-        row = json.loads(_decoded(text, where))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} must be a JSON object, got {type(row).__name__}")
 
 
 def nearest_column(found: Iterable[str], wanted: Sequence[str]) -> str:

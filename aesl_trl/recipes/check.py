@@ -3,7 +3,7 @@
 Each YAML file is parsed as its stage will parse it. Its launch and global batch must agree with its first line, its
 lengths with the rows that `aesl data` will write and with the model's context, and the end of a sample with the end of
 a turn. The memory of one GPU is summed item by item (memory.py). The model is built on the meta device from
-model_config.json, or from its own files where this machine has them. Left out: whether the training learns anything.
+model_config.json, or from its own files where this machine has them.
 """
 
 import os
@@ -38,7 +38,6 @@ from .memory import Budget, budget, vllm_sequences
 from .stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
 
 
-PROG = "aesl recipes check"
 ON_CPU = ("--use_cpu", "true")  # a machine without a GPU refuses bf16 otherwise
 BENCHMARK_PROMPT = 512  # tokens that memory is counted with; the benchmarks' problems are mostly shorter
 
@@ -84,8 +83,8 @@ class Case:
 
     def arguments(self, kinds: tuple[type, ...], *flags: str) -> tuple:
         """Parse the config as its stage will."""
-        with _quiet():
-            return parse(kinds, ["--config", str(self.path), *flags], prog=PROG, to_come=self.promised.keys())
+        argv = ["--config", str(self.path), *flags]
+        return parse(kinds, argv, prog="aesl recipes check", to_come=self.promised.keys())
 
     def prompt_of(self, dataset: str | None) -> int:
         """Return the tokens of the longest prompt of a file that `aesl data` will write, 0 where that is unknown."""

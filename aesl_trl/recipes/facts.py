@@ -37,9 +37,6 @@ def first_comment(path: Path) -> str:
     return line.lstrip("# ") if line.startswith("#") else ""
 
 
-# ---- The first line
-
-
 @dataclass(frozen=True)
 class Hardware:
     """The parts of a first line: `# 8 x 80 GB, 4 of them for vLLM, fsdp2.yaml, global batch 64 = 8 prompts x 8: ...`.
@@ -77,9 +74,6 @@ def hardware_of(path: Path) -> Hardware:
         prompts=prompts,
         generations=generations,
     )
-
-
-# ---- How it is launched
 
 
 @dataclass(frozen=True)
@@ -126,9 +120,6 @@ def find_launch(config: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise InputError(f"{config}: {name} in the first line is not in {folder}")
     return folder / name
-
-
-# ---- The model
 
 
 @dataclass(frozen=True)
@@ -235,9 +226,6 @@ def shape_of(facts: Facts) -> Shape:
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
     )
-
-
-# ---- The data that `aesl data` will write
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ FOUR_BIT, FOUR_BIT_NESTED = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 TILE_BYTES = 2**28  # a head's tile of logits, in losses/head.py on a GPU and in TRL's own head in GRPO
 TILE_MIN_ROWS = {True: 1024, False: 256}  # by whether the head is trained, as in losses/head.py
 
-Sharding = Literal["none", "zero2", "zero3", "fsdp"]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -51,7 +49,7 @@ class Training:
 
     shape: Shape
     processes: int = 1
-    sharding: Sharding = "none"
+    sharding: Literal["none", "zero2", "zero3", "fsdp"] = "none"
     weight_bytes: int = 2  # of the dtype that the weights are loaded in
     bits: int = 16  # 4 or 8: the frozen base is quantized
     nested: bool = False
@@ -98,9 +96,6 @@ class Item:
     phase: str
     gb: float
     how: str
-
-
-# ---- What every training needs
 
 
 def training_items(run: Training) -> list[Item]:
@@ -156,9 +151,6 @@ def _copies(run: Training) -> list[Item]:
     return []
 
 
-# ---- Activations
-
-
 def saved_bytes(run: Training) -> int:
     """Count the bytes per token that one layer keeps for its backward pass (flash or memory-efficient attention).
 
@@ -210,9 +202,6 @@ def _head(run: Training) -> list[Item]:
     return items
 
 
-# ---- Sampling
-
-
 def cache_bytes(shape: Shape, element_bytes: int = 2) -> int:
     """Count the bytes per token of the KV cache."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * element_bytes
@@ -260,9 +249,6 @@ def vllm_sequences(
     return room * tensor_parallel * GB / (cache_bytes(shape) * length)
 
 
-# ---- The sum
-
-
 @dataclass(frozen=True)
 class Budget:
     """The items of one process, and the GPU that they have to fit on."""
@@ -273,8 +259,9 @@ class Budget:
     @property
     def peaks(self) -> dict[str, float]:
         """GB of each phase that occurs, together with the items of `always`."""
-        phases = [phase for phase in PHASES[1:] if any(item.phase == phase for item in self.items)]
-        return {phase: self._sum(ALWAYS) + self._sum(phase) for phase in phases or [ALWAYS]}
+        sizes = {phase: [item.gb for item in self.items if item.phase == phase] for phase in PHASES}
+        phases = [phase for phase in PHASES[1:] if sizes[phase]]
+        return {phase: sum(sizes[ALWAYS]) + sum(sizes[phase]) for phase in phases or [ALWAYS]}
 
     @property
     def peak_gb(self) -> float:
@@ -283,9 +270,6 @@ class Budget:
     @property
     def fits(self) -> bool:
         return self.peak_gb <= self.gpu_gb
-
-    def _sum(self, phase: str) -> float:
-        return sum(item.gb for item in self.items if item.phase == phase)
 
 
 def budget(items: list[Item], gpu_gb: float) -> Budget:

@@ -30,22 +30,13 @@ def list_configs(folder: Path) -> list[str]:
     return [f"{name:{width}}  {first_comment(path)}".rstrip() for name, path in zip(names, paths, strict=True)]
 
 
-def copy_recipes(target: str | Path) -> Path:
-    """Copy all recipes to the new folder `target`, where they work as they are, since their paths are relative."""
-    target = Path(target)
-    if target.exists():
-        raise InputError(f"{target} exists; name a new folder, e.g. {target}-aesl")
-    shutil.copytree(recipes_dir(), target, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
-
-
 def main(argv: list[str] | None = None) -> None:
     """List, copy or check; leave with exit code 2 where a check found a problem."""
     parser = ArgumentParser("aesl recipes", "List, copy or check the recipes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | copy | check")
     commands.add_parser("list", help="show every config and its hardware")
     copy = commands.add_parser("copy", help="copy all recipes to a folder of your own")
-    copy.add_argument("target", metavar="DIR", help="a new folder; runs then go to DIR/../runs")
+    copy.add_argument("target", metavar="DIR", type=Path, help="a new folder; runs then go to DIR/../runs")
     check = commands.add_parser("check", help="check that they hold together and fit their GPUs; needs no weights")
     check.add_argument("paths", metavar="FOLDER or FILE", nargs="*", type=Path, help="by default all recipes")
     check.add_argument("--brief", action="store_true", help="show the memory's sum alone where it fits")
@@ -56,5 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         cases = [check_config(path) for path in find_configs(given.paths or [recipes_dir()])]
         print(report(cases, verbose=not given.brief))
         sys.exit(2 if any(case.problems for case in cases) else 0)
-    folder = copy_recipes(given.target) if given.command == "copy" else recipes_dir()
+    folder = recipes_dir()
+    if given.command == "copy":
+        if given.target.exists():
+            raise InputError(f"{given.target} exists; name a new folder, e.g. {given.target}-aesl")
+        # The copies work as they are, since the paths in them are relative
+        folder = shutil.copytree(folder, given.target, ignore=shutil.ignore_patterns("__pycache__"))
     print("\n".join([f"{folder}:", *list_configs(folder)]))

@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_problems import write_rows
 
-from aesl_trl.data.decontaminate import BenchmarkIndex, Overlap, load_benchmarks, words
+from aesl_trl.data.decontaminate import BenchmarkIndex, Overlap, load_benchmark_problems, words
 from aesl_trl.errors import InputError
 
 
@@ -78,7 +78,7 @@ def test_problems_of_local_files(tmp_path):
     two = write_rows(
         tmp_path / "two.jsonl", [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]}]
     )
-    assert load_benchmarks([one, two]) == {one: ["q"], two: ["p"]}
+    assert load_benchmark_problems(one) == ["q"] and load_benchmark_problems(two) == ["p"]
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_problems_of_local_files(tmp_path):
 def test_files_without_problems_are_refused(row, message, tmp_path):
     path = write_rows(tmp_path / "bench.jsonl", [row])
     with pytest.raises(InputError, match=message):
-        load_benchmarks([path])
+        load_benchmark_problems(path)

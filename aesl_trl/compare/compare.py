@@ -68,8 +68,7 @@ class Comparison:
 def run(comparison: Comparison) -> None:
     """Run the cells of tuning, then the table's cells at the points that tuning chose.
 
-    Raises:
-        SystemExit: a signal came (128 + signal).
+    A signal ends this process with the code 128 + signal.
     """
     config = comparison.config
     for cells in rounds(config):

@@ -59,12 +59,7 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
     """Return the backend of a training's samples, and why.
 
     `auto` takes a server where one is named, else a colocated engine where vLLM is installed and there is a GPU, else
-    `model.generate`.
-
-    `obstacle` says why vLLM cannot sample from this model; None where it can.
-
-    Raises:
-        InputError: as [`check_backend`], or vLLM is asked for and there is an obstacle.
+    `model.generate`. `obstacle` says why vLLM cannot sample from this model (None: it can); then vLLM is refused.
     """
     check_backend(backend, vllm)
     if backend == "generate":
@@ -84,12 +79,9 @@ def choose_backend(backend: str, vllm: VLLMSettings, obstacle: str | None = None
 
 
 def choose_engine(asked: str, accelerator, *, is_adapter: bool = False) -> tuple[str, str]:
-    """Return the engine for a model in a folder, `vllm` or `transformers`, and why.
+    """Return the engine for a model in a folder, `vllm` or `transformers`, and why; `asked` is in `OFFLINE_BACKENDS`.
 
-    `asked` is one of `OFFLINE_BACKENDS`; the accelerator's number of processes and its device decide.
-
-    Raises:
-        InputError: vllm is asked for where it cannot run.
+    The accelerator's number of processes and its device decide. vllm is refused where it cannot run.
     """
     if asked == "transformers":
         return asked, "as asked"

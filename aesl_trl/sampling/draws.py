@@ -93,15 +93,11 @@ class Engine(Protocol):
     batch_size: int | None  # completions at once on each process; None where the engine decides
 
     def draw(self, request: Request) -> list[Draw]:
-        """Return the samples of the request's first prompt, then those of the second, and so on.
-
-        Raises:
-            SamplingFailed: on every rank alike, with the reason of the first rank that failed.
-        """
+        """Return the samples of the request's first prompt, then those of the second; or raise [`SamplingFailed`]."""
 
 
 class SamplingFailed(RuntimeError):
-    """No samples could be drawn. Every rank raises it alike; its message is one line."""
+    """No samples could be drawn. Every rank raises it alike, with the first failed rank's reason in one line."""
 
 
 def split_over_ranks(prompts: list[list[int]], accelerator: Any, **fields: Any) -> Request:
@@ -136,8 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def failure_on_any_rank(error: Exception | None, accelerator) -> Failure | None:
     """Return the same failure on all ranks, which all have to call this; None where no rank has an `error`.
 
-    Raises:
-        InputError: one rank had one; all ranks raise it.
+    Where one rank's error is an InputError, all ranks raise it.
     """
     here = None
     if error is not None:

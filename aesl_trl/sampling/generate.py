@@ -8,7 +8,7 @@ takes no logits processor from the caller, which the exact entropy and the end p
 cache to the memory that happens to be free, so the draw and the memory left to the training would vary.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,18 +28,14 @@ class StepRecorder(LogitsProcessor):
 
     transformers runs custom processors before the temperature's own. Logits that are not finite are recorded as nan
     and sampled as if all were equal: a draw from nan raises on CPU and kills the process on CUDA.
-
-    Attributes:
-        entropy: nats, one `[B]` a position.
-        eos_prob: probability of the stop tokens together, one `[B]` a position.
-        log_prob: nats, of the token then sampled; complete once [`record_sampled`] has the last token.
     """
 
     def __init__(self, stops: list[int]):
         self.stops = stops
-        self.entropy: list[Tensor] = []
-        self.eos_prob: list[Tensor] = []
-        self.log_prob: list[Tensor] = []
+        # One [B] a position
+        self.entropy: list[Tensor] = []  # nats
+        self.eos_prob: list[Tensor] = []  # of the stop tokens together
+        self.log_prob: list[Tensor] = []  # nats, of the token then sampled; `record_sampled` adds the last one
         self._log_probs_BV = None
 
     def __call__(self, input_ids, scores):
@@ -93,17 +89,13 @@ class GenerateEngine:
 
 
 def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception | None]:
-    """Return (draws, error).
-
-    Errors are caught inside the `with` block, because TRL's context leaves the model unusable when an error passes
-    through it.
-    """
+    """Return (draws, error)."""
     drawn, error = [], None
     try:
         with unwrapped_whole(request) as model:
             try:
                 drawn = _draw_in_batches(model, request, batch_size)
-            except Exception as caught:
+            except Exception as caught:  # TRL's context leaves the model unusable when an error passes through it
                 error = caught
     except Exception as caught:  # the weights could not be gathered
         error = caught
@@ -125,10 +117,8 @@ def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
         eos_token_id=stop_ids(tokenizer, model),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    drawn = []
-    for start in range(0, len(prompts), batch_size):
-        drawn += _generate(model, prompts[start : start + batch_size], generation_config)
-    return drawn
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    return [draw for batch in batches for draw in _generate(model, batch, generation_config)]
 
 
 def _generate(model, prompts: list[list[int]], generation_config: GenerationConfig) -> list[Draw]:
@@ -155,18 +145,10 @@ def _generate(model, prompts: list[list[int]], generation_config: GenerationConf
         for values in (recorder.entropy, recorder.log_prob, recorder.eos_prob)
     )
     last = eos_prob.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
-    columns = (
-        lengths,
-        stopped,
-        entropy.sum(1) / lengths,
-        -log_prob.sum(1) / lengths,
-        torch.where(stopped, last, eos_prob.amax(1)),
-    )
-    rows = zip(completions_BT.tolist(), *(column.tolist() for column in columns), strict=True)
+    end = torch.where(stopped, last, eos_prob.amax(1))
+    columns = (completions_BT, lengths, stopped, entropy.sum(1) / lengths, -log_prob.sum(1) / lengths, end)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     return [Draw(ids[:length], *figures) for ids, length, *figures in rows]
-
-
-# ---- The whole model on each rank
 
 
 @contextmanager
@@ -182,14 +164,17 @@ def unwrapped_whole(request: Request):
             "diversity_backend to a vLLM backend"
         )
     bare = accelerator.unwrap_model(model)
-    checkpointing = bare.is_gradient_checkpointing
-    with ExitStack() as stack:
-        stack.callback(_restore_checkpointing, bare, checkpointing, request.gradient_checkpointing_kwargs)
-        stack.enter_context(unsharded(bare))
-        stack.enter_context(_without_forward_check(model))
-        unwrapped = stack.enter_context(unwrap_model_for_generation(model, accelerator))
-        stack.callback(release_parameters, bare)
-        yield unwrapped
+    was_checkpointing, kwargs = bare.is_gradient_checkpointing, request.gradient_checkpointing_kwargs
+    try:
+        with unsharded(bare), _without_forward_check(model), unwrap_model_for_generation(model, accelerator) as whole:
+            try:
+                yield whole
+            finally:
+                release_parameters(bare)
+    finally:
+        # TRL turns it on again with default arguments (up to 1.15), and not at all after an error
+        if was_checkpointing and (kwargs or not bare.is_gradient_checkpointing):
+            bare.gradient_checkpointing_enable(kwargs)
 
 
 def release_parameters(model) -> None:
@@ -216,15 +201,6 @@ def _without_forward_check(engine):
     finally:
         hooks.clear()
         hooks.update(before)  # in their order
-
-
-def _restore_checkpointing(model, was_on: bool, kwargs: dict | None) -> None:
-    """Turn gradient checkpointing on again with its arguments.
-
-    TRL uses defaults (up to 1.15), and does not turn it on at all after an error.
-    """
-    if was_on and (kwargs or not model.is_gradient_checkpointing):
-        model.gradient_checkpointing_enable(kwargs)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from ..diversity.figures import Group
 from ..models.loading import release_memory
 from ..models.tokens import prompt_ids
-from .draws import Draw, Engine, Piece, SamplingSettings, split_over_ranks
+from .draws import Engine, Piece, SamplingSettings, split_over_ranks
 from .generate import GenerateEngine
 
 
@@ -59,18 +59,11 @@ def sample_groups(
     accelerator=None,
     gradient_checkpointing_kwargs: dict | None = None,
 ) -> list[Group]:
-    """Sample completions of each row's prompt, and return one group a row, without rewards, on every process.
+    """Sample completions of each row's `"prompt"`, and return one group a row, without rewards, on every process.
 
-    Args:
-        model: the model, wrapped or not, or None: see [`Request`] for it and for `gradient_checkpointing_kwargs`.
-        rows: dicts with a `"prompt"`, a string or a list of messages.
-        engine: by default a [`~aesl_trl.sampling.generate.GenerateEngine`].
-        piece: the part of all samples that `rows` are; by default all of them.
-        accelerator: splits the prompts over its processes.
-
-    Raises:
-        SamplingFailed: nothing could be drawn; on every process alike.
-        InputError: FSDP1, or what an engine refuses.
+    The prompts, texts or lists of messages, are split over the accelerator's processes. `piece` is the part of all
+    samples that `rows` are, by default all of them. See [`Request`] for `model` and `gradient_checkpointing_kwargs`.
+    When nothing could be drawn, every process raises SamplingFailed; FSDP1 is refused, and what an engine refuses.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     engine = engine or GenerateEngine(settings.batch_size)
@@ -90,25 +83,22 @@ def sample_groups(
             drawn = engine.draw(request)
         finally:
             release_memory()  # the training has other sizes to find room for
-    groups = [
-        (index, _group(rows[index]["prompt"], drawn[place * piece.samples : (place + 1) * piece.samples], tokenizer))
-        for place, index in enumerate(request.indices)
-    ]
+    groups = []
+    for place, index in enumerate(request.indices):
+        samples = drawn[place * piece.samples : (place + 1) * piece.samples]
+        group = Group(
+            prompt=rows[index]["prompt"],
+            completions=[
+                tokenizer.decode(sample.ids, skip_special_tokens=True) if sample.text is None else sample.text
+                for sample in samples
+            ],
+            num_tokens=[len(sample.ids) for sample in samples],
+            truncated=[not sample.stopped for sample in samples],
+            entropy=[sample.entropy for sample in samples],
+            neg_log_prob=[sample.neg_log_prob for sample in samples],
+            eos_prob=[sample.eos_prob for sample in samples],
+        )
+        groups.append((index, group))
     if accelerator is not None and accelerator.num_processes > 1:
         groups = gather_object(groups)
     return [group for _, group in sorted(groups, key=lambda item: item[0])]
-
-
-def _group(prompt, drawn: list[Draw], tokenizer) -> Group:
-    return Group(
-        prompt=prompt,
-        completions=[
-            tokenizer.decode(sample.ids, skip_special_tokens=True) if sample.text is None else sample.text
-            for sample in drawn
-        ],
-        num_tokens=[len(sample.ids) for sample in drawn],
-        truncated=[not sample.stopped for sample in drawn],
-        entropy=[sample.entropy for sample in drawn],
-        neg_log_prob=[sample.neg_log_prob for sample in drawn],
-        eos_prob=[sample.eos_prob for sample in drawn],
-    )

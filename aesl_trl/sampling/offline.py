@@ -79,7 +79,11 @@ class OfflineVLLM(OfflineEngine):
             logprobs_mode="raw_logprobs",  # at temperature 1, whatever the sampling's
         )
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-        self._stops = generation_stops(path, settings.trust_remote_code)
+        try:
+            self._stops = id_list(GenerationConfig.from_pretrained(path).eos_token_id)
+        except OSError:  # the model has no generation config: its own config names the end tokens
+            config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+            self._stops = id_list(config.get_text_config().eos_token_id)
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw all prompts in one call; each problem has its own seed."""
@@ -105,38 +109,22 @@ class OfflineVLLM(OfflineEngine):
             for index in request.indices
         ]
         prompts = [{"prompt_token_ids": ids} for ids in request.prompts]
-        outputs = self._llm.generate(prompts, sampling_params=params, use_tqdm=False)
-        return [
-            _draw_of(sample, settings.temperature)
-            for output in outputs
-            for sample in sorted(output.outputs, key=lambda sample: sample.index)
-        ]
+        drawn = []
+        for output in self._llm.generate(prompts, sampling_params=params, use_tqdm=False):
+            for sample in sorted(output.outputs, key=lambda sample: sample.index):
+                # For each position vLLM gives {token: Logprob}. The model's own log-probabilities, at temperature 1,
+                # estimate its entropy only on samples that were drawn at temperature 1
+                pairs = zip(sample.token_ids, sample.logprobs, strict=True)
+                nats = -math.fsum(at[token].logprob for token, at in pairs) / max(len(sample.token_ids), 1)
+                neg_log_prob = nats if settings.temperature == 1 else None
+                stopped = sample.finish_reason != "length"
+                drawn.append(Draw(list(sample.token_ids), stopped, None, neg_log_prob, None, sample.text))
+        return drawn
 
     def close(self) -> None:
         """Free the model's memory."""
         del self._llm
         super().close()
-
-
-def generation_stops(path: str, trust_remote_code: bool) -> list[int]:
-    """Return the end tokens that the model's generation config names, else those of its config."""
-    try:
-        return id_list(GenerationConfig.from_pretrained(path).eos_token_id)
-    except OSError:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return id_list(config.get_text_config().eos_token_id)
-
-
-def _draw_of(sample, temperature: float) -> Draw:
-    """Turn vLLM's `CompletionOutput` into a draw.
-
-    The log-probabilities are the model's own, at temperature 1; their mean estimates the model's entropy only on
-    samples that were drawn at temperature 1. For each position vLLM gives {token: Logprob}, with the sampled token.
-    """
-    pairs = zip(sample.token_ids, sample.logprobs, strict=True)
-    nats = -math.fsum(at[token].logprob for token, at in pairs) / max(len(sample.token_ids), 1)
-    stopped = sample.finish_reason != "length"
-    return Draw(list(sample.token_ids), stopped, None, nats if temperature == 1 else None, None, sample.text)
 
 
 def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:

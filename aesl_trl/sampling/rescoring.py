@@ -5,6 +5,7 @@ computes the others without logits; scoring takes one forward pass a batch, wher
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..losses.rules import nll_rule
 from .draws import Draw
@@ -18,13 +19,9 @@ def rescore(
 
     `eos_prob` is then the probability of the token that the sample stopped with.
 
-    Args:
-        model: takes `token_rule` ([`~aesl_trl.losses.scoring.add_fused_head`]). Give a sharded model with its wrapper,
-            whose forward gathers weights: then `num_batches` has to be the same on every rank.
-        prompts: token ids before each sample.
-        batch_size: samples a forward pass.
-        num_batches: forward passes, at least as many as the samples need; the last one is repeated for the rest.
-        pad_id: any token; padding is masked.
+    `model` takes `token_rule` ([`~aesl_trl.losses.scoring.add_fused_head`]). Give a sharded model with its wrapper,
+    whose forward gathers weights. Then `num_batches`, at least as many as the samples need, has to be the same on
+    every rank: the last batch is repeated for the rest. `pad_id` is any token, since padding is masked.
     """
     scored, rule = [], nll_rule()
     for number in range(num_batches):
@@ -39,16 +36,15 @@ def rescore(
 
 def _right_padded(prompts: list[list[int]], drawn: list[Draw], pad_id: int, device) -> dict[str, torch.Tensor]:
     """Return a model's inputs, padded on the right; the labels are the sampled tokens alone."""
-    rows = [(prompt, sample.ids) for prompt, sample in zip(prompts, drawn, strict=True)]
-    columns = {
-        "input_ids": ([prompt + ids for prompt, ids in rows], pad_id),
-        "attention_mask": ([[1] * len(prompt + ids) for prompt, ids in rows], 0),
-        "labels": ([[-100] * len(prompt) + ids for prompt, ids in rows], -100),
-    }
-    width = max(len(prompt + ids) for prompt, ids in rows)
+
+    def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
+
+    pairs = [(prompt, sample.ids) for prompt, sample in zip(prompts, drawn, strict=True)]
     return {
-        name: torch.tensor([values + [fill] * (width - len(values)) for values in column], device=device)
-        for name, (column, fill) in columns.items()
+        "input_ids": padded([prompt + ids for prompt, ids in pairs], pad_id),
+        "attention_mask": padded([[1] * len(prompt + ids) for prompt, ids in pairs], 0),
+        "labels": padded([[-100] * len(prompt) + ids for prompt, ids in pairs], -100),
     }
 
 

@@ -41,13 +41,9 @@ MAX_NUM_SEQS = 256  # that a colocated engine decodes at once: more prompts wait
 class SyncedVLLM:
     """Draws with a vLLM that is started at the first draw and gets the model's weights before each draw.
 
-    Out of memory is not answered by a smaller batch: a colocated engine takes its memory in advance
-    (`gpu_memory_utilization`), whatever the number of prompts.
-
-    Args:
-        name: `"vllm_colocate"` or `"vllm_server"`.
-        rescore_batch_size: samples scored at once where the entropy needs it, see
-            [`~aesl_trl.sampling.rescoring.rescore`].
+    `name` is `"vllm_colocate"` or `"vllm_server"`; [`~aesl_trl.sampling.rescoring.rescore`] scores
+    `rescore_batch_size` samples at once. When memory runs out, a smaller batch would not help: a colocated engine
+    takes its memory in advance (`gpu_memory_utilization`), whatever the number of prompts.
     """
 
     batch_size = None
@@ -109,8 +105,6 @@ class SyncedVLLM:
         hint = "; lower vllm_gpu_memory_utilization" if failure.is_memory and self.name == "vllm_colocate" else ""
         raise SamplingFailed(failure.reason + hint) from error
 
-    # ---- Starting
-
     def _start(self, bare, request: Request) -> None:
         request.say(f"aesl_trl: starting {self.name} for the diversity samples")
         error = None
@@ -156,8 +150,6 @@ class SyncedVLLM:
             "max_model_length": int(min(request.longest + max_new_tokens, limit)),
             "max_num_seqs": MAX_NUM_SEQS,
         }
-
-    # ---- Drawing
 
     def _colocated(self, request: Request) -> list[tuple]:
         """Return (token ids, log-probabilities) of each sample."""
@@ -205,8 +197,6 @@ class SyncedVLLM:
             generation_kwargs={**generation.generation_kwargs, "seed": seed},
         )
         return list(zip(output["completion_ids"], output["logprobs"], strict=True))
-
-    # ---- Scoring
 
     def _rescore(self, bare, drawn: list[Draw], request: Request) -> list[Draw]:
         """Score the samples, through the wrapper where it shards: its forward gathers the weights on all ranks."""

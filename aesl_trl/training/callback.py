@@ -26,9 +26,7 @@ FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how
 
 
 class DiversityCallback(TrainerCallback):
-    """
-    Measures the diversity of the model's own samples during SFT, finds its turning point, keeps candidates and selects
-    one of them.
+    """Measures the diversity of a model's samples during SFT, finds its turning point, keeps and selects candidates.
 
     Before step 1 and every `steps` steps the model completes a fixed set of held-out prompts. Each measurement adds a
     line to `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through
@@ -90,7 +88,10 @@ class DiversityCallback(TrainerCallback):
         check_choice("selection", selection, (None, *RULES))
         self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
         self.trainer, self.stop, self.selection = trainer, stop, selection
-        if selection is not None and not _saves_whole_weights(trainer.accelerator.state.deepspeed_plugin):
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+        saves_parts = zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save")
+        if selection is not None and saves_parts:
             raise InputError(
                 "ZeRO-3 would save candidates that nothing can load: set stage3_gather_16bit_weights_on_model_save "
                 "(accelerate: zero3_save_16bit_model) to true"
@@ -99,15 +100,11 @@ class DiversityCallback(TrainerCallback):
         if any(row.get(name) is not None for row in rows for name in ("image", "images")):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
         self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []))
+        self.rows = self.measurement.rows  # those that are measured
         self.stopped = False  # at the turning point
         self.seconds = 0.0  # wall time spent measuring
         self._began = time.perf_counter()
         self._measured = 0
-
-    @property
-    def rows(self) -> list[dict]:
-        """The prompts that are measured."""
-        return self.measurement.rows
 
     @property
     def _folder(self) -> Path:
@@ -145,9 +142,11 @@ class DiversityCallback(TrainerCallback):
             rows = self._measure(state.global_step)
             if self.selection is not None:
                 self.candidates.keep(state.global_step, rows)
-            if self.stop and self._has_turned(rows):
+            found = turning_point_of(rows, self.settings.metric, self.settings.patience) if self.stop else None
+            if found and found.step is not None:
+                turned = f"diversity turned at step {found.step} ({found.reason})"
+                self.trainer.accelerator.print(f"aesl_trl: {turned}; stopping")
                 self.stopped = control.should_training_stop = True
-        return control
 
     def on_train_end(self, args, state, control, **kwargs):
         """Log what measuring took, and select a candidate."""
@@ -177,13 +176,17 @@ class DiversityCallback(TrainerCallback):
 
     def _measure(self, step: int) -> list[dict]:
         """Measure, write and log; return the whole series so far, the same on every process."""
-        start = time.perf_counter()
+        trainer, start = self.trainer, time.perf_counter()
         row, groups = self.measurement.measure_step(step, self._folder)
-        series = [self._write(row, groups, start)] if self.trainer.accelerator.is_main_process else [None]
-        series = broadcast_object_list(series)[0]
+        series = self._write(row, groups, start) if trainer.accelerator.is_main_process else None
+        series = broadcast_object_list([series])[0]
         self.seconds += time.perf_counter() - start
         self._measured += 1
-        self._log(series[-1])
+        figures = {name: value for name, value in series[-1].items() if name not in NOT_FIGURES and value is not None}
+        should_log = trainer.control.should_log
+        # TRL's own log would hand out, and forget, the metrics of the steps since the last log
+        Trainer.log(trainer, {f"diversity/{name}": value for name, value in figures.items()})
+        trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
         return series
 
     def _write(self, row: dict, groups: list | None, start: float) -> list[dict]:
@@ -201,20 +204,6 @@ class DiversityCallback(TrainerCallback):
         files.append_jsonl(self._folder / files.DIVERSITY, row)
         return files.read_jsonl(self._folder / files.DIVERSITY)
 
-    def _log(self, row: dict) -> None:
-        trainer, should_log = self.trainer, self.trainer.control.should_log
-        figures = {key: value for key, value in row.items() if key not in NOT_FIGURES and value is not None}
-        # TRL's own log would hand out, and forget, the metrics of the steps since the last log
-        Trainer.log(trainer, {f"diversity/{key}": value for key, value in figures.items()})
-        trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
-
-    def _has_turned(self, series: list[dict]) -> bool:
-        found = turning_point_of(series, self.settings.metric, self.settings.patience)
-        if found.step is None:
-            return False
-        self.trainer.accelerator.print(f"aesl_trl: diversity turned at step {found.step} ({found.reason}); stopping")
-        return True
-
 
 def _cost(share: float, steps: int) -> str:
     """Return the line that follows the third measurement; the first measurement stood before any training."""
@@ -223,12 +212,6 @@ def _cost(share: float, steps: int) -> str:
         f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {needed} would make it "
         f"{FAIR_SHARE:.0%}"
     )
-
-
-def _saves_whole_weights(deepspeed_plugin) -> bool:
-    """Say whether weights are saved whole; ZeRO-3 leaves them in partitions unless it is told otherwise."""
-    settings = {} if deepspeed_plugin is None else deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-    return settings.get("stage") != 3 or bool(settings.get("stage3_gather_16bit_weights_on_model_save"))
 
 
 def held_out_rows(prompts, num: int | None = None) -> list[dict]:
@@ -252,22 +235,11 @@ class RunCallback(TrainerCallback):
         positions = Path(args.output_dir) / files.POSITIONS
         rows = files.read_jsonl(positions) if positions.exists() and state.global_step > 0 else []
         files.write_jsonl(positions, [row for row in rows if row["step"] <= state.global_step])
-        files.write_json(Path(args.output_dir) / files.RUN, self._describe(args, state))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # TRL's count of tokens would restart on resume; Trainer saves its own, which is unused unless asked for
-        if args.include_num_input_tokens_seen == "no":
-            state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.save_state()
-
-    def _describe(self, args, state) -> dict:
         config = self.trainer.model.config
         model, quantization = getattr(config, "_name_or_path", None), getattr(config, "quantization_config", None)
         names = ["t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience"]
         names += ["best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields]
-        return {
+        described = {
             "stage": "sft",
             "cold_start_loss": args.cold_start_loss,
             **{name: getattr(args, name) for name in names},
@@ -285,3 +257,12 @@ class RunCallback(TrainerCallback):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "versions": package_versions(),
         }
+        files.write_json(Path(args.output_dir) / files.RUN, described)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # TRL's count of tokens would restart on resume; Trainer saves its own, which is unused unless asked for
+        if args.include_num_input_tokens_seen == "no":
+            state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.save_state()

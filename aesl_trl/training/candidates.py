@@ -13,18 +13,12 @@ from ..values import check_bounds
 
 @dataclass
 class Candidates:
-    """The candidates of a trainer's run.
-
-    Attributes:
-        metric: diversity metric by which the most diverse candidates are kept.
-        best_eval_metric: metric whose best candidate is always kept.
-        max_candidates: candidates on disk at a time, at least 2.
-    """
+    """The candidates of a trainer's run."""
 
     trainer: Any
-    metric: str
-    best_eval_metric: str = field(metadata={"choices": tuple(EVAL_METRICS)})
-    max_candidates: int = field(metadata={"at_least": 2})
+    metric: str  # of diversity, by which the most diverse candidates are kept
+    best_eval_metric: str = field(metadata={"choices": tuple(EVAL_METRICS)})  # its best candidate is always kept
+    max_candidates: int = field(metadata={"at_least": 2})  # on disk at a time
 
     def __post_init__(self):
         check_bounds(self)
@@ -35,10 +29,7 @@ class Candidates:
         return Path(self.trainer.args.output_dir) / files.CANDIDATES
 
     def keep(self, step: int, series: list[dict]) -> None:
-        """Save the weights of `step`, and drop the least promising candidates beyond `max_candidates`.
-
-        `series` are the measurements up to `step`.
-        """
+        """Save the weights of `step`, and drop the least promising candidates; `series` are the rows up to `step`."""
         target, saving = self.folder / f"step-{step}", self.folder / f".step-{step}.tmp"
         self.trainer.save_model(str(saving), _internal_call=True)  # an internal call does not push to the hub
         if self.trainer.args.should_save:
@@ -69,12 +60,10 @@ class Candidates:
         evaluated = [candidate for candidate in saved if evaluations.get(candidate) is not None]
         if evaluated:
             kept.add(max(evaluated, key=evaluations.get))
-        sign = 1 if METRICS[self.metric] == "max" else -1
-        diversity = {row["step"]: sign * row[self.metric] for row in series if row[self.metric] is not None}
-        for candidate in sorted((one for one in saved if one in diversity), key=diversity.get, reverse=True):
-            if len(kept) < self.max_candidates:
-                kept.add(candidate)
-        return kept
+        diversity = {row["step"]: row[self.metric] for row in series if row[self.metric] is not None}
+        others = [candidate for candidate in saved if candidate in diversity and candidate not in kept]
+        others.sort(key=diversity.get, reverse=METRICS[self.metric] == "max")
+        return kept.union(others[: self.max_candidates - len(kept)])
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -1,8 +1,6 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from trl import SFTConfig
 
@@ -11,7 +9,7 @@ from ..errors import InputError
 from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
-from ..values import check_bounds
+from ..values import check_bounds, option
 from .measurement import MeasurementSettings, fit
 
 
@@ -28,143 +26,103 @@ BOUNDS = {
 }
 
 
-def _setting(default: Any, help: str, choices: Collection[str] = ()) -> Any:
-    # No copy of the choices: a loss of a user's own may join TOKEN_RULES before the config is made
-    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
-
-
 @dataclass
 class AESLSFTConfig(SFTConfig):
     r"""
-    Configuration of [`AESLSFTTrainer`]: [`~trl.SFTConfig`] and the fields below.
+    Configuration of [`AESLSFTTrainer`]: [`~trl.SFTConfig`] and the fields below, with their types and defaults.
 
     Args:
-        cold_start_loss (`str`, *optional*, defaults to `"aesl"`):
-            `"aesl"` (Adaptive Early-Stop Loss, paper Eq. 4), `"nll"` (plain negative log-likelihood), `"dft"`,
-            `"gem"`, `"psft"` or `"eaft"` (docs/losses.md). A field of another loss must keep its default.
-        t_scaling (`float`, *optional*, defaults to `3.0`):
-            Scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative log-likelihood
-            is `1 / t_scaling` nats. The paper does not state its value.
-        min_temperature (`float`, *optional*, defaults to `1e-2`):
-            Lower clamp of the temperature, positive.
-        prefix_mode (`str`, *optional*, defaults to `"inclusive"`):
-            `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not; `"none"`:
-            `t_scaling` is the temperature of every token (the token-level ablation).
-        aesl_weight (`str`, *optional*, defaults to `"adaptive"`):
-            `"adaptive"` (paper), or an ablation without prefix and temperature, with q the label's probability:
-            `"linear"` is 1 - q, `"threshold"` is 1 where q < `weight_threshold`, else 0.
-        weight_threshold (`float`, *optional*, defaults to `0.5`):
-            For `"threshold"`, above 0 and below 1.
-        gem_beta (`float`, *optional*, defaults to `0.7`):
-            GEM's temperature, above 0 and at most 1: 1 with `"linear"` gives nll's gradient, a lower value keeps more
-            diversity.
-        gem_h (`str`, *optional*, defaults to `"linear"`):
-            GEM's function h: `"linear"` or `"sigmoid"` ("logsigmoid" in the authors' code).
-        psft_clip_high (`float`, *optional*, defaults to `0.28`):
-            A token whose probability rose by more than this share since the refresh is released. PSFT's lower clip has
-            no field: with an advantage of 1 it changes nothing.
-        psft_refresh_steps (`int`, *optional*, defaults to `8`):
-            Optimiser steps after which the old policy becomes the current one. 1 gives nll's gradient.
-        eaft_alpha (`float`, *optional*, defaults to `1.0`):
-            Exponent of EAFT's weight, positive.
-        eaft_top_k (`int`, *optional*, defaults to `20`):
-            Number of most likely tokens over whose softmax EAFT takes its entropy, at least 2.
-        diversity_steps (`int`, *optional*, defaults to `0`):
-            Steps between two measurements of the diversity of the model's own samples; the first measurement comes
-            before step 1. 0 turns measuring off.
-        diversity_num_prompts (`int`, *optional*, defaults to `64`):
-            Held-out prompts sampled at each measurement: the first ones given, the same each time.
-        diversity_samples (`int`, *optional*, defaults to `8`):
-            Completions sampled for each prompt, at least 2.
-        diversity_temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature, positive.
-        diversity_max_new_tokens (`int`, *optional*, defaults to `512`):
-            Tokens after which a sample is cut off (and counted as truncated).
-        diversity_batch_size (`int`, *optional*, defaults to `128`):
-            Completions that `model.generate` draws at once on each process; halved when memory runs out.
-        diversity_token_budget (`int`, *optional*):
-            Completion tokens that a measurement may cost over all prompts and samples (prompts x samples x
-            max_new_tokens). A larger measurement is made smaller, and a line says so: first its prompts, down to 16,
-            then its length, down to 256, then its samples, down to 4. `None` is 32,768 with `"generate"` and 131,072
-            with vLLM, 0 no limit.
-        diversity_backend (`str`, *optional*, defaults to `"auto"`):
-            How to sample: `"generate"` is `model.generate`; `"vllm_colocate"` shares the training's GPUs,
-            `"vllm_server"` is a `vllm serve` of its own; `"auto"` takes a server where one is named, vLLM where it is
-            installed and there is a GPU, else `"generate"`, and says which.
-        diversity_vllm_server_base_url (`str`, *optional*), diversity_vllm_server_host (`str`, *optional*),
-        diversity_vllm_server_port (`int`, *optional*, defaults to `8000`), diversity_vllm_server_timeout (`float`,
-        *optional*, defaults to `240.0`), diversity_vllm_group_port (`int`, *optional*, defaults to `51216`):
-            The server, as in GRPOConfig's fields without `diversity_`.
-        diversity_vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
-            Share of the GPU's memory that a colocated vLLM may take, above 0 and below 1.
-        diversity_vllm_enable_sleep_mode (`bool`, *optional*, defaults to `True`):
-            A colocated vLLM frees its memory between measurements.
-        diversity_metric (`str`, *optional*, defaults to `"entropy"`):
-            The series whose turning point is sought: `"entropy"` (its maximum) or `"self_bleu"` (its minimum).
-        diversity_patience (`int`, *optional*, defaults to `3`):
-            Measurements after the peak that must confirm the fall.
-        stop_at_turning_point (`bool`, *optional*, defaults to `False`):
-            End the training once the turning point is confirmed.
-        selection (`str`, *optional*):
-            Which checkpoint goes to RL: `"turning_point"` (default but for aesl), `"last"` (default for aesl: the
-            loss itself is the early stop), `"best_eval"` (for comparison) or `"readiness"` (the best checkpoint that
-            `aesl probe` finds ready). The selection is made at the end of a training with `diversity_steps`; by
+        cold_start_loss: `"aesl"` (Adaptive Early-Stop Loss, paper Eq. 4), `"nll"` (plain negative log-likelihood),
+            `"dft"`, `"gem"`, `"psft"` or `"eaft"` (docs/losses.md). A field of another loss must keep its default.
+        t_scaling: scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative
+            log-likelihood is `1 / t_scaling` nats. The paper does not state its value.
+        min_temperature: lower clamp of the temperature, positive.
+        prefix_mode: `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not;
+            `"none"`: `t_scaling` is the temperature of every token (the token-level ablation).
+        aesl_weight: `"adaptive"` (paper), or an ablation without prefix and temperature, with q the label's
+            probability: `"linear"` is 1 - q, `"threshold"` is 1 where q < `weight_threshold`, else 0.
+        weight_threshold: for `"threshold"`, above 0 and below 1.
+        gem_beta: GEM's temperature, above 0 and at most 1: 1 with `"linear"` gives nll's gradient, a lower value keeps
+            more diversity.
+        gem_h: GEM's function h: `"linear"` or `"sigmoid"` ("logsigmoid" in the authors' code).
+        psft_clip_high: a token whose probability rose by more than this share since the refresh is released. PSFT's
+            lower clip has no field: with an advantage of 1 it changes nothing.
+        psft_refresh_steps: optimiser steps after which the old policy becomes the current one. 1 gives nll's gradient.
+        eaft_alpha: exponent of EAFT's weight, positive.
+        eaft_top_k: number of most likely tokens over whose softmax EAFT takes its entropy, at least 2.
+        diversity_steps: steps between two measurements of the diversity of the model's own samples; the first
+            measurement comes before step 1. 0 turns measuring off.
+        diversity_num_prompts: held-out prompts sampled at each measurement: the first ones given, the same each time.
+        diversity_samples: completions sampled for each prompt, at least 2.
+        diversity_temperature: sampling temperature, positive.
+        diversity_max_new_tokens: tokens after which a sample is cut off (and counted as truncated).
+        diversity_batch_size: completions that `model.generate` draws at once on each process; halved when memory runs
+            out.
+        diversity_token_budget: completion tokens that a measurement may cost over all prompts and samples (prompts x
+            samples x max_new_tokens). A larger measurement is made smaller, and a line says so: first its prompts,
+            down to 16, then its length, down to 256, then its samples, down to 4. `None` is 32,768 with `"generate"`
+            and 131,072 with vLLM, 0 no limit.
+        diversity_backend: how to sample: `"generate"` is `model.generate`; `"vllm_colocate"` shares the training's
+            GPUs, `"vllm_server"` is a `vllm serve` of its own; `"auto"` takes a server where one is named, vLLM where
+            it is installed and there is a GPU, else `"generate"`, and says which.
+        diversity_vllm_server_base_url, diversity_vllm_server_host, diversity_vllm_server_port,
+            diversity_vllm_server_timeout, diversity_vllm_group_port: the server, as in GRPOConfig's fields without
+            `diversity_`.
+        diversity_vllm_gpu_memory_utilization: share of the GPU's memory that a colocated vLLM may take, above 0 and
+            below 1.
+        diversity_vllm_enable_sleep_mode: a colocated vLLM frees its memory between measurements.
+        diversity_metric: the series whose turning point is sought: `"entropy"` (its maximum) or `"self_bleu"` (its
+            minimum).
+        diversity_patience: measurements after the peak that must confirm the fall.
+        stop_at_turning_point: end the training once the turning point is confirmed.
+        selection: which checkpoint goes to RL: `"turning_point"` (default but for aesl), `"last"` (default for aesl:
+            the loss itself is the early stop), `"best_eval"` (for comparison) or `"readiness"` (the best checkpoint
+            that `aesl probe` finds ready). The selection is made at the end of a training with `diversity_steps`; by
             readiness it is made in the chain, or by `aesl probe` and `aesl select` afterwards.
-        best_eval_metric (`str`, *optional*, defaults to `"eval_nll"`):
-            Metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on the diversity
-            prompts.
-        max_candidates (`int`, *optional*, defaults to `5`):
-            Weights-only candidates kept on disk at a time; the last measurement and the best evaluation are always
-            among them.
+        best_eval_metric: metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on
+            the diversity prompts.
+        max_candidates: weights-only candidates kept on disk at a time; the last measurement and the best evaluation
+            are always among them.
     """
 
-    cold_start_loss: str = _setting("aesl", "Loss of the cold start.", TOKEN_RULES)
-    t_scaling: float = _setting(3.0, "Scale of AESL's temperature, positive (paper, Eq. 4).")
-    min_temperature: float = _setting(1e-2, "Lower clamp of AESL's temperature, positive.")
-    prefix_mode: str = _setting("inclusive", "Prefix over which AESL averages.", PREFIX_MODES)
-    aesl_weight: str = _setting("adaptive", "AESL's weight, or a simpler one as an ablation.", AESL_WEIGHTS)
-    weight_threshold: float = _setting(
-        0.5, "For aesl_weight threshold: probability from which a token is released, below 1 (1 releases nothing)."
-    )
-    gem_beta: float = _setting(0.7, "GEM's temperature, above 0 and at most 1 (1 with gem_h linear: nll's gradient).")
-    gem_h: str = _setting("linear", "GEM's function h.", GEM_H)
-    psft_clip_high: float = _setting(0.28, "PSFT releases a token whose probability rose by more than this share.")
-    psft_refresh_steps: int = _setting(8, "Steps from one old policy of PSFT to the next.")
-    eaft_alpha: float = _setting(1.0, "Exponent of EAFT's weight, positive.")
-    eaft_top_k: int = _setting(20, "Tokens over which EAFT takes its entropy, at least 2.")
-    diversity_steps: int = _setting(0, "Steps between two measurements of the own samples' diversity; 0: never.")
-    diversity_num_prompts: int = _setting(64, "Held-out prompts sampled at each measurement.")
-    diversity_samples: int = _setting(8, "Completions sampled for each prompt, at least 2.")
-    diversity_temperature: float = _setting(1.0, "Sampling temperature, positive.")
-    diversity_max_new_tokens: int = _setting(512, "Tokens after which a sample is cut off.")
-    diversity_batch_size: int = _setting(128, "Completions that model.generate draws at once on a process.")
-    diversity_token_budget: int | None = _setting(
+    # TOKEN_RULES itself, no copy: a loss of a user's own may join it before the config is made
+    cold_start_loss: str = option("aesl", "Loss of the cold start.", choices=TOKEN_RULES)
+    t_scaling: float = option(3.0, "Scale of AESL's temperature, positive (paper, Eq. 4).")
+    min_temperature: float = option(1e-2, "Lower clamp of AESL's temperature, positive.")
+    prefix_mode: str = option("inclusive", "Prefix over which AESL averages.", choices=PREFIX_MODES)
+    aesl_weight: str = option("adaptive", "AESL's weight, or a simpler one as an ablation.", choices=AESL_WEIGHTS)
+    weight_threshold: float = option(0.5, "Probability, below 1, from which aesl_weight threshold releases a token.")
+    gem_beta: float = option(0.7, "GEM's temperature, above 0 and at most 1 (1 with gem_h linear: nll's gradient).")
+    gem_h: str = option("linear", "GEM's function h.", choices=GEM_H)
+    psft_clip_high: float = option(0.28, "PSFT releases a token whose probability rose by more than this share.")
+    psft_refresh_steps: int = option(8, "Steps from one old policy of PSFT to the next.")
+    eaft_alpha: float = option(1.0, "Exponent of EAFT's weight, positive.")
+    eaft_top_k: int = option(20, "Tokens over which EAFT takes its entropy, at least 2.")
+    diversity_steps: int = option(0, "Steps between two measurements of the own samples' diversity; 0: never.")
+    diversity_num_prompts: int = option(64, "Held-out prompts sampled at each measurement.")
+    diversity_samples: int = option(8, "Completions sampled for each prompt, at least 2.")
+    diversity_temperature: float = option(1.0, "Sampling temperature, positive.")
+    diversity_max_new_tokens: int = option(512, "Tokens after which a sample is cut off.")
+    diversity_batch_size: int = option(128, "Completions that model.generate draws at once on a process.")
+    diversity_token_budget: int | None = option(
         None,
         "Completion tokens that a measurement may cost; a larger measurement is made smaller. Default: 32768 with "
         "model.generate, 131072 with vLLM; 0: no limit.",
     )
-    diversity_backend: str = _setting("auto", "How to sample.", TRAINING_BACKENDS)
-    diversity_vllm_server_base_url: str | None = _setting(
-        None, "Address of a vLLM server, e.g. http://localhost:8000."
-    )
-    diversity_vllm_server_host: str | None = _setting(None, "Host of a vLLM server, where the base url is not given.")
-    diversity_vllm_server_port: int = _setting(8000, "Port of the vLLM server.")
-    diversity_vllm_server_timeout: float = _setting(240.0, "Seconds to wait for the vLLM server to be up.")
-    diversity_vllm_group_port: int = _setting(
-        51216, "Port of the process group through which weights go to the vLLM server."
-    )
-    diversity_vllm_gpu_memory_utilization: float = _setting(
-        0.3, "Share of the GPU's memory that a colocated vLLM may take."
-    )
-    diversity_vllm_enable_sleep_mode: bool = _setting(True, "A colocated vLLM frees its memory between measurements.")
-    diversity_metric: str = _setting("entropy", "Series whose turning point is sought.", METRICS)
-    diversity_patience: int = _setting(3, "Measurements after the peak that must confirm the fall.")
-    stop_at_turning_point: bool = _setting(False, "End the training once the turning point is confirmed.")
-    selection: str | None = _setting(
-        None, "Which checkpoint goes to RL. Default: last for aesl, turning_point for any other loss.", RULES
-    )
-    best_eval_metric: str = _setting("eval_nll", "Metric by which selection best_eval chooses.", EVAL_METRICS)
-    max_candidates: int = _setting(5, "Weights-only candidates kept on disk at a time.")
+    diversity_backend: str = option("auto", "How to sample.", choices=TRAINING_BACKENDS)
+    diversity_vllm_server_base_url: str | None = option(None, "vLLM server, such as http://localhost:8000.")
+    diversity_vllm_server_host: str | None = option(None, "Host of a vLLM server, where the base url is not given.")
+    diversity_vllm_server_port: int = option(8000, "Port of the vLLM server.")
+    diversity_vllm_server_timeout: float = option(240.0, "Seconds to wait for the vLLM server to be up.")
+    diversity_vllm_group_port: int = option(51216, "Port of the process group that sends weights to the server.")
+    diversity_vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory that a colocated vLLM may take.")
+    diversity_vllm_enable_sleep_mode: bool = option(True, "A colocated vLLM frees its memory between measurements.")
+    diversity_metric: str = option("entropy", "Series whose turning point is sought.", choices=METRICS)
+    diversity_patience: int = option(3, "Measurements after the peak that must confirm the fall.")
+    stop_at_turning_point: bool = option(False, "End the training once the turning point is confirmed.")
+    selection: str | None = option(None, "Checkpoint for RL. Default: turning_point, for aesl last.", choices=RULES)
+    best_eval_metric: str = option("eval_nll", "Metric by which selection best_eval chooses.", choices=EVAL_METRICS)
+    max_candidates: int = option(5, "Weights-only candidates kept on disk at a time.")
 
     def __post_init__(self):
         if self.loss_type not in ("nll", "chunked_nll"):
@@ -207,20 +165,20 @@ class AESLSFTConfig(SFTConfig):
 
     def _check_loss_fields(self) -> None:
         """Refuse a field that another loss reads, or that this loss does not read as it is set."""
-        read = TOKEN_RULES[self.cold_start_loss].fields
-        for loss, row in TOKEN_RULES.items():
-            for name in (name for name in row.fields if name not in read):
-                self._refuse_unread(name, "cold_start_loss", loss)
+        unread = [
+            (name, "cold_start_loss", loss)
+            for loss, row in TOKEN_RULES.items()
+            for name in row.fields
+            if name not in TOKEN_RULES[self.cold_start_loss].fields
+        ]
         if self.aesl_weight != "adaptive":
-            for name in ("t_scaling", "min_temperature", "prefix_mode"):
-                self._refuse_unread(name, "aesl_weight", "adaptive")
+            unread += [(name, "aesl_weight", "adaptive") for name in ("t_scaling", "min_temperature", "prefix_mode")]
         if self.aesl_weight != "threshold":
-            self._refuse_unread("weight_threshold", "aesl_weight", "threshold")
-
-    def _refuse_unread(self, name: str, chooser: str, needed: str) -> None:
-        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-        if value != default:
-            raise InputError(
-                f"{name} is {value!r}, but {chooser} is {getattr(self, chooser)!r}, which does not read it: set "
-                f"{chooser} to {needed!r}, or leave {name} at {default!r}"
-            )
+            unread.append(("weight_threshold", "aesl_weight", "threshold"))
+        for name, chooser, needed in unread:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise InputError(
+                    f"{name} is {value!r}, but {chooser} is {getattr(self, chooser)!r}, which does not read it: set "
+                    f"{chooser} to {needed!r}, or leave {name} at {default!r}"
+                )

@@ -1,7 +1,4 @@
-"""Measures a model under training: its settings, size and engine are decided once; samples and a row come each time.
-
-callback.py writes, logs and decides.
-"""
+"""Measures a model under training: settings, size and engine are decided once, samples and a row come each time."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +9,7 @@ from accelerate.utils import is_peft_model
 from .. import files
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from ..diversity.selection import METRICS
-from ..diversity.series import SETTINGS, base_completions, check_settings
+from ..diversity.series import base_completions, check_settings
 from ..errors import InputError
 from ..losses.scoring import has_fused_head
 from ..rewards.functions import score_groups
@@ -76,31 +73,26 @@ class Size:
 
 
 class Measurement:
-    """
-    The engine, the size and the prompts of a run's measurements: the first of `rows`, as far as the budget allows.
+    """Measures on the same prompts each time: the first of `rows`, as far as the budget allows.
 
-    Raises:
-        InputError: a backend that cannot be used here, or a budget below the smallest measurement.
+    A backend that cannot be used here, and a budget below the smallest measurement, are refused.
     """
 
     def __init__(self, trainer, rows: list[dict], settings: MeasurementSettings, reward_funcs: list):
         self.trainer = trainer
         self.reward_funcs = reward_funcs
-        self.backend, self._why = choose_backend(
-            settings.backend, settings.vllm, _vllm_obstacle(trainer.model, settings.temperature)
-        )
-        self.engine = (
-            GenerateEngine(settings.batch_size)
-            if self.backend == "generate"
-            else SyncedVLLM(self.backend, settings.vllm, trainer.args.per_device_train_batch_size)
-        )
+        obstacle = _vllm_obstacle(trainer.model, settings.temperature)
+        self.backend, self._why = choose_backend(settings.backend, settings.vllm, obstacle)
+        if self.backend == "generate":
+            self.engine = GenerateEngine(settings.batch_size)
+        else:
+            self.engine = SyncedVLLM(self.backend, settings.vllm, trainer.args.per_device_train_batch_size)
         self.token_budget = budget_of(self.backend, settings.token_budget)
         self.asked = settings.size(len(rows))
-        self.size = fit(self.asked, self.token_budget)
-        self.rows = rows[: self.size.num_prompts]
-        self.sampling = SamplingSettings(
-            self.size.num_samples, settings.temperature, self.size.max_new_tokens, seed=trainer.args.seed
-        )
+        self.size = size = fit(self.asked, self.token_budget)
+        self.rows = rows[: size.num_prompts]
+        seed = trainer.args.seed
+        self.sampling = SamplingSettings(size.num_samples, settings.temperature, size.max_new_tokens, seed=seed)
 
     def announce(self) -> None:
         """Say which engine samples, and what the budget has changed."""
@@ -129,10 +121,9 @@ class Measurement:
         """Refuse, on every process, to resume at `step` a series that was measured with other settings."""
         path, error = folder / files.DIVERSITY, None
         if self.trainer.args.should_save and step > 0 and path.exists():
-            now = {name: value for name, value in self.recorded_settings().items() if name in SETTINGS}
             before = [row for row in files.read_jsonl(path) if row["step"] <= step]
             try:
-                check_settings([*before, {"step": step, **now}], path)
+                check_settings([*before, {"step": step, **self.recorded_settings()}], path)
             except InputError as refused:
                 error = refused
         failure_on_any_rank(error, self.trainer.accelerator)
@@ -154,18 +145,18 @@ class Measurement:
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             )
         except SamplingFailed as error:
-            return self._row(step, {**dict.fromkeys(METRICS, math.nan), "gap": str(error)}), None
-        if not trainer.accelerator.is_main_process:
-            return None, groups
-        if self.reward_funcs:
-            groups = score_groups(groups, self.rows, self.reward_funcs, trainer_state=trainer.state)
-        base = base_completions(folder, [group.prompt for group in groups]) if step > 0 else None
-        return self._row(step, _figures(groups, base)), groups
-
-    def _row(self, step: int, figures: dict) -> dict:
+            groups, figures = None, {**dict.fromkeys(METRICS, math.nan), "gap": str(error)}
+        else:
+            if not trainer.accelerator.is_main_process:
+                return None, groups
+            if self.reward_funcs:
+                groups = score_groups(groups, self.rows, self.reward_funcs, trainer_state=trainer.state)
+            base = base_completions(folder, [group.prompt for group in groups]) if step > 0 else None
+            figures = _figures(groups, base)
         if "gap" in figures:
-            self.trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {figures['gap']}")
-        return {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
+            trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {figures['gap']}")
+        row = {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
+        return row, groups
 
 
 def _figures(groups: list[Group], base: list[list[str]] | None) -> dict:
@@ -206,11 +197,8 @@ def budget_of(backend: str, token_budget: int | None) -> int | None:
 def fit(asked: Size, budget: int | None) -> Size:
     """Return `asked`, made smaller until it costs at most `budget` completion tokens.
 
-    Prompts go down to 16, then the length to 256 tokens, then samples to 4, each only as far as needed and never below
-    its floor or below what is asked for.
-
-    Raises:
-        InputError: the floors alone cost more.
+    The sizes in FLOORS shrink in turn, each as far as needed and not below its floor. If the floors alone cost more,
+    the budget is refused.
     """
     size = asked
     for name, floor in FLOORS.items():

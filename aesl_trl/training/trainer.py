@@ -1,9 +1,9 @@
 """AESLSFTTrainer: TRL's SFTTrainer with the Adaptive Early-Stop Loss."""
 
 import inspect
-import os
 import textwrap
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -24,9 +24,8 @@ from .token_sums import TokenSums
 
 
 class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
-    """
-    [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement Learning with
-    Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
+    """Trains as [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement
+    Learning with Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
     [`compute_loss`] differs.
 
     Example:
@@ -44,16 +43,13 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
     ```
 
     Args:
-        model, args, ...:
-            As in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or [`~trl.SFTConfig`]:
-            they are converted to [`AESLSFTConfig`].
-        diversity_prompts (`Dataset` or `list`, *optional*):
-            Held-out prompts whose completions are sampled when `args.diversity_steps > 0`: strings, message lists, or
-            rows with a `"prompt"` and the columns that the reward functions need. Default: the prompts of
-            `eval_dataset`.
-        reward_funcs (`list[Callable]`, *optional*):
-            Reward functions as for [`~trl.GRPOTrainer`], scored on the same samples (pass@1, pass@k, group signal). A
-            sample is right when the first one gives at least 1.
+        model, args, ...: as in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or
+            [`~trl.SFTConfig`]: they are converted to [`AESLSFTConfig`].
+        diversity_prompts (`Dataset` or `list`, *optional*): held-out prompts whose completions are sampled when
+            `args.diversity_steps > 0`: strings, message lists, or rows with a `"prompt"` and the columns that the
+            reward functions need. Default: the prompts of `eval_dataset`.
+        reward_funcs (`list[Callable]`, *optional*): reward functions as for [`~trl.GRPOTrainer`], scored on the same
+            samples (pass@1, pass@k, group signal). A sample is right when the first one gives at least 1.
 
     Raises:
         InputError: a setting that would silently train with another loss (see the README's table), by name and at
@@ -78,7 +74,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         args = _convert_args(args, model)
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
         _refuse_unsupported(model, args, given.get("compute_loss_func"), given.get("peft_config"))
-        rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset"))
+        rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
         self._token_rule = self.create_token_rule()
@@ -117,10 +113,9 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         inputs["use_cache"] = False  # a default of True would warn beside gradient checkpointing
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        old = {}  # in evaluation the model is its own old policy
         if self._old_policy is not None and mode == "train":
-            old = {OLD_LOG_PROBS: inputs.pop(OLD_LOG_PROBS)}
-        else:
-            old = {}  # in evaluation the model is its own old policy
+            old = {OLD_LOG_PROBS: inputs.pop(OLD_LOG_PROBS)}  # a batch without them would train with a ratio of 1
         scored = model(**inputs, **old, token_rule=self._token_rule)
         scores = scored.scores
         num_items = scores.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -128,12 +123,11 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         # num_items_in_batch counts the tokens of every rank while DDP averages the gradients over them
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
+        self._record(mode, inputs, scores)
         if self.aux_loss_enabled:
             # A mean of each micro-batch, so it is averaged over the accumulation steps that Trainer leaves to the loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * scored.aux_loss.to(loss.device) / steps
-        self._record(mode, inputs, scores)
-        if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(scored.aux_loss.detach().reshape(1)).mean().item()
             self._metrics[mode]["aux_loss"].append(aux_loss)
         if not return_outputs:
@@ -149,8 +143,12 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             scores = self._without_repeated_rows(scores)
         sums = TokenSums.of_batch(scores, self._eos_ids).over_ranks(self.accelerator)
         self._sums[mode] = sums if self._sums[mode] is None else self._sums[mode] + sums
-        if mode == "train" and not sums.nll.isfinite():
-            self._stop_at_loss(inputs, scores)
+        if mode == "train" and not sums.nll.isfinite() and self.accelerator.scaler is None:  # a scaler skips the step
+            input_ids = inputs["input_ids"][:, -scores.log_probs.size(1) - 1 :]
+            log_probs = scores.log_probs[:, -input_ids.size(1) + 1 :]  # without prompt learning's virtual tokens
+            rows = rows_not_finite(log_probs, input_ids, scores.sequence_ids, self._tokenizer.decode)
+            here = [f"rank {self.accelerator.process_index}, {row}" for row in rows[:SHOWN_ROWS]]
+            self.stop_diverged(f"the loss is not finite ({'; '.join(gather_object(here))})")
         for name, total in (("entropy", sums.entropy), ("mean_token_accuracy", sums.top1)):
             self._metrics[mode][name].append((total / sums.tokens).item() if sums.tokens else 0.0)
         if mode == "train":
@@ -159,21 +157,8 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             self._total_train_tokens += self.accelerator.gather(num_tokens.to(device)).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
-    def _stop_at_loss(self, inputs: dict, scores: TokenScores) -> None:
-        """End the training on all ranks, unless an fp16 scaler is going to skip the step."""
-        if self.accelerator.scaler is not None:
-            return
-        input_ids = inputs["input_ids"][:, -scores.log_probs.size(1) - 1 :]
-        log_probs = scores.log_probs[:, -input_ids.size(1) + 1 :]  # without prompt learning's virtual tokens
-        rows = rows_not_finite(log_probs, input_ids, scores.sequence_ids, self._tokenizer.decode)
-        here = [f"rank {self.accelerator.process_index}, {row}" for row in rows[:SHOWN_ROWS]]
-        self.stop_diverged(f"the loss is not finite ({'; '.join(gather_object(here))})")
-
     def _without_repeated_rows(self, scores: TokenScores) -> TokenScores:
-        """Drop the rows that accelerate repeats to fill each rank's last evaluation batch.
-
-        A padding-free batch, one row of several documents, is left as it is.
-        """
+        """Drop the rows that accelerate repeats to fill a rank's last batch. A padding-free batch, one row, stays."""
         state = self.accelerator.gradient_state
         has_repeated = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
         if self.padding_free or not has_repeated:
@@ -192,7 +177,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             logs.update({prefix + name: value for name, value in sums.figures(with_temperature).items()})
             if mode == "train" and self.args.should_save:
                 row = {"step": self.state.global_step, **sums.by_position(with_temperature)}
-                files.append_jsonl(os.path.join(self.args.output_dir, files.POSITIONS), row)
+                files.append_jsonl(Path(self.args.output_dir, files.POSITIONS), row)
             self._sums[mode] = None
         super().log(logs, start_time)
 
@@ -212,31 +197,27 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
-        path = os.path.join(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                card = file.read()
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(card.rstrip("\n") + "\n\n" + self._model_card_section())
-
-    def _model_card_section(self) -> str:
-        args = self.args
-        selection = os.path.join(args.output_dir, files.SELECTION)
-        rule = args.selection_rule if args.diversity_steps else "none (diversity_steps is 0)"
+        config, path = self.args, Path(self.args.output_dir, "README.md")
+        if not self.is_world_process_zero() or not path.exists():
+            return
+        rule = config.selection_rule if config.diversity_steps else "none (diversity_steps is 0)"
         lines = [
+            path.read_text(encoding="utf-8").rstrip("\n"),
+            "",
             "## Cold start",
             "",
             f"Trained with aesl_trl. Paper: [{self._paper['title']}]"
             "(https://openreview.net/forum?id=yezWGJmODg) (ICLR 2026).",
             "",
-            f"- cold_start_loss: {args.cold_start_loss}",
-            *(f"- {name}: {getattr(args, name)}" for name in TOKEN_RULES[args.cold_start_loss].fields),
+            f"- cold_start_loss: {config.cold_start_loss}",
+            *(f"- {name}: {getattr(config, name)}" for name in TOKEN_RULES[config.cold_start_loss].fields),
             f"- selection: {rule}",
         ]
-        if os.path.exists(selection):
+        selection = Path(config.output_dir, files.SELECTION)
+        if selection.exists():
             chosen = files.read_json(selection)
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
-        return "\n".join(lines) + "\n"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
@@ -265,10 +246,8 @@ def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_conf
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise InputError("tensor parallelism is not supported by AESLSFTTrainer: load the model without tp_plan")
     if compute_loss_func is not None:
-        remedy = "subclass AESLSFTTrainer and override compute_loss instead"
-        raise InputError(f"compute_loss_func would replace the cold-start loss: {remedy}")
-    if args.label_smoothing_factor:
-        value = args.label_smoothing_factor
+        raise InputError("compute_loss_func would replace the cold-start loss: override compute_loss in a subclass")
+    if value := args.label_smoothing_factor:
         raise InputError(f"label_smoothing_factor is {value}, but label smoothing is not supported: leave it at 0")
     if args.eval_packing and not args.packing:
         # TRL's collator then builds a full attention mask, and the packed documents see each other
@@ -301,14 +280,11 @@ def _refuse_parallelism(parallelism_config) -> None:
 
 
 def _diversity_rows(args: AESLSFTConfig, diversity_prompts, eval_dataset):
-    """Return the rows to sample from, or None when nothing is measured."""
-    if args.diversity_steps == 0:
-        return None
-    if diversity_prompts is None:
-        if eval_dataset is None or isinstance(eval_dataset, dict):
-            raise InputError(
-                f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: "
-                "pass diversity_prompts, or one eval_dataset"
-            )
-        diversity_prompts = eval_dataset
-    return held_out_rows(diversity_prompts, args.diversity_num_prompts)
+    """Return the rows to sample from."""
+    prompts = eval_dataset if diversity_prompts is None else diversity_prompts
+    if prompts is None or (diversity_prompts is None and isinstance(prompts, dict)):
+        raise InputError(
+            f"diversity_steps is {args.diversity_steps}, but there are no held-out prompts: "
+            "pass diversity_prompts, or one eval_dataset"
+        )
+    return held_out_rows(prompts, args.diversity_num_prompts)

@@ -377,11 +377,17 @@ def test_selection_stop_and_report_hand_the_prompts_on():
     plain = [{"step": step, "entropy": value} for step, value in enumerate(means(prompts))]
     rows = [row | {"by_prompt": {"entropy": values}} for row, values in zip(plain, prompts, strict=True)]
     trainer = SimpleNamespace(accelerator=SimpleNamespace(print=lambda text: None))
-    callback = SimpleNamespace(settings=SimpleNamespace(metric="entropy", patience=3), trainer=trainer)
+    callback = SimpleNamespace(
+        settings=SimpleNamespace(metric="entropy", patience=3), trainer=trainer, stop=True, selection=None
+    )
+    callback.measures_at = lambda step, last_step: True
     for measured, step in ((rows, 1), (plain, None)):
         chosen = select_checkpoint(measured, [], [1, 2, 3, 4], rule="turning_point")
         assert chosen["evidence"]["turning_point"]["entropy"]["step"] == step
-        assert DiversityCallback._has_turned(callback, measured) is (step is not None)
+        callback._measure = lambda step, rows=measured: rows
+        control = SimpleNamespace(should_training_stop=False)
+        DiversityCallback.on_step_end(callback, None, SimpleNamespace(global_step=4, max_steps=9), control)
+        assert control.should_training_stop is (step is not None)
         assert turning_point(SimpleNamespace(selection={}, diversity=measured, sft={})).step == step
 
 

@@ -104,8 +104,14 @@ def train(
         )
         series = []
         if measured:
-            take = trainer.diversity_callback._log
-            patch.setattr(trainer.diversity_callback, "_log", lambda row: series.append(row) or take(row))
+            take = trainer.diversity_callback._measure
+
+            def measure(step):
+                rows = take(step)
+                series.append(rows[-1])
+                return rows
+
+            patch.setattr(trainer.diversity_callback, "_measure", measure)
         trainer.train()
     return {
         "num_processes": trainer.accelerator.num_processes,

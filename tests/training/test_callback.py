@@ -318,7 +318,8 @@ def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / files.SELECTED).chat_template == tokenizer.chat_template
     names = {path.name for path in (tmp_path / files.SELECTED).iterdir()}
     assert not names & {"training_args.bin", "optimizer.pt", "scheduler.pt"}
-    assert "selected step: 4" in trainer._model_card_section()
+    trainer.create_model_card()
+    assert "selected step: 4" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):

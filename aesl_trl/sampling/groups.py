@@ -82,7 +82,8 @@ def sample_groups(
         try:
             drawn = engine.draw(request)
         finally:
-            release_memory()  # the training has other sizes to find room for
+            if torch.cuda.is_available():
+                release_memory()  # the training has other sizes to find room for
     groups = []
     for place, index in enumerate(request.indices):
         samples = drawn[place * piece.samples : (place + 1) * piece.samples]

@@ -28,9 +28,10 @@ from typing import Any
 from ..arguments import import_function, load_function
 from ..errors import InputError, nearest
 from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders
+from .maths import math_reward
 
 
-TRL_REWARDS = (*GRADERS, "get_soft_overlong_punishment")
+KNOWN_REWARDS = (*GRADERS, "get_soft_overlong_punishment")
 # Keywords that GRPOTrainer passes to every reward function, besides the dataset's columns.
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
@@ -43,9 +44,10 @@ logger = logging.getLogger(__name__)
 def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None = None) -> list[Callable]:
     """Return the reward functions that `names` stand for, in that order and [`guarded`].
 
-    A name is one of TRL's own (`accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`,
-    `get_soft_overlong_punishment` with the values of TRL's script: 1280 and 256 tokens), a dotted import path, or
-    `path/file.py:function`, relative to `base_dir` (default: the current folder).
+    A name is `math_reward` ([`~aesl_trl.rewards.maths.math_reward`]), one of TRL's own (`accuracy_reward`,
+    `reasoning_accuracy_reward`, `think_format_reward`, `get_soft_overlong_punishment` with the values of TRL's script:
+    1280 and 256 tokens), a dotted import path, or `path/file.py:function`, relative to `base_dir` (default: the
+    current folder).
 
     Raises:
         InputError: an unknown name, a name of no function, or two functions that TRL would log under one name.
@@ -77,14 +79,14 @@ def _load(name: str, base_dir: Path) -> Callable:
 
     if name == "get_soft_overlong_punishment":  # counts tokens and reads no text, so it needs no child
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if name in TRL_REWARDS:
-        return getattr(rewards, name)
+    if name in KNOWN_REWARDS:
+        return math_reward if name == "math_reward" else getattr(rewards, name)
     if ".py:" in name:
         return load_function(name, base_dir, field="reward_funcs")
     if "." in name:
-        return import_function(name, base_dir, field="reward_funcs", known=TRL_REWARDS)
+        return import_function(name, base_dir, field="reward_funcs", known=KNOWN_REWARDS)
     raise InputError(
-        f"reward_funcs: unknown reward {name!r}{nearest(name, TRL_REWARDS)}; valid are {', '.join(TRL_REWARDS)}, "
+        f"reward_funcs: unknown reward {name!r}{nearest(name, KNOWN_REWARDS)}; valid are {', '.join(KNOWN_REWARDS)}, "
         "a dotted import path, or path/file.py:function"
     )
 
@@ -172,7 +174,7 @@ def _drop(*_args, **_kwargs) -> None:
 
 
 class GradedReward:
-    """TRL's reward `name`, one of those that compare with a solution, computed in child processes.
+    """`math_reward`, or TRL's reward `name` of those that compare with a solution, computed in child processes.
 
     A completion that takes longer than `deadline_s` seconds, that breaks the grader or is too long to be parsed gets
     0.0, as an answer that cannot be read does. Such failures are counted by reason, logged as a warning, and TRL logs
@@ -242,7 +244,9 @@ def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
     if isinstance(function, GradedReward) or hasattr(function, "_guards"):
         return function
     name = reward_name(function)
-    if name in GRADERS and str(getattr(function, "__module__", None)).startswith("trl.rewards"):
+    if name in GRADERS and str(getattr(function, "__module__", None)).startswith(
+        ("trl.rewards", math_reward.__module__)
+    ):
         if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
             raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
         return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)

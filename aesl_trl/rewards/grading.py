@@ -1,4 +1,4 @@
-"""Grade untrusted answers with TRL's own reward functions, in child processes (Linux).
+"""Grade untrusted answers with `math_reward` and TRL's own reward functions, in child processes (Linux).
 
 A completion such as `5^(5^(5^(5^5)))` keeps sympy inside one long multiplication, where neither an alarm nor a thread
 can stop it; another takes all memory. Here an answer that hangs, crashes or eats memory costs only itself: it scores
@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
+from .maths import math_reward
 
 
-MATH_GRADERS = ("accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
-GRADERS = (*MATH_GRADERS, "think_format_reward")
+MATH_GRADERS = ("math_reward", "accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
+GRADERS = (*MATH_GRADERS, "think_format_reward")  # TRL's own, but for math_reward
 EXTRACT = "extracted_answer"  # a grader of our own, which returns the answer instead of a reward
 MAX_CHILDREN = 4  # of one training process
 MAX_CHARS = 1_000_000  # of a completion or a solution; longer texts are not parsed
@@ -265,7 +266,8 @@ def _load() -> dict[str, Callable]:
     from trl import rewards
 
     has_math_verify = importlib.util.find_spec("math_verify") is not None
-    graders = {name: getattr(rewards, name) for name in GRADERS if has_math_verify or name not in MATH_GRADERS}
+    names = [name for name in GRADERS if has_math_verify or name not in MATH_GRADERS]
+    graders = {name: math_reward if name == "math_reward" else getattr(rewards, name) for name in names}
     for name, function in graders.items():
         grade = _grade(function, *SELF_TEST)
         if grade != Grade(1.0):

@@ -43,9 +43,9 @@ def completion(row: dict) -> str:
 LONG = {95, 96, 98}  # seconds each, up to the deadline
 
 
-def grade(rows: list[dict]) -> dict:
-    """As an evaluation grades: the gold answer in a box, 10 s an answer. Grades by id."""
-    answers = [Answer("accuracy_reward", completion(row), f"\\boxed{{{row['gold']}}}") for row in rows]
+def grade(rows: list[dict], grader: str = "accuracy_reward", gold: str = r"\boxed{{{}}}") -> dict:
+    """As an evaluation grades: 10 s an answer, the gold in a box or as `gold` writes it. Grades by id."""
+    answers = [Answer(grader, completion(row), gold.format(row["gold"])) for row in rows]
     return {row["id"]: grade for row, grade in zip(rows, SHARED_GRADERS.grade(answers, 10.0), strict=True)}
 
 
@@ -67,6 +67,19 @@ def test_verdicts(grades):
     assert {row["id"] for row in rows if row["verdict"] and found[row["id"]] == 0.0} == set(TOO_STRICT)
     assert {row["id"] for row in rows if not row["verdict"] and found[row["id"]] == 1.0} == set(TOO_LENIENT)
     assert {index: grade.failure for index, grade in grades.items() if grade.failure} == {100: "too long"}
+
+
+# Of math_reward, beside 50, 73 and 83 of TOO_STRICT
+STILL_LENIENT = {45}
+
+
+@pytest.mark.parametrize("gold", [r"\boxed{{{}}}", "{}"])
+def test_math_reward_agrees_with_more(gold):
+    """With golds in a box and bare; 96 of the 100 verdicts, the three that take seconds among them (0.0 is right)."""
+    rows = [row for row in ROWS if row["id"] not in LONG]
+    found = {index: grade.reward for index, grade in grade(rows, "math_reward", gold).items()}
+    assert {row["id"] for row in rows if row["verdict"] and found[row["id"]] == 0.0} == {50, 73, 83}
+    assert {row["id"] for row in rows if not row["verdict"] and found[row["id"]] == 1.0} == STILL_LENIENT
 
 
 @pytest.mark.slow

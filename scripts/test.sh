@@ -23,5 +23,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 lint-imports --no-cache
-# Two processes: most tests are short, and importing torch costs each process seconds.
-python -m pytest -n 2 --dist worksteal ${selection[@]+"${selection[@]}"} "$@"
+# Two processes; a file stays in one of them, so that what its tests share is made once.
+python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
 import yaml
+from transformers import PreTrainedModel
 
-from aesl_trl import files
+from aesl_trl import cli, files
 
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(24)]
@@ -97,11 +99,31 @@ def test_two_processes(tmp_path, config):
     assert [row["prompt"] for row in samples] == [f"9{n} + 1 =" for n in range(4)]
 
 
-def one_line(done):
-    lines = [line for line in done.stderr.splitlines() if line.startswith("aesl sft:")]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and "Traceback" not in done.stderr
+def one_line(code, stderr):
+    lines = [line for line in stderr.splitlines() if line.startswith("aesl sft:")]
+    assert code == 2, stderr
+    assert len(lines) == 1 and "Traceback" not in stderr
     return lines[0]
+
+
+@pytest.fixture
+def refused(tmp_path, config, monkeypatch, capsys):
+    """Run `aesl sft` in this process, which has the libraries already, and return the line that refuses the config."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(change, *flags):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**config, **change}), encoding="utf-8")
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["sft", "--config", str(path), *flags])
+        return one_line(exit.value.code, capsys.readouterr().err)
+
+    return run
+
+
+def test_the_command_refuses_in_one_line(tmp_path, config):
+    done = run_sft(tmp_path, {**config, "t_scalling": 3.0})
+    assert "t_scaling" in one_line(done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +141,9 @@ def one_line(done):
         ({"eval_dataset_name": None, "eval_strategy": "no"}, ("eval_dataset_name",)),
     ],
 )
-def test_bad_values_end_in_one_line_before_any_model_loads(tmp_path, config, change, parts):
-    config["model_name_or_path"] = change.get("model_name_or_path", config["model_name_or_path"])
-    line = one_line(run_sft(tmp_path, {**config, **change}))
+def test_bad_values_end_in_one_line_before_any_model_loads(tmp_path, refused, monkeypatch, change, parts):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    line = refused(change)
     assert all(part in line for part in parts), line
     assert not (tmp_path / "out").exists()
 
@@ -135,7 +157,7 @@ def test_bad_values_end_in_one_line_before_any_model_loads(tmp_path, config, cha
         ([{"prompt": "x" * 3000, "completion": " 2"}] * 4, ("max_length",)),
     ],
 )
-def test_bad_rows_end_in_one_line(tmp_path, config, rows, parts):
+def test_bad_rows_end_in_one_line(tmp_path, refused, rows, parts):
     write_rows(tmp_path / "train.jsonl", rows)
-    line = one_line(run_sft(tmp_path, config, "--max_length", "64"))
+    line = refused({}, "--max_length", "64")
     assert all(part in line for part in parts), line

@@ -170,7 +170,7 @@ def _brackets(text: str) -> str:
 # ---- The reward
 
 
-def math_reward(completions: list[list[dict]], solution: list[str], **kwargs) -> list[float | None]:
+def math_reward(completions: list[list[dict]], solution: list[str | None], **kwargs) -> list[float | None]:
     """Return 1.0 for each completion whose answer equals its gold, else 0.0; None where the gold cannot be read.
 
     Args:
@@ -187,8 +187,8 @@ def math_reward(completions: list[list[dict]], solution: list[str], **kwargs) ->
     )
     expression = ExprExtractionConfig(try_extract_without_anchor=False)  # "The answer is 72."
 
-    def reward(completion: str, gold: str) -> float | None:
-        wanted, boxes = parse(readable_gold(gold)), last_boxes(completion)
+    def reward(completion: str, gold: str | None) -> float | None:
+        wanted, boxes = parse(readable_gold(gold)) if gold else [], last_boxes(completion)
         if not wanted:
             return None
         golds = last_boxes(gold) or [gold.rpartition("####")[2]]

@@ -25,7 +25,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from aesl_trl.diversity.figures import Group
 from aesl_trl.errors import InputError
-from aesl_trl.rewards import grading
+from aesl_trl.rewards import grading, maths
 from aesl_trl.rewards.functions import (
     GradedFormat,
     GradedReward,
@@ -213,13 +213,14 @@ def graders():
 
 
 @pytest.mark.parametrize("name", grading.GRADERS)
-@pytest.mark.parametrize("spelling", ["{}", "trl.rewards.{}"])
+@pytest.mark.parametrize("spelling", ["{}", "{module}.{}"])
 def test_every_reward_of_trl_that_reads_completions_is_graded_in_a_child(name, spelling):
-    (reward,) = load_reward_funcs([spelling.format(name)])
+    module = maths if name == "math_reward" else trl.rewards
+    (reward,) = load_reward_funcs([spelling.format(name, module=module.__name__)])
     assert isinstance(reward, GradedReward) and reward.graders is grading.SHARED_GRADERS
     assert (reward.__name__, reward.deadline_s) == (name, 10.0)
     own = inspect.signature(reward).parameters
-    theirs = inspect.signature(getattr(trl.rewards, name)).parameters
+    theirs = inspect.signature(getattr(module, name)).parameters
     required = [key for key, value in theirs.items() if value.default is value.empty]
     assert [key for key, value in own.items() if value.default is value.empty] == required
 

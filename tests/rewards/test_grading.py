@@ -15,6 +15,7 @@ import pytest
 from aesl_trl.errors import InputError
 from aesl_trl.rewards import grading
 from aesl_trl.rewards.grading import GRADERS, MAX_CHARS, SELF_TEST, Answer, Grade, Graders
+from aesl_trl.rewards.maths import math_reward
 
 
 TOWER = r"\boxed{5^{5^{5^{5^{5}}}}}"
@@ -74,7 +75,8 @@ def test_grades_are_those_of_the_reward_itself(graders, name):
     ]
     solutions = ["$2$", "2", r"$\frac{6}{3}$", "$2$", "$2$", "no maths here", None]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    truth = getattr(rewards, name)(completions=messages, solution=solutions)
+    reward = math_reward if name == "math_reward" else getattr(rewards, name)
+    truth = reward(completions=messages, solution=solutions)
     assert {0.0, 1.0} <= set(truth)
     grades = graders.grade([Answer(name, *pair) for pair in zip(texts, solutions, strict=True)], 10.0)
     assert grades == [Grade(reward) for reward in truth]
@@ -234,7 +236,7 @@ FAILURES = {
     "import os; os.remove('keep')": "PermissionError",
     "import subprocess; subprocess.run(['touch', 'written'])": "PermissionError",
     "import socket; socket.create_connection(('127.0.0.1', 9))": "PermissionError",
-    "import ctypes": "PermissionError",
+    "import ctypes; ctypes.CDLL(None)": "PermissionError",
 }
 
 

@@ -119,16 +119,20 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
             yield match.start(), at, text[match.end() : at - 1]
 
 
+def gold_answers(gold: str) -> list[str]:
+    """Return the contents of the gold's last boxes; without a box, the text after GSM8K's `####` or all of it."""
+    return last_boxes(gold) or [gold.rpartition("####")[2]]
+
+
 def readable_gold(gold: str) -> str:
-    """Return what math-verify is given for a gold: its boxes, its own LaTeX, or the bare answer in a box."""
-    boxes = last_boxes(gold)
-    if not boxes and DELIMITED.search(gold):
+    """Write a gold for math-verify: its boxes, its own LaTeX, or the bare answer in a box."""
+    if not last_boxes(gold) and DELIMITED.search(gold):
         return brace_arguments(gold)
-    return _in_boxes(boxes or [gold.rpartition("####")[2]])
+    return _in_boxes(gold_answers(gold))
 
 
 def readable_answer(completion: str) -> str:
-    """Return what math-verify is given for a completion: its last boxes, or all of it where there is no box."""
+    """Write a completion for math-verify: its last boxes, or all of it where there is no box."""
     boxes = last_boxes(completion)
     return _in_boxes(boxes) if boxes else brace_arguments(completion)
 
@@ -191,7 +195,7 @@ def math_reward(completions: list[list[dict]], solution: list[str | None], **kwa
         wanted, boxes = parse(readable_gold(gold)) if gold else [], last_boxes(completion)
         if not wanted:
             return None
-        golds = last_boxes(gold) or [gold.rpartition("####")[2]]
+        golds = gold_answers(gold)
         if len(golds) == len(boxes) == 1 and (verdict := verdict_by_form(golds[0], boxes[0])) is not None:
             return float(verdict)
         given = parse(readable_answer(completion), extraction_config=[latex], extraction_mode="first_match")

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
+from .chat import ChatWriter
 from .folder import CONFIG, GENERATION_CONFIG
 
 
@@ -25,22 +25,20 @@ CONVERSATION = [
 # ---- Prompts
 
 
-def prompt_ids(processing_class, prompt: str | list[dict]) -> list[int]:
-    """Encode a prompt as TRL does: text with the tokenizer's special tokens, messages with the template's alone."""
+def prompt_ids(processing_class, prompt: str | list[dict], **kwargs) -> list[int]:
+    """Encode a prompt as TRL does: text with the tokenizer's special tokens, messages with the template's alone.
+
+    `kwargs` are for the chat template, as [`~aesl_trl.models.chat.template_kwargs`] reads them off a row.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if processing_class.chat_template is None:
         raise InputError("the prompts are conversations, and the tokenizer has no chat template")
-    text = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = ChatWriter(processing_class).apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True, **kwargs
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def without_none(prompt: Any) -> Any:
-    """Drop the keys of messages that hold None, which Arrow adds: a template would see `tool_calls: None`."""
-    if not isinstance(prompt, list):
-        return prompt
-    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
 def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
@@ -74,21 +72,22 @@ def id_list(ids: int | list[int] | None) -> list[int]:
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Return the ids that no plain text encodes to."""
+    """Return the ids that a decoder with `skip_special_tokens` leaves out."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
-    """Return the special token right after an assistant's text in the chat template; None where there is none.
+    """Return the added token right after an assistant's text in the chat template; None where there is none.
 
-    A template that refuses the conversation, or does not show its text, has none; with `strict` the error is raised.
+    The token need not be marked as special: no plain text is split into it either way. A template that refuses the
+    conversation, or does not show its text, has none; with `strict` the error is raised.
     """
     if tokenizer.chat_template is None:
         return None
     answer = CONVERSATION[1]["content"]
     try:
-        text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+        text = _rendered(tokenizer, CONVERSATION)
         if answer not in text:
             raise InputError("the chat template does not show the assistant's text")
     except (InputError, TemplateError, TypeError):
@@ -97,20 +96,32 @@ def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
         return None
     after = text.rpartition(answer)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+    return ids[0] if ids and _is_added(tokenizer, ids[0]) else None
 
 
-def stop_ids(tokenizer, model) -> list[int]:
-    """Return every token that ends a completion: those of the model's generation config, and the tokenizer's eos."""
-    declared = id_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-    return sorted({*declared, *id_list(tokenizer.eos_token_id)})
+def _rendered(tokenizer, messages: list[dict], **kwargs) -> str:
+    """Render messages of text, also by a template that shows lists of content parts alone (vision-language models)."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except (TemplateError, TypeError):
+        return tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
+    shown = messages[-1]["content"] in text
+    return text if shown else tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
 
 
-def stop_at_turn_end(model, tokenizer) -> None:
-    """Let the token that ends an assistant's turn end a completion: a base model's own files name another token."""
-    turn_end, ids = turn_end_id(tokenizer), stop_ids(tokenizer, model)
-    if turn_end is not None and turn_end not in ids:
-        model.generation_config.eos_token_id = [*ids, turn_end]
+def _is_added(tokenizer, index: int) -> bool:
+    return index in tokenizer.added_tokens_decoder or index in tokenizer.all_special_ids
+
+
+def stop_ids(tokenizer, declared: int | list[int] | None) -> list[int]:
+    """Return every token that ends a completion, the tokenizer's eos first: nothing else decides what ends a sample.
+
+    Those are the tokenizer's eos, the token that ends an assistant's turn in the chat template, and the tokens that a
+    generation config declares (`declared`, its `eos_token_id`).
+    """
+    turn_end = turn_end_id(tokenizer)
+    return list(dict.fromkeys([*id_list(tokenizer.eos_token_id), *id_list(turn_end), *id_list(declared)]))
 
 
 # ---- Making all files of a model agree
@@ -129,9 +140,8 @@ class Stops:
 def agree_on_stops(tokenizer, declared: dict, num_rows: int) -> Stops:
     """Choose eos and pad, and set them on `tokenizer`.
 
-    eos is the tokenizer's, and the token that ends an assistant's turn in the chat template. Special tokens that the
-    generation config `declared` names stay; a plain token would cut texts short and is dropped. pad is the
-    tokenizer's, else its eos, as in GRPOTrainer.
+    eos is what [`stop_ids`] says of the added tokens that the generation config `declared` names; a plain token would
+    cut texts short, and is dropped. pad is the tokenizer's, else its eos, as in GRPOTrainer.
     """
     changes, turn_end = [], turn_end_id(tokenizer, strict=True)
     if tokenizer.eos_token_id is None:
@@ -143,8 +153,7 @@ def agree_on_stops(tokenizer, declared: dict, num_rows: int) -> Stops:
         tokenizer.pad_token = tokenizer.eos_token
         changes.append(f"tokenizer: pad_token set to {tokenizer.pad_token}")
     before = id_list(declared.get("eos_token_id"))
-    kept = [index for index in before if index in special_ids(tokenizer)]
-    eos = list(dict.fromkeys([tokenizer.eos_token_id, *id_list(turn_end), *kept]))
+    eos = stop_ids(tokenizer, [index for index in before if _is_added(tokenizer, index)])
     changes += [f"generation_config: eos_token_id {index} added" for index in eos if index not in before]
     changes += [f"generation_config: eos_token_id {index} removed" for index in before if index not in eos]
     if declared.get("pad_token_id") != tokenizer.pad_token_id:

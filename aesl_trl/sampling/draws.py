@@ -50,7 +50,6 @@ class Request:
     piece: Piece
     model: Any  # wrapped or not; None for an engine that holds its model elsewhere
     tokenizer: Any
-    is_chat: bool = False  # the prompts are conversations
     accelerator: Any = None  # None in a single process without one
     gradient_checkpointing_kwargs: dict | None = None  # with which it is turned on again, where it was on
 

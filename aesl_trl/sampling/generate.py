@@ -114,7 +114,7 @@ def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=request.settings.max_new_tokens,
-        eos_token_id=stop_ids(tokenizer, model),
+        eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]

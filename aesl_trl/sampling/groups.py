@@ -75,7 +75,6 @@ def sample_groups(
         piece=piece,
         model=model,
         tokenizer=tokenizer,
-        is_chat=isinstance(rows[0]["prompt"], list),
         gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
     )
     with nullcontext() if model is None else _undisturbed(model, tokenizer):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from ..diversity.figures import Group
 from ..models.folder import ModelFolder
 from ..models.loading import load_model, put_adapter, release_memory
-from ..models.tokens import id_list, stop_at_turn_end, turn_end_id
+from ..models.tokens import stop_ids
 from .draws import Draw, Piece, Request, SamplingSettings, draw_seed
 from .generate import GenerateEngine
 from .groups import sample_groups
@@ -55,8 +55,6 @@ class OfflineTransformers(OfflineEngine):
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw with `model.generate`, each piece with the batch size that was asked for."""
-        if request.is_chat:
-            stop_at_turn_end(self.model, self.tokenizer)
         return GenerateEngine(self.settings.batch_size).draw(request)
 
 
@@ -80,18 +78,17 @@ class OfflineVLLM(OfflineEngine):
         )
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
         try:
-            self._stops = id_list(GenerationConfig.from_pretrained(path).eos_token_id)
+            declared = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # the model has no generation config: its own config names the end tokens
             config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-            self._stops = id_list(config.get_text_config().eos_token_id)
+            declared = config.get_text_config().eos_token_id
+        self._stops = stop_ids(self.tokenizer, declared)
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw all prompts in one call; each problem has its own seed."""
         from vllm import SamplingParams
 
         settings, piece = self.settings, request.piece
-        turn_end = turn_end_id(self.tokenizer) if request.is_chat else None
-        stops = sorted({self.tokenizer.eos_token_id, turn_end, *self._stops} - {None})
         params = [
             SamplingParams(
                 n=piece.samples,
@@ -103,7 +100,7 @@ class OfflineVLLM(OfflineEngine):
                 min_p=0.0,
                 repetition_penalty=1.0,
                 max_tokens=settings.max_new_tokens,
-                stop_token_ids=stops,
+                stop_token_ids=self._stops,
                 logprobs=0,  # those of the sampled tokens alone
             )
             for index in request.indices

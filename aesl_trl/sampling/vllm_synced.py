@@ -77,7 +77,8 @@ class SyncedVLLM:
             with preserved_base(bare):
                 self.generation.sync_weights()
         answers = self._from_server(request) if self.name == "vllm_server" else self._colocated(request)
-        temperature, stops = request.settings.temperature, set(stop_ids(request.tokenizer, bare))
+        temperature = request.settings.temperature
+        stops = set(stop_ids(request.tokenizer, bare.generation_config.eos_token_id))
         with self._failing_together(request):
             drawn = _as_draws(answers, stops, temperature)
         if temperature != 1.0:
@@ -136,7 +137,7 @@ class SyncedVLLM:
             "repetition_penalty": 1.0,
             "max_completion_length": max_new_tokens,
             "logprobs": 0,  # of the sampled token alone
-            "generation_kwargs": {"stop_token_ids": stop_ids(request.tokenizer, bare)},
+            "generation_kwargs": {"stop_token_ids": stop_ids(request.tokenizer, bare.generation_config.eos_token_id)},
         }
         if self.name == "vllm_server":
             address = {"server_base_url": settings.server, "group_port": settings.group_port}

@@ -13,9 +13,10 @@ from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from ..data.checks import check_prompts
 from ..errors import InputError
-from ..files import RUN, write_json
+from ..files import RUN, own_folder, write_json
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
+from ..models.tokens import id_list, stop_ids
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..values import option
@@ -134,7 +135,7 @@ def build_trainer(
     if not start.is_adapter:
         with named_settings():
             common |= {"quantization_config": quantization, "peft_config": get_peft_config(model_args)}
-            return kind(model=start.weights, **common)
+            return stopping_at_turn_ends(kind(model=start.weights, **common))
     model = load_trainable(start, training_args, quantization)
     # The model is loaded, so GRPOTrainer would only warn that it ignores the keywords for loading it.
     training_args.model_init_kwargs = None
@@ -143,7 +144,27 @@ def build_trainer(
         sides = {"truncation_side": "left", "padding_side": "left"}  # as GRPOTrainer loads it
         trust = training_args.trust_remote_code
         tokenizer = AutoProcessor.from_pretrained(start.weights, trust_remote_code=trust, **sides)
-    return kind(model=model, processing_class=tokenizer, **common)
+    return stopping_at_turn_ends(kind(model=model, processing_class=tokenizer, **common))
+
+
+def stopping_at_turn_ends(trainer: Any) -> Any:
+    """Let every token of [`~aesl_trl.models.tokens.stop_ids`] end a sample of GRPOTrainer, and return the trainer.
+
+    GRPOTrainer stops at the tokenizer's eos and at what the generation config declares. A base model with a chat
+    template declares no end of turn, and its samples would go on to the length limit. The user's `generation_kwargs`
+    count too, and the model is saved with the tokens that ended its samples.
+    """
+    given, model = trainer.args.generation_kwargs or {}, trainer.model
+    named = [index for key in ("eos_token_id", "stop_token_ids") for index in id_list(given.get(key))]
+    stops = stop_ids(trainer._tokenizer, [*id_list(model.generation_config.eos_token_id), *named])
+    if set(stops) <= set(trainer.eos_token_ids):
+        return trainer
+    model.generation_config.eos_token_id = trainer.eos_token_ids = stops
+    if trainer.use_vllm:
+        trainer.vllm_generation.generation_kwargs = {**given, "stop_token_ids": stops}
+    else:
+        trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = stops
+    return trainer
 
 
 def load_trainable(start: ModelFolder, training_args: GRPOConfig, quantization: Any = None) -> Any:
@@ -192,7 +213,7 @@ def save(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelConfig
             "quantization": None if quantization is None else quantization.to_dict(),
             "versions": package_versions(),
         }
-        write_json(folder / RUN, facts)
+        write_json(own_folder(folder) / RUN, facts)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

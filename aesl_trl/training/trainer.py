@@ -82,7 +82,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         add_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
-        self._eos_ids = stop_ids(self._tokenizer, self.model)
+        self._eos_ids = stop_ids(self._tokenizer, self.model.generation_config.eos_token_id)
         self.diversity_callback = None
         if rows is not None:
             self.diversity_callback = DiversityCallback(
@@ -177,7 +177,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             logs.update({prefix + name: value for name, value in sums.figures(with_temperature).items()})
             if mode == "train" and self.args.should_save:
                 row = {"step": self.state.global_step, **sums.by_position(with_temperature)}
-                files.append_jsonl(Path(self.args.output_dir, files.POSITIONS), row)
+                files.append_jsonl(files.own_folder(self.args.output_dir) / files.POSITIONS, row)
             self._sums[mode] = None
         super().log(logs, start_time)
 
@@ -213,7 +213,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             *(f"- {name}: {getattr(config, name)}" for name in TOKEN_RULES[config.cold_start_loss].fields),
             f"- selection: {rule}",
         ]
-        selection = Path(config.output_dir, files.SELECTION)
+        selection = files.own_folder(config.output_dir) / files.SELECTION
         if selection.exists():
             chosen = files.read_json(selection)
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import build_tokenizer
+from tokenizers import AddedToken
 
 from aesl_trl.errors import InputError
-from aesl_trl.models.tokens import left_pad, prompt_ids, stop_at_turn_end, stop_ids, turn_end_id
+from aesl_trl.models.tokens import left_pad, prompt_ids, stop_ids, turn_end_id
 
 
 IM_END, END_OF_TEXT = 256, 257
@@ -58,11 +59,31 @@ def test_a_template_that_does_not_end_turns(template, error):
 
 
 def test_the_end_of_a_turn_joins_what_the_files_name(tokenizer):
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=END_OF_TEXT))
     base = build_tokenizer()
     base.eos_token = "<|endoftext|>"
-    assert stop_ids(base, model) == [END_OF_TEXT] and stop_ids(tokenizer, model) == [IM_END, END_OF_TEXT]
-    stop_at_turn_end(model, base)
-    assert model.generation_config.eos_token_id == [END_OF_TEXT, IM_END]
-    stop_at_turn_end(model, base)
-    assert model.generation_config.eos_token_id == [END_OF_TEXT, IM_END]
+    assert stop_ids(base, END_OF_TEXT) == [END_OF_TEXT, IM_END]
+    assert stop_ids(base, None) == [END_OF_TEXT, IM_END]
+    assert stop_ids(tokenizer, [7, END_OF_TEXT]) == [IM_END, 7, END_OF_TEXT]
+    base.chat_template = None
+    assert stop_ids(base, END_OF_TEXT) == [END_OF_TEXT]
+
+
+def test_the_end_of_a_turn_need_not_be_marked_as_special():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=False, normalized=False)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<end_of_turn>")
+    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+
+
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_that_shows_parts_of_content_alone_ends_turns_too():
+    """Templates of vision-language models; where the content is text, they show nothing or fail."""
+    tokenizer = build_tokenizer()
+    for template in (PARTS, PARTS.replace("part['text']", "part['text'].strip()")):
+        tokenizer.chat_template = template
+        assert turn_end_id(tokenizer, strict=True) == IM_END

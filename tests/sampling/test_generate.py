@@ -5,8 +5,8 @@ Several processes: test_groups_processes.py.
 
 import pytest
 import torch
-from small_draws import PROMPTS, STOPS, KeepingEngine, draw, no_memory_beyond, stopping_model
-from tiny_models import build_model
+from small_draws import PROMPTS, STOPS, KeepingEngine, draw, ending_model, no_memory_beyond, stopping_model
+from tiny_models import build_model, build_tokenizer
 
 from aesl_trl.errors import InputError
 from aesl_trl.sampling import generate as generating
@@ -47,6 +47,17 @@ def test_samples_end_at_an_end_token_or_are_truncated(tokenizer):
     assert all(tokens == 5 for tokens, truncated in zip(group.num_tokens, group.truncated, strict=True) if truncated)
     assert all(1 <= tokens <= 5 for tokens in group.num_tokens) and min(group.num_tokens) == 1
     assert len(group.completions) == 64 and len(set(group.completions)) > 30
+
+
+def test_a_base_models_samples_end_with_the_templates_turn():
+    """Its own files name <|endoftext|> alone, as those of Qwen's base models do."""
+    base = build_tokenizer()
+    base.eos_token = "<|endoftext|>"
+    end = base.convert_tokens_to_ids("<|im_end|>")
+    model = ending_model(base, end)
+    assert model.generation_config.eos_token_id == base.eos_token_id != end
+    groups = draw(model, base)
+    assert all(group.num_tokens == [1] * 4 and group.truncated == [False] * 4 for group in groups)
 
 
 def test_settings_of_the_models_generation_config_do_not_leak(tokenizer):

@@ -19,6 +19,16 @@ def stopping_model(tokenizer):
     return model
 
 
+def ending_model(tokenizer, token):
+    """A model of which every sample is the one token `token`."""
+    model = build_model(tokenizer).eval()
+    with torch.no_grad():
+        weight = model.model.embed_tokens.weight
+        weight[:, 0] = 1.0  # every token carries this direction through the residual stream
+        weight[token, 0] = 40.0
+    return model
+
+
 def draw(model, tokenizer, engine=None, *, accelerator=None, **changes):
     """Draw 4 samples of 12 tokens for each of PROMPTS, from seed 3."""
     settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 12, "seed": 3, **changes}

@@ -14,9 +14,11 @@ import torch
 from datasets import Dataset
 from monitored_runs import DIVERSITY, PEAKED, PROMPTS, monitored_trainer, plan
 from peft import LoraConfig
+from small_draws import ending_model
 from small_runs import (
     assistant,
     cpu_settings,
+    message_rows,
     prompt_completion_rows,
     small_config,
     steps_of,
@@ -35,7 +37,7 @@ from aesl_trl.training import callback
 
 
 def series(folder):
-    rows = files.read_jsonl(folder / files.DIVERSITY)
+    rows = files.read_jsonl(folder / files.OWN / files.DIVERSITY)
     return [{key: value for key, value in row.items() if key not in ("seconds", "time_share")} for row in rows]
 
 
@@ -62,7 +64,7 @@ def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenize
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(runs[1]).items())
     figures = [[row for row in run.state.log_history if "loss" in row] for run in runs]
     assert figures[0] == figures[1] and len(figures[0]) == 4
-    assert (tmp_path / "0" / files.POSITIONS).read_text() == (tmp_path / "1" / files.POSITIONS).read_text()
+    assert (tmp_path / "0" / files.OWN / files.POSITIONS).read_text() == (tmp_path / "1" / files.OWN / files.POSITIONS).read_text()
 
 
 # ---- What it writes
@@ -80,7 +82,7 @@ def test_files_and_logs(tokenizer, tmp_path):
         tokenizer, tmp_path, diversity_max_new_tokens=1
     )  # one token: no word pair, so no distinct_2
     trainer.train()
-    rows = [strict_json(line) for line in (tmp_path / files.DIVERSITY).read_text().splitlines()]
+    rows = [strict_json(line) for line in (tmp_path / files.OWN / files.DIVERSITY).read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
         assert row["num_prompts"] == 3 and row["num_samples"] == 3 and row["max_new_tokens"] == 1
@@ -89,7 +91,7 @@ def test_files_and_logs(tokenizer, tmp_path):
         assert row["distinct_4"] is None
         assert "reward" not in row and "pass@1" not in row
     for row in rows:
-        samples = files.read_jsonl(tmp_path / files.SAMPLES / f"step-{row['step']}.jsonl")
+        samples = files.read_jsonl(tmp_path / files.OWN / files.SAMPLES / f"step-{row['step']}.jsonl")
         assert [sample["prompt"] for sample in samples] == [prompt["prompt"] for prompt in PROMPTS]
         assert [sample["prompt_index"] for sample in samples] == [0, 1, 2]
         assert all(
@@ -123,7 +125,7 @@ def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
     trainer = monitored_trainer(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
     trainer.train()
     for row in series(tmp_path):
-        samples = files.read_jsonl(tmp_path / files.SAMPLES / f"step-{row['step']}.jsonl")
+        samples = files.read_jsonl(tmp_path / files.OWN / files.SAMPLES / f"step-{row['step']}.jsonl")
         rewards = [[float(len(text) % 2)] for sample in samples for text in sample["completions"]]
         assert [reward for sample in samples for reward in sample["rewards"]] == rewards
         assert row["pass@1"] == pytest.approx(np.mean(rewards))
@@ -250,7 +252,25 @@ def test_plain_sft_trainer(tokenizer, tmp_path):
     assert rows[0] == rows[1]  # TRL's own figures too, which its log hands out once
     weights = trained_weights(runs[0])
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(runs[1]).items())
-    assert files.read_json(tmp_path / "True" / files.SELECTION)["step"] == 4
+    assert files.read_json(tmp_path / "True" / files.OWN / files.SELECTION)["step"] == 4
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, AESLSFTTrainer])
+def test_a_base_models_samples_end_with_the_templates_turn(kind, tmp_path):
+    """Its files name <|endoftext|> alone; the figures are those of one answer, as in `aesl eval`."""
+    base = build_tokenizer()
+    base.eos_token = "<|endoftext|>"
+    trainer = kind(
+        model=ending_model(base, base.convert_tokens_to_ids("<|im_end|>")),
+        args=small_config(tmp_path, max_steps=1, learning_rate=0.0, cold_start_loss="nll"),
+        train_dataset=message_rows(),
+        processing_class=base,
+    )
+    trainer.add_callback(DiversityCallback(trainer, [user("2+2=")], steps=1, samples=2, max_new_tokens=4))
+    trainer.train()
+    assert [(row["truncated"], row["length"]) for row in series(tmp_path)] == [(0, 1), (0, 1)]
+    if kind is AESLSFTTrainer:
+        assert steps_of(trainer, "prob_eos") and steps_of(trainer, "weight_eos")
 
 
 def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
@@ -258,7 +278,7 @@ def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
     trainer.add_callback(DiversityCallback(trainer, PROMPTS, steps=2, samples=2, max_new_tokens=4))
     trainer.train()
     assert len(series(tmp_path)) == 3
-    assert not (tmp_path / files.CANDIDATES).exists() and not (tmp_path / files.SELECTION).exists()
+    assert not (tmp_path / files.OWN / files.CANDIDATES).exists() and not (tmp_path / files.OWN / files.SELECTION).exists()
 
 
 def test_lora(tokenizer, tmp_path, tiny_model_dir):
@@ -267,7 +287,7 @@ def test_lora(tokenizer, tmp_path, tiny_model_dir):
     trainer = monitored_trainer(tokenizer, tmp_path, model=model, peft_config=lora, selection="last")
     trainer.train()
     assert [row["step"] for row in series(tmp_path)] == [0, 2, 4]
-    selected = tmp_path / files.SELECTED
+    selected = tmp_path / files.OWN / files.SELECTED
     assert (selected / "adapter_config.json").exists() and not (selected / "model.safetensors").exists()
     from peft import PeftModel
 
@@ -286,7 +306,7 @@ def test_stops_once_the_fall_is_confirmed(tokenizer, tmp_path, monkeypatch):
     )
     trainer.train()
     assert trainer.diversity_callback.stopped and trainer.state.global_step == 7  # patience 3 after the peak at 4
-    chosen = files.read_json(tmp_path / files.SELECTION)
+    chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)
     assert chosen["step"] == 4 and chosen["applied"] == "turning_point" and chosen["path"] == files.SELECTED
     assert series(tmp_path)[0]["distinct_1"] is None
 
@@ -296,27 +316,27 @@ def test_goes_on_without_stop(tokenizer, tmp_path, monkeypatch):
     trainer = monitored_trainer(tokenizer, tmp_path, diversity_steps=1, max_steps=10, cold_start_loss="nll")
     trainer.train()
     assert not trainer.diversity_callback.stopped and trainer.state.global_step == 10
-    chosen = files.read_json(tmp_path / files.SELECTION)  # the default rule for nll
+    chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)  # the default rule for nll
     assert (chosen["rule"], chosen["step"]) == ("turning_point", 4)
 
 
 def test_by_readiness_the_selection_is_left_to_the_probe(tokenizer, tmp_path, capsys):
-    files.write_json(tmp_path / files.READINESS, {"checkpoints": []})  # a former run's, in the same folder
+    files.write_json(tmp_path / files.OWN / files.READINESS, {"checkpoints": []})  # a former run's, in the same folder
     monitored_trainer(tokenizer, tmp_path, selection="readiness").train()
-    assert not (tmp_path / files.SELECTION).exists() and not (tmp_path / files.READINESS).exists()
-    assert {path.name for path in (tmp_path / files.CANDIDATES).iterdir()} == {"step-2", "step-4"}
+    assert not (tmp_path / files.OWN / files.SELECTION).exists() and not (tmp_path / files.OWN / files.READINESS).exists()
+    assert {path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()} == {"step-2", "step-4"}
     assert f"aesl probe {tmp_path} --config FILE, then aesl select {tmp_path}" in capsys.readouterr().out
 
 
 def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
     trainer = monitored_trainer(tokenizer, tmp_path, selection="last")
     trainer.train()
-    chosen = files.read_json(tmp_path / files.SELECTION)
+    chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)
     assert chosen["step"] == 4 and chosen["rule"] == chosen["applied"] == "last" and chosen["candidates"] == [2, 4]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / chosen["path"])
     assert all(torch.equal(weight, trained_weights(trainer)[name]) for name, weight in loaded.named_parameters())
-    assert AutoTokenizer.from_pretrained(tmp_path / files.SELECTED).chat_template == tokenizer.chat_template
-    names = {path.name for path in (tmp_path / files.SELECTED).iterdir()}
+    assert AutoTokenizer.from_pretrained(tmp_path / files.OWN / files.SELECTED).chat_template == tokenizer.chat_template
+    names = {path.name for path in (tmp_path / files.OWN / files.SELECTED).iterdir()}
     assert not names & {"training_args.bin", "optimizer.pt", "scheduler.pt"}
     trainer.create_model_card()
     assert "selected step: 4" in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -325,11 +345,11 @@ def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
 def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
     """Else a candidate of the old run could be selected, or crowd out those of the new one."""
     monitored_trainer(tokenizer, tmp_path, max_steps=6, diversity_steps=3).train()
-    (tmp_path / files.CANDIDATES / ".step-5.tmp").mkdir()
+    (tmp_path / files.OWN / files.CANDIDATES / ".step-5.tmp").mkdir()
     monitored_trainer(tokenizer, tmp_path, max_steps=4).train()
-    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
-    assert sorted(path.name for path in (tmp_path / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
-    assert files.read_json(tmp_path / files.SELECTION)["candidates"] == [2, 4]
+    assert sorted(path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
+    assert files.read_json(tmp_path / files.OWN / files.SELECTION)["candidates"] == [2, 4]
 
 
 def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
@@ -337,14 +357,14 @@ def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
     model = {"attention_dropout": 0.3}
     whole = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     whole.train()
-    before, chosen = series(tmp_path), files.read_json(tmp_path / files.SELECTION)
-    samples = {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()}
+    before, chosen = series(tmp_path), files.read_json(tmp_path / files.OWN / files.SELECTION)
+    samples = {path.name: path.read_text() for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()}
     resumed = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert series(tmp_path) == before and [row["step"] for row in before] == [0, 2, 4, 6]
-    assert {path.name: path.read_text() for path in (tmp_path / files.SAMPLES).iterdir()} == samples
+    assert {path.name: path.read_text() for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()} == samples
     assert all(torch.equal(trained_weights(whole)[name], weight) for name, weight in trained_weights(resumed).items())
-    again = files.read_json(tmp_path / files.SELECTION)
+    again = files.read_json(tmp_path / files.OWN / files.SELECTION)
     for one in (chosen, again):
         for name in ("seconds", "time_share"):
             one["evidence"]["measured"].pop(name)
@@ -396,7 +416,7 @@ def test_a_budget_makes_the_measurement_smaller_and_says_so(tokenizer, tmp_path,
 def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):
     trainer = monitored_trainer(tokenizer, tmp_path)
     trainer.train()
-    rows = files.read_jsonl(tmp_path / files.DIVERSITY)
+    rows = files.read_jsonl(tmp_path / files.OWN / files.DIVERSITY)
     assert all(0 < row["seconds"] and 0 < row["time_share"] <= 1 for row in rows)
     assert steps_of(trainer, "diversity/time_share") == [row["time_share"] for row in rows]
     assert "diversity_time_share" in capsys.readouterr().out
@@ -425,7 +445,7 @@ def test_rows_say_how_they_were_measured(tokenizer, tmp_path):
         assert low <= row["entropy"] <= high
         assert 0 < row["eos_prob"] < 1 and row["entropy_sampled"] > 0
     assert "bleu_to_base" not in rows[0] and all(0 <= row["bleu_to_base"] <= 1 for row in rows[1:])
-    samples = files.read_jsonl(tmp_path / files.SAMPLES / "step-2.jsonl")
+    samples = files.read_jsonl(tmp_path / files.OWN / files.SAMPLES / "step-2.jsonl")
     assert all(len(sample[key]) == 3 for sample in samples for key in ("neg_log_prob", "eos_prob"))
 
 
@@ -452,9 +472,9 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
     ]
     out = capsys.readouterr().out
     assert all(out.count(f"step {step} is a gap in diversity.jsonl: {reason}\n") == 1 for step in (0, 2, 4))
-    chosen = files.read_json(tmp_path / "gaps" / files.SELECTION)  # undetermined: the last one
+    chosen = files.read_json(tmp_path / "gaps" / files.OWN / files.SELECTION)  # undetermined: the last one
     assert (chosen["applied"], chosen["step"]) == ("last", 4)
-    assert not (tmp_path / "gaps" / files.SAMPLES).exists()
+    assert not (tmp_path / "gaps" / files.OWN / files.SAMPLES).exists()
 
 
 @pytest.mark.parametrize(
@@ -469,8 +489,8 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
 def test_resuming_with_other_settings_is_refused(changes, message, tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     monitored_trainer(tokenizer, tmp_path, max_steps=2, **settings).train()
-    before = (tmp_path / files.DIVERSITY).read_text()
+    before = (tmp_path / files.OWN / files.DIVERSITY).read_text()
     resumed = monitored_trainer(tokenizer, tmp_path, **{**settings, **changes})
     with pytest.raises(InputError, match=message):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert (tmp_path / files.DIVERSITY).read_text() == before
+    assert (tmp_path / files.OWN / files.DIVERSITY).read_text() == before

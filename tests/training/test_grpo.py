@@ -12,8 +12,11 @@ import torch
 import yaml
 from adapters import make_adapter
 from safetensors.torch import load_file
+from small_draws import ending_model
+from tiny_models import build_tokenizer
 
 from aesl_trl import grpo
+from aesl_trl.arguments import parse
 from aesl_trl.errors import Diverged, InputError
 from aesl_trl.training import grpo as training_grpo
 from aesl_trl.training.grpo import ARGUMENT_TYPES, build_trainer, load_datasets, load_rewards
@@ -61,6 +64,28 @@ def config(tmp_path, tiny_model_dir):
     return write
 
 
+# ---- What ends a sample
+
+
+@pytest.mark.parametrize("given", [None, {"eos_token_id": [258]}])
+def test_samples_of_a_base_model_end_with_the_templates_turn(config, tmp_path, given):
+    """Its files name <|endoftext|> alone. GRPOTrainer would let its samples run on to the length limit."""
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    end, eos = map(tokenizer.convert_tokens_to_ids, ("<|im_end|>", "<|endoftext|>"))
+    for part in (ending_model(tokenizer, end), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    flags = config(model_name_or_path=str(tmp_path / "base"), max_steps=1, generation_kwargs=given)
+    script_args, args, model_args = parse(ARGUMENT_TYPES, flags, prog="aesl grpo")
+    rewards = load_rewards(script_args)
+    trainer = build_trainer(script_args, args, model_args, rewards, *load_datasets(script_args, args, rewards))
+    stops = {eos, end, *(given or {}).get("eos_token_id", [])}
+    assert set(trainer.eos_token_ids) == stops == set(trainer.model.generation_config.eos_token_id)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["completions/clipped_ratio"] == 0 and log["completions/max_length"] == 1
+
+
 # ---- Training
 
 
@@ -69,7 +94,7 @@ def test_two_steps_change_the_weights_and_leave_a_record(config, tmp_path, tiny_
     grpo.main(config(seed=3))
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (tiny_model_dir, tmp_path / "out"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run = json.loads((tmp_path / "out/_aesl/run.json").read_text())
     expected = {
         "stage": "grpo",
         "model": tiny_model_dir,
@@ -101,7 +126,7 @@ def test_two_processes_on_cpu_are_two(config, tmp_path):
     ]
     result = subprocess.run([*command, *config()], env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["num_processes"] == 2
+    assert json.loads((tmp_path / "out/_aesl/run.json").read_text())["num_processes"] == 2
 
 
 @pytest.mark.slow
@@ -118,7 +143,7 @@ def test_an_adapter_goes_on_training(config, tmp_path, tiny_model_dir, beta):
     assert all(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
     # With beta TRL trains against a frozen copy of the adapter; what is handed on is one adapter.
     assert not (tmp_path / "out" / "ref").exists()
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run = json.loads((tmp_path / "out/_aesl/run.json").read_text())
     assert (run["adapter"], run["model"], run["beta"]) == (adapter, tiny_model_dir, beta)
 
 
@@ -167,7 +192,7 @@ def test_a_signal_is_no_success(config, tmp_path):
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, "".join(lines)[-2000:] + rest[-2000:]
     assert "go on with --resume_from_checkpoint true" in rest
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out/_aesl/run.json").exists()
 
 
 # ---- Refusals, before any model loads

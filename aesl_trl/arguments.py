@@ -16,17 +16,50 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from .errors import InputError, in_one_line, nearest, nearest_sibling
-from .values import ALSO_BOOL, IN_METADATA, REFUSALS, bounds_of, check_bound, check_value, load_yaml, shown
+from .values import (
+    ALSO_BOOL,
+    IN_METADATA,
+    REFUSALS,
+    SEED_BOUNDS,
+    SHORT,
+    bounds_of,
+    check_bound,
+    check_value,
+    load_yaml,
+    shown,
+)
 
 
-# A config may set the variables of these libraries only: PATH, LD_PRELOAD, PYTHONPATH and the like change what runs.
-ENV_PREFIXES = tuple(
-    "HF_ TRANSFORMERS_ DATASETS_ ACCELERATE_ TORCH_ PYTORCH_ TRL_ VLLM_ TRITON_ DS_ NCCL_ GLOO_ CUDA_ CUBLAS_ OMP_ "
-    "MKL_ TOKENIZERS_ WANDB_ TRACKIO_ MLFLOW_ COMET_ SWANLAB_ TENSORBOARD_".split()
+# The variables that a config may set. None of them names code, a program, a library, a server or a secret: whoever
+# wrote the config must not thereby run code or be sent a token. A folder of caches is none of them: it may hold code.
+ENV_NAMES = frozenset(
+    """
+    OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES MKL_NUM_THREADS MKL_DYNAMIC TOKENIZERS_PARALLELISM
+    HF_HUB_OFFLINE HF_HUB_DISABLE_TELEMETRY HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_XET HF_HUB_VERBOSITY
+    HF_HUB_DOWNLOAD_TIMEOUT HF_HUB_ETAG_TIMEOUT HF_XET_HIGH_PERFORMANCE HF_DATASETS_OFFLINE DATASETS_VERBOSITY
+    HF_DATASETS_IN_MEMORY_MAX_SIZE TRANSFORMERS_OFFLINE TRANSFORMERS_VERBOSITY TRANSFORMERS_NO_ADVISORY_WARNINGS
+    TRL_EXPERIMENTAL_SILENCE ACCELERATE_LOG_LEVEL ACCELERATE_USE_CPU ACCELERATE_MIXED_PRECISION DS_SKIP_CUDA_CHECK
+    CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS CUDA_MODULE_LOADING
+    CUBLAS_WORKSPACE_CONFIG PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF PYTORCH_NO_CUDA_MEMORY_CACHING
+    PYTORCH_NVML_BASED_CUDA_CHECK TORCH_DISTRIBUTED_DEBUG TORCH_CPP_LOG_LEVEL TORCH_SHOW_CPP_STACKTRACES
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_COMPILE_DISABLE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_NCCL_BLOCKING_WAIT
+    TORCH_NCCL_AVOID_RECORD_STREAMS TORCH_NCCL_ENABLE_MONITORING TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TRITON_INTERPRET
+    NCCL_DEBUG NCCL_DEBUG_SUBSYS NCCL_ALGO NCCL_PROTO NCCL_BUFFSIZE NCCL_SOCKET_IFNAME NCCL_IB_DISABLE NCCL_IB_HCA
+    NCCL_IB_GID_INDEX NCCL_IB_TIMEOUT NCCL_IB_RETRY_CNT NCCL_P2P_DISABLE NCCL_P2P_LEVEL NCCL_SHM_DISABLE
+    NCCL_NET_GDR_LEVEL NCCL_CROSS_NIC NCCL_NVLS_ENABLE NCCL_CUMEM_ENABLE GLOO_SOCKET_IFNAME
+    VLLM_LOGGING_LEVEL VLLM_USE_V1 VLLM_ENABLE_V1_MULTIPROCESSING VLLM_WORKER_MULTIPROC_METHOD VLLM_NO_USAGE_STATS
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN VLLM_USE_FLASHINFER_SAMPLER VLLM_USE_DEEP_GEMM
+    WANDB_PROJECT WANDB_ENTITY WANDB_NAME WANDB_NOTES WANDB_TAGS WANDB_RUN_GROUP WANDB_JOB_TYPE WANDB_MODE WANDB_SILENT
+    WANDB_DISABLED WANDB_WATCH WANDB_LOG_MODEL WANDB_CONSOLE WANDB_RUN_ID WANDB_RESUME TRACKIO_PROJECT
+    MLFLOW_EXPERIMENT_NAME MLFLOW_TAGS MLFLOW_NESTED_RUN MLFLOW_FLATTEN_PARAMS MLFLOW_MAX_LOG_PARAMS
+    HF_MLFLOW_LOG_ARTIFACTS COMET_PROJECT_NAME COMET_WORKSPACE COMET_MODE SWANLAB_PROJECT SWANLAB_WORKSPACE
+    SWANLAB_MODE TENSORBOARD_LOGGING_DIR
+    """.split()
 )
 # We look up a relative value of these fields beside the config. A name that is not there may be one on the hub.
 INPUT_FIELDS = set(
@@ -39,7 +72,8 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # Bounds of TRL's and transformers' own numbers. Outside of them a run trains nothing, or another thing than was asked
 # for (`max_length: -1` cuts off the end of each row), or fails once the model has loaded.
 TRL_BOUNDS = {
-    **dict.fromkeys("learning_rate weight_decay max_grad_norm warmup_steps seed data_seed".split(), {"at_least": 0}),
+    **dict.fromkeys("learning_rate weight_decay max_grad_norm warmup_steps".split(), {"at_least": 0}),
+    **dict.fromkeys(("seed", "data_seed"), SEED_BOUNDS),
     **dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size lora_r".split(), {"at_least": 1}),
     **dict.fromkeys("gradient_accumulation_steps max_length max_completion_length".split(), {"at_least": 1}),
     "num_generations": {"at_least": 2},
@@ -49,6 +83,7 @@ TRL_BOUNDS = {
     "save_steps": {"above": 0, "hint": "save_strategy: 'no' turns it off"},
 }
 CONFIG_FLAG = "--config"
+MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
 
 
 def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to_come: Collection[str] = ()) -> tuple:
@@ -61,7 +96,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
     """
     path, flags = _split_config(argv)
-    config = load_config(path, dataclass_types, to_come) if path else {}
+    config = load_config(path, dataclass_types, to_come, _given(flags)) if path else {}
     env = config.pop("env", {})
     parser = _strict_parser(dataclass_types, prog, config)
     try:
@@ -91,26 +126,41 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, rest
 
 
-def load_config(path: str | Path, dataclass_types: Sequence[type], to_come: Collection[str] = ()) -> dict:
-    """Return the config in `path`, each value of its field's type, paths absolute; `env` stays as it is."""
+def _given(flags: Sequence[str]) -> set[str]:
+    """Return the fields that the command line sets; argparse knows each flag with - in place of _ too."""
+    return {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
+def load_config(
+    path: str | Path, dataclass_types: Sequence[type], to_come: Collection[str] = (), given: Collection[str] = ()
+) -> dict:
+    """Return the config in `path`, each value of its field's type, paths absolute; `env` stays as it is.
+
+    Fields that are `given` elsewhere are left out, so a path that is not used need not exist.
+    """
     path = Path(path)
     config = load_yaml(path)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-    env = config.pop("env", {})
+    env, found = config.pop("env", {}), {}
     if not isinstance(env, dict):
         raise InputError(f"{path}: env must be a mapping of variables, got {shown(env)}")
     for key, value in env.items():
-        if not str(key).startswith(ENV_PREFIXES):
-            raise InputError(f"{path}: env may not set {key}; variables may begin with {', '.join(ENV_PREFIXES)}")
+        if key not in ENV_NAMES:
+            raise InputError(
+                f"{path}: env may not set {SHORT.repr(key)}{nearest(key, ENV_NAMES)}; if you trust it, set it in your "
+                "shell: a config sets only variables that name no code, program, server or secret"
+            )
         if not isinstance(value, str):
             raise InputError(f"{path}: env.{key} must be a str, got {shown(value)}; write it in quotes")
     for key, value in config.items():
         if key not in fields:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, [*fields, 'env'])}")
+            raise InputError(f"{path}: unknown key {SHORT.repr(key)}{nearest(key, [*fields, 'env'])}")
         value = check_value(value, hints[key], fields[key], str(path))
-        config[key] = resolve(key, value, path.absolute().parent, to_come)
-    return {**config, "env": env}
+        if key not in given:
+            found[key] = resolve(key, value, path.absolute().parent, to_come)
+    _check_numbers(found, dataclass_types, f"{path}: ")
+    return {**found, "env": env}
 
 
 def without_defaults(config: Mapping[str, Any], dataclass_types: Sequence[type]) -> dict[str, Any]:
@@ -135,6 +185,8 @@ def without_defaults(config: Mapping[str, Any], dataclass_types: Sequence[type])
 def check_folder(name: str, path: str | Path) -> None:
     """Refuse a folder, given as the setting `name`, that cannot be made or written to. Nothing is made here."""
     path = Path(os.path.abspath(path))
+    if long := [part for part in path.parts if len(os.fsencode(part)) > MAX_NAME_BYTES]:
+        raise InputError(f"{name}: {SHORT.repr(long[0])} is longer than {MAX_NAME_BYTES} bytes; give a shorter name")
     place = next(parent for parent in (path, *path.parents) if parent.exists())
     if not place.is_dir():
         problem = "is a file" if place == path else f"cannot be made, {place} is a file"
@@ -171,13 +223,13 @@ def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) 
     if not isinstance(value, str) or not value:
         return value
     if name in OUTPUT_FIELDS:
-        return os.path.abspath(folder / Path(value).expanduser())
+        return os.path.abspath(folder / os.path.expanduser(value))
     file, colon, function = value.rpartition(":")
     is_function = bool(colon) and file.endswith(".py")
     # A JSON text may stand where a path may, as in `deepspeed`; a reward may be a name.
     if name not in INPUT_FIELDS or value[0] == "{" or (name == "reward_funcs" and not is_function):
         return value
-    target = Path(os.path.abspath(folder / Path(file if is_function else value).expanduser()))
+    target = Path(os.path.abspath(folder / os.path.expanduser(file if is_function else value)))
     if target.exists() or str(target) in to_come:
         return f"{target}:{function}" if is_function else str(target)
     if is_function or value.startswith(("./", "../", "/", "~")) or value.endswith(DATA_SUFFIXES):
@@ -224,18 +276,18 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str,
     return parser
 
 
-def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type]) -> None:
+def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type], prefix: str = "") -> None:
     """Check the parsed numbers before the dataclasses are built, whose own messages tell less."""
     own = {field.name: bounds_of(field) for kind in dataclass_types for field in dataclasses.fields(kind)}
     bounds = TRL_BOUNDS | {name: limits for name, limits in own.items() if limits}
     if values.get("max_steps", -1) != -1:
-        check_bound("max_steps", values["max_steps"], at_least=1, hint="-1 trains for num_train_epochs")
+        check_bound(f"{prefix}max_steps", values["max_steps"], at_least=1, hint="-1 trains for num_train_epochs")
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             # An infinite max_grad_norm measures the norm and clips nothing.
             if name in bounds and is_number and (name, number) != ("max_grad_norm", math.inf):
-                check_bound(name, number, **bounds[name])
+                check_bound(prefix + name, number, **bounds[name])
 
 
 def _check_output_dir(values: dict[str, Any]) -> None:
@@ -271,7 +323,7 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
     A relative file is looked up in `base_dir`, by default the current folder. The file may import its neighbours.
     """
     file, _, function = name.rpartition(":")
-    path = Path(os.path.abspath(Path(base_dir or ".") / Path(file).expanduser()))
+    path = Path(os.path.abspath(Path(base_dir or ".") / os.path.expanduser(file)))
     if not path.is_file():
         raise InputError(f"{field}: {file} does not exist, looked for {path}{nearest_sibling(path)}")
     if str(path.parent) not in sys.path:
@@ -280,7 +332,7 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would pass for the end of the command
         raise InputError(f"{field}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return _function_of(module, function, f"{field}: {path}")
 
@@ -288,17 +340,20 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
 def import_function(name: str, base_dir: str | Path | None, *, field: str, known: Iterable[str] = ()) -> Callable:
     """Return the function that an import path such as `package.module.function`, the value of `field`, names.
 
-    Modules are also found in `base_dir`. Where there is none of that name, the message names the nearest of `known`.
+    A module that is not installed is also found in `base_dir` and in the current folder, as TRL's script finds it. The
+    folder may then be imported from, and no other folder may. Where there is none of that name, the message names the
+    nearest of `known`.
     """
     module_name, _, function = name.rpartition(".")
-    for folder in (str(base_dir or os.getcwd()), os.getcwd()):  # TRL's script adds the current folder, too
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    package = module_name.partition(".")[0]
     try:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            places = (str(base_dir or os.getcwd()), os.getcwd())
+            sys.path += [place for place in places if PathFinder.find_spec(package, [place])][:1]
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise InputError(f"{field}: cannot import {name!r}: {error}{nearest(name, known)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{field}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     return _function_of(module, function, f"{field}: {module_name}")
 

@@ -1,6 +1,7 @@
 """Errors that a user can mend, each told in one line."""
 
 import difflib
+import errno
 import os
 import sys
 import textwrap
@@ -11,6 +12,15 @@ from pathlib import Path
 
 OTHER_RANK_S = 10.0  # a launcher looks several times a second, but a process of torch may take seconds to end
 UNFINISHED = 3  # exit code: stopped before the last step; no stage may follow
+# The disk takes no more.
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# A path of the user's cannot be used. Any other file error may be a mistake in the code, and keeps its traceback.
+PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# Control characters, lone surrogates, and marks that turn the direction of a text: a terminal obeys them, and a page
+# reads otherwise than it is written.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
+VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 
 class InputError(ValueError):
@@ -23,7 +33,9 @@ class Diverged(RuntimeError):
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the option closest to `name`, or an empty string when none is close."""
-    match = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
+    if not isinstance(name, str) or len(name) > 255:
+        return ""
+    match = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
@@ -38,26 +50,61 @@ def in_one_line(error: Exception | str, limit: int = 300) -> str:
 
 
 def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
-    """Run `main`. Turn an [`InputError`] into one line on stderr and exit code 2, [`Diverged`] into a line and code 3.
+    """Run `main`, and turn an error that the user can mend into one line on stderr and an exit code.
 
-    White space of the message is collapsed here, so the callers need not do it. With several processes, local rank 0
-    prints at once. The others wait [`OTHER_RANK_S`] seconds: if all failed, the launcher has ended them by then; if
-    only this one failed, its line still appears.
+    The code is 2 for an [`InputError`] and a path that cannot be used, 3 for [`Diverged`], 1 for a disk that takes no
+    more. White space of the message is collapsed here, so the callers need not do it. With several processes, local
+    rank 0 prints at once. The others wait [`OTHER_RANK_S`] seconds: if all failed, the launcher has ended them by
+    then; if only this one failed, its line still appears.
     """
     try:
         main()
-    except (InputError, Diverged) as error:
+    except Exception as error:
+        if (code := _exit_code(error)) is None:
+            raise
         rank = os.environ.get("LOCAL_RANK", "0")
         if rank != "0":
             time.sleep(OTHER_RANK_S)
-        say(f"{command}: {' '.join(str(error).split())}" + (f" (local rank {rank})" if rank != "0" else ""))
-        sys.exit(2 if isinstance(error, InputError) else UNFINISHED)
+        say(f"{command}: {' '.join(_said(error).split())}" + (f" (local rank {rank})" if rank != "0" else ""))
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in PATH_ERRORS):
+        return 2
+    if isinstance(error, Diverged):
+        return UNFINISHED
+    return 1 if is_write_error(error) else None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.strerror, error.filename, error.filename2) if part)
+    is_told = isinstance(error, InputError | Diverged)
+    return str(error) if is_told else in_one_line(error)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Recognise a full disk and the like, as Python, torch.save (in C++) and safetensors (in Rust) report it."""
+    of_python = isinstance(error, OSError) and error.errno in WRITE_ERRORS
+    of_torch = "inline_container.cc" in str(error) and "Reader" not in str(error)
+    return of_python or of_torch or str(error).startswith("Error while serializing")  # the last is safetensors'
+
+
+def visible(text: str) -> str:
+    """Return `text` with its control characters made visible: no name and no completion commands the terminal."""
+    return text.translate(VISIBLE)
 
 
 def say(line: str) -> None:
     """Print a line of its own to stderr, also where a progress bar stands there."""
     if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        sys.modules["tqdm"].tqdm.write(visible(line), file=sys.stderr)
     else:
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
     sys.stderr.flush()
+
+
+def tell(text: str) -> None:
+    """Print what a command found to stdout, at once."""
+    print(visible(text), flush=True)

@@ -20,7 +20,9 @@ from .errors import InputError, nearest_sibling
 from .provenance import __version__
 
 
-# Files and folders of an SFT run
+# Our part of a training's folder: Trainer's upload to the hub leaves out what begins with an underscore
+OWN = "_aesl"
+# Files and folders of an SFT run, in its own part
 TRAINER_STATE = "trainer_state.json"  # written by Trainer; holds log_history
 RUN = "run.json"
 POSITIONS = "positions.jsonl"
@@ -29,7 +31,7 @@ SAMPLES = "samples"
 CANDIDATES = "candidates"
 STAGE = "stage.json"  # the chain's record of an SFT that several chains may share
 TRAINING_LOCK = ".training.lock"
-# Files and folders of a chain's run; a selection may also lie in the SFT folder
+# Files and folders of a chain's run; without a chain they lie in the own part of the SFT folder
 CHAIN = "chain.json"
 SELECTION = "selection.json"
 SELECTED = "selected"
@@ -40,6 +42,8 @@ GRPO_DIR = "grpo"
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 LOGS = "logs"
+# One of these files shows where the files of a run lie
+BEGUN = (STAGE, RUN, POSITIONS, DIVERSITY)
 
 
 def to_json(value: Any) -> Any:
@@ -84,7 +88,7 @@ def append_jsonl(path: str | Path, row: dict) -> None:
     """Add one line in one write. A kill leaves the line out or whole; a full disk leaves the file as it was."""
     path, line = Path(path), (_dumps(row) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=in_place) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(line) != len(line):
@@ -93,6 +97,16 @@ def append_jsonl(path: str | Path, row: dict) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def in_place(path: str | Path, flags: int) -> int:
+    """Open a file where it stands, as the `opener` of `open` for every file that we do not write by a rename.
+
+    A symlink is refused: in a run that somebody else made, it may lead to a file of yours.
+    """
+    if os.path.islink(path):
+        raise InputError(f"{path} is a symlink, and what it leads to would be overwritten: remove the link")
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
 @contextmanager
@@ -138,7 +152,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too many digits, too many levels
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -162,8 +176,9 @@ def read_jsonl(path: str | Path) -> list[dict]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise InputError(f"{path}, line {number} is not valid JSON: {reason}") from None
     return rows
 
 
@@ -184,6 +199,38 @@ def read_rows(path: str | Path, needs: Sequence[str] = ()) -> list[dict]:
 def stays_inside(name: str) -> bool:
     """Say whether `name`, as a file of a run lists it, is the name of something inside that file's own folder."""
     return not os.path.isabs(name) and ".." not in PurePosixPath(name).parts
+
+
+def own_folder(training: str | Path) -> Path:
+    """Return the folder of our files in a training's folder: `_aesl`, whether or not it exists yet.
+
+    A run that version 0.1.0 began has them in the training's folder itself. It goes on there: no series is cut in two.
+    """
+    folder = Path(training)
+    began_before = _has_begun(folder) and not _has_begun(folder / OWN)
+    return folder if began_before else folder / OWN
+
+
+def _has_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in BEGUN)
+
+
+def renew_own_folder(training: str | Path) -> None:
+    """Move what version 0.1.0 left in a training's folder to `_aesl`, for a training that starts there anew."""
+    folder = Path(training)
+    if own_folder(folder) == folder:
+        # What shows that they lie here goes last: a move that was cut off is finished by the next start.
+        for name in (CANDIDATES, SAMPLES, SELECTED, SELECTION, READINESS, HANDOFF_DIR, HANDOFF, REPORT, *BEGUN):
+            if (folder / name).exists():
+                (folder / OWN).mkdir(exist_ok=True)
+                os.replace(folder / name, folder / OWN / name)
+
+
+def run_of(weights: Path) -> Path:
+    """Return the folder of the run to which weights belong: a candidate, a checkpoint, `selected` or `handoff`."""
+    parent = weights.absolute().parent
+    parent = parent.parent if parent.name == CANDIDATES else parent
+    return parent.parent if parent.name == OWN else parent
 
 
 class RunFolder:
@@ -217,6 +264,17 @@ class RunFolder:
         raise InputError(f"{self.path} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
 
     @property
+    def own(self) -> Path:
+        """The folder for what a command makes of this run: that of a chain's run, else the SFT folder's own part."""
+        has_chain = (self.path / CHAIN).exists() or not is_sft_folder(self.path)
+        return self.path if has_chain else own_folder(self.path)
+
+    @property
+    def places(self) -> list[Path]:
+        """The folders in which such things lie: the run's, and then those of the SFT folder that its chain shares."""
+        return list(dict.fromkeys([self.own, *([own_folder(self.sft)] if self.has_sft else [])]))
+
+    @property
     def has_sft(self) -> bool:
         """Whether an SFT folder with our files is there. RL from a base has none, nor has a chain that just began."""
         if (self.path / CHAIN).exists():
@@ -225,7 +283,7 @@ class RunFolder:
 
     @cached_property
     def settings(self) -> dict:
-        """run.json of the SFT ([`read_settings`]); empty where DiversityCallback ran beside another trainer."""
+        """run.json of the SFT ([`read_settings`]); empty where an older DiversityCallback ran beside a TRL trainer."""
         return read_settings(self.sft)
 
     @cached_property
@@ -235,13 +293,17 @@ class RunFolder:
 
     def rows(self, name: str, needs: Sequence[str] = ()) -> list[dict]:
         """Return the rows of the SFT folder's JSONL file `name`, each with the keys `needs`."""
-        path = self.sft / name
+        path = own_folder(self.sft) / name
         return read_rows(path, needs) if path.is_file() else []
+
+    @property
+    def candidates_folder(self) -> Path:
+        return own_folder(self.sft) / CANDIDATES
 
     @property
     def candidates(self) -> list[int]:
         """Steps of the saved candidates, in order. InputError: none was saved."""
-        folder = self.sft / CANDIDATES
+        folder = self.candidates_folder
         names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
         steps = sorted(int(name) for name in names if name.isdecimal())
         if not steps:
@@ -250,22 +312,22 @@ class RunFolder:
 
     def candidate(self, step: int) -> Path:
         """Return the folder of the candidate saved at `step`."""
-        return self.sft / CANDIDATES / f"step-{step}"
+        return self.candidates_folder / f"step-{step}"
 
     @property
     def sample_files(self) -> dict[int, Path]:
         """The files samples/step-N.jsonl by step, in order."""
-        found = [(path.stem.removeprefix("step-"), path) for path in (self.sft / SAMPLES).glob("step-*.jsonl")]
+        paths = (own_folder(self.sft) / SAMPLES).glob("step-*.jsonl")
+        found = [(path.stem.removeprefix("step-"), path) for path in paths]
         return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))
 
     def object(self, name: str) -> dict:
         """Return the JSON object `name` of the run, else of its SFT folder, else an empty one."""
-        places = [self.path, *([self.sft] if self.has_sft else [])]
-        return next((found for place in places if (found := read_object(place / name))), {})
+        return next((found for place in self.places if (found := read_object(place / name))), {})
 
 
 def is_sft_folder(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (DIVERSITY, RUN, TRAINER_STATE))
+    return any((place / name).exists() for place in (folder, folder / OWN) for name in (DIVERSITY, RUN, TRAINER_STATE))
 
 
 def read_settings(folder: Path) -> dict:
@@ -273,7 +335,7 @@ def read_settings(folder: Path) -> dict:
 
     An older version's file is read, and a reader that lacks a key says so.
     """
-    path = folder / RUN
+    path = own_folder(folder) / RUN
     run = read_json(path) if path.exists() else {}
     if not isinstance(run, dict):
         raise InputError(f"{path} holds a {type(run).__name__}, not an object: {folder} is no run of aesl_trl")
@@ -290,7 +352,8 @@ def read_log(folder: Path) -> list[dict]:
     """Read Trainer's log_history of a training's folder; see [`RunFolder.log`]."""
     checkpoints = folder.glob(f"checkpoint-*/{TRAINER_STATE}")
     newest = sorted(checkpoints, key=lambda path: int(re.sub(r"\D", "", path.parent.name) or 0))[-1:]
-    path = next((path for path in [folder / TRAINER_STATE, *newest] if path.is_file()), None)
+    places = [own_folder(folder) / TRAINER_STATE, folder / TRAINER_STATE, *newest]
+    path = next((path for path in places if path.is_file()), None)
     history = read_object(path).get("log_history") if path else []
     if not isinstance(history, list):
         raise InputError(f"{path} has no list 'log_history'")

@@ -1,6 +1,8 @@
 """Child processes with all that they start (output copied, signals passed on, nothing left behind), and locks."""
 
+import codecs
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +16,16 @@ from typing import IO
 import filelock
 import psutil
 
-from .errors import InputError
+from .errors import InputError, say, visible
+from .files import in_place
 
 
 GRACE_S = 300  # seconds that a stage has to end after SIGINT or SIGTERM: the rest of a step, and a checkpoint
 ORPHANS_S = 30  # seconds that we wait for a killed process, which may be in the midst of a write
 # Holds the folder that a stage writes to. All that the stage starts inherits it, also in sessions of their own.
 MARK = "AESL_STAGE_FOLDER"
+# Back to the line's start; the cursor off or on; colour, a line up, the rest of the line erased
+OF_PROGRESS_BARS = re.compile(r"(\r|\x1b\[(?:\?25[lh]|[0-9;]{0,16}[mAK]))")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -105,10 +110,21 @@ class Interrupts(ExitStack):
             self.forget()
 
 
+def child_env(**changes: str) -> dict[str, str]:
+    """Return this environment, with `changes`, for a child process that runs Python.
+
+    The child imports nothing from the current folder, which may hold a run or a recipe of somebody else: `python -m`
+    and the launchers put that folder first. It finds this package where this process found it.
+    """
+    package = str(Path(__file__).resolve().parents[1])
+    path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]  # "" is the current folder
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **changes}
+
+
 def run_process(command: list[str], log: Path, interrupts: Interrupts, *, env: dict, append: bool = False) -> int:
     """Run `command`, and copy its output to the terminal and to `log`. Return its exit code (negative: a signal)."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab" if append else "wb") as file:
+    with open(log, "ab" if append else "wb", opener=in_place) as file:
         process = interrupts.start(command, env)
         try:
             reader = threading.Thread(target=_copy_output, args=(process.stdout, file), daemon=True)
@@ -120,14 +136,24 @@ def run_process(command: list[str], log: Path, interrupts: Interrupts, *, env: d
 
 
 def _copy_output(source: IO[bytes], file: IO[bytes]) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while chunk := os.read(source.fileno(), 65536):
+        text = harmless(decoder.decode(chunk))
         # A full disk or a closed terminal must not keep the pipe from being read: the stage would stand still.
         with suppress(OSError):
-            file.write(chunk)
+            file.write(text.encode())
             file.flush()
         with suppress(OSError):
-            sys.stdout.write(chunk.decode("utf-8", errors="replace"))
+            sys.stdout.write(text)
             sys.stdout.flush()
+
+
+def harmless(output: str) -> str:
+    """Return a program's output with only those control sequences that colours and progress bars are made of.
+
+    The program may print what a model has written (`log_completions`), and others command the terminal.
+    """
+    return "".join(part if place % 2 else visible(part) for place, part in enumerate(OF_PROGRESS_BARS.split(output)))
 
 
 def exit_code(returncode: int) -> int:
@@ -140,7 +166,8 @@ def check_in_child(command: str, argv: list[str]) -> None:
 
     The checks build TrainingArguments, which take hold of the GPU until their process ends.
     """
-    code = subprocess.run([sys.executable, "-m", "aesl_trl.cli", command, *argv, "--dry_run"]).returncode
+    command_line = [sys.executable, "-m", "aesl_trl.cli", command, *argv, "--dry_run"]
+    code = subprocess.run(command_line, env=child_env()).returncode
     if code != 0:
         sys.exit(exit_code(code))
 
@@ -176,7 +203,7 @@ def lock(path: Path, message: str) -> Iterator[None]:
     It ends with this process, however that ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # in a folder that takes no files the error is not about locks
+    open(path, "ab", opener=in_place).close()  # in a folder that takes no files the error is not about locks
     # filelock's fallback, a file that marks the lock by being there, would outlive a killed process.
     held = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
     try:
@@ -184,7 +211,7 @@ def lock(path: Path, message: str) -> Iterator[None]:
     except filelock.Timeout:
         raise InputError(message) from None
     except OSError as error:  # some network file systems have no locks
-        print(f"aesl_trl: {path} cannot be locked ({error.strerror}): nothing keeps others out", file=sys.stderr)
+        say(f"aesl_trl: {path} cannot be locked ({error.strerror}): nothing keeps others out")
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ Every refusal is one [`~aesl_trl.errors.InputError`] line with the file, the key
 import dataclasses
 import math
 import operator
+import reprlib
 import types
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,20 @@ IN_METADATA = (*BOUNDS, "hint")  # what a field's metadata may say of its number
 ALSO_BOOL = {"scale_rewards", "resume_from_checkpoint"}
 # A dataclass's __post_init__ raises one of these for a value that it cannot use, or a package that is not installed.
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError)
+MAX_VALUES = 100_000  # of a config, an alias counted as all that it stands for
+SEED_BOUNDS = {"at_least": 0, "at_most": 2**32 - 1}  # numpy takes no other seed
+
+
+class _Short(reprlib.Repr):
+    """Shows any value in a few words."""
+
+    def repr_int(self, number: int, level: int) -> str:
+        is_long = number.bit_length() > 10_000  # Python writes no more than 4,300 digits
+        return f"of {number.bit_length()} bits" if is_long else super().repr_int(number, level)
+
+
+SHORT = _Short()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 76
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,6 +47,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         lines = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key_node.start_mark)
             # A merge (<<) is there so that keys of the mapping may override it.
             if key_node.value in lines and key_node.tag != "tag:yaml.org,2002:merge":
                 problem = f"duplicate key {key_node.value!r}, first on line {lines[key_node.value]}"
@@ -49,16 +66,40 @@ def load_yaml(path: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"config file {path} does not exist{nearest_sibling(path, '*.y*ml')}")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        _check_size(node, path)
+        config = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         hint = "; indent with spaces" if "'\\t'" in error.problem else ""
         raise InputError(f"{path}, line {line}: {error.problem}{hint}") from None
+    except RecursionError:
+        raise InputError(f"{path} has too many levels of brackets or indentation") from None
     except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not YAML in UTF-8: {in_one_line(error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold a mapping (key: value), got {shown(config)}")
     return config
+
+
+def _check_size(root: yaml.Node | None, path: Path) -> None:
+    """Refuse a config that its aliases make huge or endless: to print or to copy it would never end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_VALUES + 1  # of a node that holds itself
+            pairs = [node.value] if isinstance(node, yaml.SequenceNode) else node.value
+            sizes[id(node)] = 1 + sum(size(part) for pair in pairs for part in pair)
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        raise InputError(f"{path} holds more than {MAX_VALUES:,} values, counting each alias (*name) as what it names")
 
 
 class _Mismatch(Exception):
@@ -76,7 +117,7 @@ def read_dataclass(kind: type, mapping: Any, where: str) -> Any:
     fields, hints = {field.name: field for field in dataclasses.fields(kind) if field.init}, get_type_hints(kind)
     for key in mapping:
         if key not in fields:
-            raise InputError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
+            raise InputError(f"{where}: unknown key {SHORT.repr(key)}{nearest(key, fields)}")
     for name, field in fields.items():
         if name not in mapping and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: {name} is missing")
@@ -181,8 +222,7 @@ def _hint(value: Any, hint: Any) -> str:
 def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"the {type(value).__name__} {SHORT.repr(value)}"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -202,14 +242,15 @@ def check_bound(name: str, value: float, *, whole: bool = False, hint: str = "",
     if not is_number or not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
         kind = "" if is_number else f"a {'whole' if whole else 'finite'} number, "
         asked = " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds.items())
-        raise InputError(f"{name} is {value!r}, but must be {kind}{asked}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{name} is {SHORT.repr(value)}, but must be {kind}{asked}" + (f"; {hint}" if hint else ""))
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Refuse the value of the setting `name` where it is none of `choices`, and name the nearest."""
     if value not in choices:
         known = [str(choice) for choice in choices]
-        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}{nearest(value, known)}")
+        wanted = f"must be one of {', '.join(known)}{nearest(value, known)}"
+        raise InputError(f"{name} is {SHORT.repr(value)}, but {wanted}")
 
 
 def check_bounds(instance: Any, prefix: str = "", bounds: Mapping[str, Mapping] | None = None) -> None:

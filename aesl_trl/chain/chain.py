@@ -19,14 +19,15 @@ from .. import files
 from ..arguments import ArgumentParser
 from ..diversity.readiness import CAUTION, READY
 from ..diversity.selection import select_run
-from ..errors import UNFINISHED, InputError
+from ..errors import UNFINISHED, InputError, tell
+from ..errors import say as complain
 from ..evaluation.figures import aligned
 from ..processes import Interrupts, check_in_child, end_orphans, exit_code, lock, run_process
 from ..training.checkpoints import find_checkpoint, sweep
 from .config import read_config
 from .fingerprints import Inputs, walk
 from .old_fingerprints import renew
-from .stages import NAME, Chain, Stage, check_stages, child_env, plan, portable, run_name
+from .stages import NAME, Chain, Stage, check_stages, is_whole, plan, portable, run_name, stage_env
 from .vllm_server import wait_for_server
 
 
@@ -45,7 +46,7 @@ def run_chain(chain: Chain, interrupts: Interrupts) -> None:
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
         say(f"stage {number} of {len(chain.names)}: {stage.name} ({elapsed} elapsed)")
         record = chain.recorded(stage.name)
-        if record.get("status") == "done" and record.get("inputs") == inputs.fingerprint and stage.output.exists():
+        if record.get("status") == "done" and record.get("inputs") == inputs.fingerprint and is_whole(stage.output):
             say(f"{stage.name} is done with the same inputs: skipped")
             chain.note(stage.name, **record)
         else:
@@ -63,7 +64,7 @@ def check_readiness(chain: Chain) -> None:
     elif chain.config.ignore_readiness:
         say(f"{line}; ignore_readiness is set, going on")
     else:
-        print(f"{NAME}: no RL: {line}; ignore_readiness: true in {chain.path} goes on all the same", file=sys.stderr)
+        complain(f"{NAME}: no RL: {line}; ignore_readiness: true in {chain.path} goes on all the same")
         sys.exit(UNFINISHED)
 
 
@@ -86,28 +87,45 @@ def _run_stage(chain: Chain, stage: Stage, inputs: Inputs, interrupts: Interrupt
     }
     chain.note(stage.name, status="running", **facts)
     log, began = chain.run / files.LOGS / f"{stage.name}.log", time.monotonic()
+    before = _version(stage.output)
     if stage.name == "select":
         with interrupts.held():
             code = _select(chain, log)
     else:
-        code = run_process(command, log, interrupts, env=child_env(stage), append=resume is not None)
+        code = run_process(command, log, interrupts, env=stage_env(stage), append=resume is not None)
     facts |= {"seconds": round(time.monotonic() - began, 1), "returncode": code}
-    status = "interrupted" if interrupts.received else "done" if code == 0 else "failed"
+    is_done = code == 0 and is_whole(stage.output) and _version(stage.output) != before
+    status = "interrupted" if interrupts.received else "done" if is_done else "failed"
     chain.note(stage.name, status=status, **facts)
     if interrupts.received:
         # The stage may have saved and returned 0: the next one must not start all the same.
         say(f"stopped by {signal.Signals(interrupts.received[0]).name} in stage {stage.name}; run it again to go on")
         sys.exit(128 + interrupts.received[0])
     if code != 0:
-        print(f"{NAME}: stage {stage.name} failed with exit code {code}; its log is {log}", file=sys.stderr)
+        complain(f"{NAME}: stage {stage.name} failed with exit code {code}; its log is {log}")
         sys.exit(exit_code(code))
+    if not is_done:
+        why = f"ended with exit code 0 but has not written a whole {stage.output}: something in it left early"
+        complain(f"{NAME}: stage {stage.name} {why}; its log is {log}")
+        sys.exit(1)
+
+
+def _version(output: Path) -> tuple[int, int] | None:
+    """Return what changes when a stage writes its output anew; None where there is no output."""
+    if not output.exists():
+        return None
+    found = output.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _prepare_folder(chain: Chain, stage: Stage, inputs: Inputs) -> Path | None:
     """Return the checkpoint to resume from. Move aside what another run left, or refuse it where it is shared."""
-    folder, own = stage.folder, {files.STAGE, files.TRAINING_LOCK}
+    folder = stage.folder
     sweep(folder or chain.run)
-    if folder is None or not folder.exists() or set(os.listdir(folder)) <= own:
+    if folder is None or not folder.exists():
+        return None
+    places = [place for place in (folder, folder / files.OWN) if place.is_dir()]
+    if {name for place in places for name in os.listdir(place)} <= {files.OWN, files.STAGE, files.TRAINING_LOCK}:
         return None
     if chain.recorded(stage.name).get("inputs") == inputs.fingerprint:
         say(f"{stage.name} was cut off")
@@ -134,7 +152,7 @@ def _select(chain: Chain, log: Path) -> int:
 
 def say(line: str) -> None:
     """Print a line of the chain's own, at once."""
-    print(f"{NAME}: {line}", flush=True)
+    tell(f"{NAME}: {line}")
 
 
 def closing_table(chain: Chain) -> str:
@@ -161,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     chain = Chain(config, Path(given.config).absolute())
     if given.dry_run:
         check_stages(chain)
-        print(plan(chain))
+        tell(plan(chain))
         return
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
@@ -173,5 +191,5 @@ def main(argv: list[str] | None = None) -> None:
             end_orphans(folder, say, "chain")
         check_in_child("chain", argv)
         run_chain(chain, interrupts)
-    print(closing_table(chain))
-    print(chain.run / files.REPORT)
+    tell(closing_table(chain))
+    tell(str(chain.run / files.REPORT))

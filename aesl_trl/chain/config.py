@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..arguments import check_folder
 from ..errors import InputError, nearest_sibling
-from ..values import load_yaml, read_dataclass
+from ..values import SEED_BOUNDS, check_bound, load_yaml, read_dataclass
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ChainConfig:
 
     output_dir: str
     grpo: TrainingOptions
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED_BOUNDS)
     sft: SFTOptions | None = None
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     handoff: HandoffOptions = field(default_factory=HandoffOptions)
@@ -88,6 +88,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | 
         values["output_dir"] = os.path.abspath(output_dir)
     config = read_dataclass(ChainConfig, values, str(path))
     if seed is not None:
+        check_bound("--seed", seed, **SEED_BOUNDS)
         config.seed = seed
     _resolve_paths(config, path)
     return config
@@ -97,7 +98,7 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
     folder = path.absolute().parent
 
     def absolute(value: str) -> str:
-        return os.path.abspath(folder / Path(value.replace("{seed}", str(config.seed))).expanduser())
+        return os.path.abspath(folder / os.path.expanduser(value.replace("{seed}", str(config.seed))))
 
     config.output_dir = absolute(config.output_dir)
     check_folder(f"{path}: output_dir", config.output_dir)

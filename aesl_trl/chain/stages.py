@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import ENV_PREFIXES, load_config, parse, resolve
+from ..arguments import ENV_NAMES, load_config, parse, resolve
 from ..errors import InputError
-from ..processes import GRACE_S, MARK
+from ..processes import GRACE_S, MARK, child_env
 from ..values import load_yaml
 from .config import ChainConfig, TrainingOptions
 
@@ -77,14 +77,14 @@ class Chain:
     def recorded(self, name: str) -> dict:
         """Return the record of a stage's last run. SFT's lies beside SFT, since another chain may have trained it."""
         if name == "sft":
-            return files.read_object(self.sft_dir / files.STAGE)
+            return files.read_object(files.own_folder(self.sft_dir) / files.STAGE)
         return self.record["stages"].get(name, {})
 
     def note(self, name: str, **facts) -> None:
         """Write the record of a stage."""
         self.record["stages"][name] = facts
         if name == "sft":
-            files.write_json(self.sft_dir / files.STAGE, facts)
+            files.write_json(files.own_folder(self.sft_dir) / files.STAGE, facts)
         files.write_json(self.run / files.CHAIN, self.record)
 
     def read_record(self) -> None:
@@ -121,16 +121,19 @@ def launch(accelerate_config: str | None, *arguments: str) -> list[str]:
 
 
 def build_sft(chain: Chain) -> Stage:
-    return _training_stage(chain, "sft", chain.config.sft, chain.sft_dir / files.TRAINER_STATE)
+    return _training_stage(chain, "sft", chain.config.sft, chain.sft_dir, files.TRAINER_STATE)
 
 
 def build_grpo(chain: Chain) -> Stage:
-    output = chain.run / files.GRPO_DIR / files.RUN
-    return _training_stage(chain, "grpo", chain.config.grpo, output, *start_flags(chain))
+    return _training_stage(
+        chain, "grpo", chain.config.grpo, chain.run / files.GRPO_DIR, files.RUN, *start_flags(chain)
+    )
 
 
-def _training_stage(chain: Chain, name: str, options: TrainingOptions, output: Path, *start: str) -> Stage:
-    folder, seed = output.parent, chain.config.seed
+def _training_stage(
+    chain: Chain, name: str, options: TrainingOptions, folder: Path, written_last: str, *start: str
+) -> Stage:
+    output, seed = files.own_folder(folder) / written_last, chain.config.seed
     flags = ["--config", options.config, *start, "--output_dir", str(folder), "--seed", str(seed)]
     command = launch(options.accelerate_config, f"aesl_trl.{name}", *flags)
     return Stage(name, command, output, options.config, options.accelerate_config, {"seed": seed}, folder)
@@ -151,7 +154,8 @@ def build_handoff(chain: Chain) -> Stage:
 
 def build_candidates(chain: Chain) -> Stage:
     """Probe every saved candidate for the selection. The file lies beside them, where a replay finds it."""
-    return _probe_stage(chain, "candidates", str(chain.sft_dir), chain.sft_dir / files.READINESS)
+    output = files.own_folder(chain.sft_dir) / files.READINESS
+    return _probe_stage(chain, "candidates", str(chain.sft_dir), output)
 
 
 def build_probe(chain: Chain) -> Stage:
@@ -224,15 +228,25 @@ def base_model(config: str) -> str:
     raise InputError(f"{config}: model_name_or_path is missing, and the chain has no sft stage that would train one")
 
 
-def child_env(stage: Stage) -> dict[str, str]:
-    """Return this environment with the config's `env`, which the stage could only apply after torch is imported."""
-    env = load_yaml(stage.config).get("env", {}) if stage.config else {}
+def is_whole(output: Path) -> bool:
+    """Say whether a stage's output is there and was written to its end."""
+    if output.suffix != ".json":
+        return output.is_file() and output.stat().st_size > 0
+    try:
+        return output.is_file() and isinstance(files.read_json(output), dict)
+    except InputError:
+        return False
+
+
+def stage_env(stage: Stage) -> dict[str, str]:
+    """Return a child's environment with the config's `env`, which the stage itself would apply after torch is in."""
+    env = load_yaml(stage.config).get("env") or {} if stage.config else {}
+    place = stage.folder or stage.output.parent
     return {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),  # torchrun's own is 30 s, then it kills its workers
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-        **{k: v for k, v in env.items() if k.startswith(ENV_PREFIXES)},
-        MARK: str(stage.folder or stage.output.parent),
+        **child_env(PYTHONUNBUFFERED="1"),
+        **{name: value for name, value in env.items() if name in ENV_NAMES},
+        MARK: str(place.parent if place.name == files.OWN else place),
     }
 
 

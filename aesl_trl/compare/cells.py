@@ -126,11 +126,11 @@ class Cell:
 
     def sft_is_done(self) -> bool:
         """Return whether the cold start is trained."""
-        return files.read_object(self.sft_dir / files.STAGE).get("status") == "done"
+        return files.read_object(files.own_folder(self.sft_dir) / files.STAGE).get("status") == "done"
 
     def check_cold_start(self) -> None:
         """Refuse a cold start of other inputs before any cell runs. The chain would refuse it in mid-comparison."""
-        if self.sft_dir is None or not (self.sft_dir / files.STAGE).exists():
+        if self.sft_dir is None or not (files.own_folder(self.sft_dir) / files.STAGE).exists():
             return
         chain = chain_of(self.home)
         _, inputs = next(walk(chain))
@@ -180,9 +180,11 @@ def _merged(source: str, changes: dict[str, Any], target: Path) -> dict[str, Any
 
     values, place = load_yaml(source), Path(source).parent
     try:
-        values = {name: resolve(name, value, place) for name, value in values.items() if name != "output_dir"}
+        used = {name: value for name, value in values.items() if name != "output_dir" and name not in changes}
+        values |= {name: resolve(name, value, place) for name, value in used.items()}
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+    values.pop("output_dir", None)
     return {name: relative(value) for name, value in {**values, **changes}.items()}
 
 

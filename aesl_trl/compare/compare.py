@@ -20,11 +20,12 @@ from .. import files
 from ..arguments import ArgumentParser
 from ..chain.stages import CLI
 from ..diversity.selection import select_run
-from ..errors import InputError, nearest
-from ..processes import MARK, check_in_child, end_orphans, lock
+from ..errors import InputError, nearest, tell
+from ..errors import say as complain
+from ..processes import MARK, check_in_child, child_env, end_orphans, lock
 from ..provenance import commit, hardware, package_versions
 from ..values import check_bound
-from .cells import CELL, CHAIN_CONFIG, Cell, chain_of, failure, rows, table_cells, unfinished_groups
+from .cells import CELL, CHAIN_CONFIG, Cell, chain_of, failure, has_ended, rows, table_cells, unfinished_groups
 from .config import CompareConfig, read_config
 from .plan import check, plan
 from .table import table
@@ -91,7 +92,7 @@ def _run_cells(comparison: Comparison, cells: list[Cell]) -> None:
         return
     workers = min(comparison.workers, len(groups))
     environments = [
-        {**os.environ, MARK: str(comparison.output), **({} if share is None else {DEVICES: share})}
+        child_env(**{MARK: str(comparison.output), **({} if share is None else {DEVICES: share})})
         for share in split_devices(visible_devices(), workers)
     ]
     with Workers(environments, partial(_launch, comparison), partial(_goes_on, comparison)) as pool:
@@ -112,7 +113,7 @@ def _launch(comparison: Comparison, cell: Cell, environment: dict[str, str]) -> 
     say(f"{cell.label}: starts, log {home / LOG}")
     files.write_json(home / CELL, _provenance(comparison, home, environment))
     command = [*CHAIN, "--config", str(home / CHAIN_CONFIG)]
-    with open(home / LOG, "ab") as log:
+    with open(home / LOG, "ab", opener=files.in_place) as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
@@ -141,7 +142,7 @@ def same_start(cell: Cell) -> Path | None:
 
 def _goes_on(comparison: Comparison, cell: Cell, code: int) -> bool:
     """Say how a cell ended. Return whether the other cells of its cold start can go on."""
-    if code == 0:
+    if code == 0 and has_ended(cell.home):
         say(f"{cell.label}: done")
         return True
     log = cell.home / LOG
@@ -154,7 +155,7 @@ def _goes_on(comparison: Comparison, cell: Cell, code: int) -> bool:
 
 def say(line: str) -> None:
     """Print a line of the comparison's own, at once."""
-    print(f"{NAME}: {line}", flush=True)
+    tell(f"{NAME}: {line}")
 
 
 def _provenance(comparison: Comparison, home: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -220,13 +221,13 @@ def main(argv: list[str] | None = None) -> None:
     path, command = Path(given.config).absolute(), shlex.join([*NAME.split(), *argv])
     comparison = Comparison(config, path, given.workers, given.methods, given.seeds, command)
     if given.table_only:
-        print(write_results(comparison))
+        tell(write_results(comparison))
     elif given.dry_run:
         check(config, path)
         chosen, _ = choose(config)
         tuning, cells = comparison.asked(planned(config)), comparison.asked(table_cells(config, chosen))
         open_rows = {cell.row for cell in cells if tuning and config.points(cell.method)} - chosen.keys()
-        print(plan(config, path, [*tuning, *cells], given.workers, open_rows))
+        tell(plan(config, path, [*tuning, *cells], given.workers, open_rows))
     else:
         _run_and_write(comparison, argv)
 
@@ -237,7 +238,7 @@ def _run_and_write(comparison: Comparison, argv: list[str]) -> None:
         check_in_child("compare", argv)
         run(comparison)
         for label, code in comparison.failed.items():
-            print(f"{NAME}: {label} ended with exit code {code}: not in the table", file=sys.stderr)
-        print(write_results(comparison))
+            complain(f"{NAME}: {label} ended with exit code {code}: not in the table")
+        tell(write_results(comparison))
     if comparison.failed:
         sys.exit(FAILED)

@@ -15,7 +15,7 @@ from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import RULES, default_rule
 from ..errors import InputError, nearest
-from ..values import check_choice, load_yaml, read_dataclass
+from ..values import SEED_BOUNDS, SHORT, check_bound, check_choice, load_yaml, read_dataclass, shown
 
 
 STEP = "step-"  # begins the selections that come from rl_from_steps
@@ -23,6 +23,7 @@ TUNE_DIR, SFT_DIR = "tune", "sft"
 FOLDERS = (TUNE_DIR, SFT_DIR)  # of the output folder, so no method or setting may have these names
 OURS = ("output_dir", "seed", "selection", "report")  # keys of chain.yaml that differ from cell to cell
 FIXED = ("output_dir", "seed")  # keys of a stage's config that differ from cell to cell
+MAX_NAME = 200  # of a cell's folder: 255 is the file system's limit, and files being written have longer names
 FROM_STEP_1 = {"at_least": 1, "hint": "RL from the base is a method with sft: null"}
 
 
@@ -121,7 +122,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Col
     if isinstance(values["settings"], dict):  # a setting without changes may be left empty
         values["settings"] = {name: {} if item is None else item for name, item in values["settings"].items()}
     config = read_dataclass(CompareConfig, values, str(path))
-    config.output_dir = os.path.abspath(folder / Path(config.output_dir).expanduser())
+    config.output_dir = os.path.abspath(folder / os.path.expanduser(config.output_dir))
     try:
         check_folder("output_dir", config.output_dir)
         _resolve_chain(config, folder)
@@ -130,6 +131,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None, to_come: Col
         _check_selections(config)
         _check_names(config)
         _check_seeds_and_grids(config)
+        _check_lengths(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
@@ -148,10 +150,14 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
             raise InputError(f"chain.{name} is missing: what a comparison shows is measured after RL")
     if "sft" not in config.chain and any(options.sft is not None for options in config.methods.values()):
         raise InputError("chain.sft is missing: the methods with a cold start need its config")
+    for name in ("sft", "grpo", "eval"):
+        section = config.chain.get(name, {"config": ""})
+        if not isinstance(section, dict) or not isinstance(section.get("config"), str):
+            raise InputError(f"chain.{name} must be a mapping with the path config, got {shown(section)}")
     for name, section in config.chain.items():
         for key in ("config", "accelerate_config"):
             if isinstance(section, dict) and isinstance(section.get(key), str):
-                target = Path(os.path.abspath(folder / Path(section[key]).expanduser()))
+                target = Path(os.path.abspath(folder / os.path.expanduser(section[key])))
                 check_config_file(f"chain.{name}.{key}: {section[key]}", target)
                 section[key] = str(target)
 
@@ -188,9 +194,10 @@ def _check_names(config: CompareConfig) -> None:
     settings, seen = [name for name in config.settings if name], {}
     for kind, names in (("methods", config.methods), ("settings", settings)):
         for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", str(name)) or name in FOLDERS:
-                wanted = f"letters, digits and _ . + -, and not {' or '.join(FOLDERS)}"
-                raise InputError(f"{kind}: {name!r} names a folder: {wanted}")
+            is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) and len(name) <= MAX_NAME
+            if not is_name or name in FOLDERS:
+                wanted = f"at most {MAX_NAME} letters, digits and _ . + -, and not {' or '.join(FOLDERS)}"
+                raise InputError(f"{kind}: {SHORT.repr(name)} names a folder: {wanted}")
     pairs = [(method, each) for method in config.methods for each in config.selections(method)]
     places = [(method, row_name(method, each, "_")) for method, each in pairs]
     for owner, place in [*((f"setting {name}", name) for name in settings), *places]:
@@ -228,8 +235,10 @@ def row_name(method: str, selection: str | None, separator: str = "/") -> str:
 def _check_seeds_and_grids(config: CompareConfig) -> None:
     """Refuse to tune on the table's seeds, or on grids of unequal size: one more knob must not try more points."""
     for name, seeds in {"seeds": config.seeds, "tune.seeds": config.tune.seeds if config.tune else [0]}.items():
-        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise InputError(f"{name} must be different whole numbers from 0 on, at least one, got {seeds}")
+        for seed in seeds:
+            check_bound(f"{name}: a seed", seed, whole=True, **SEED_BOUNDS)
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise InputError(f"{name} must be different whole numbers, at least one, got {SHORT.repr(seeds)}")
     grids = {f"methods.{name}.grid": options for name, options in config.methods.items() if options.grid is not None}
     if config.tune is None:
         if grids:
@@ -245,6 +254,16 @@ def _check_seeds_and_grids(config: CompareConfig) -> None:
             raise InputError(f"{where}: without a cold start there is nothing to tune")
         if (tried := len(_named_points(options.grid, where))) != budget:
             raise InputError(f"{where} has {tried} points, tune.grid {budget}: every method gets the same budget")
+
+
+def _check_lengths(config: CompareConfig) -> None:
+    """Refuse names that a cell's folder cannot have together: the method, the selection and the point of a grid."""
+    for method in config.methods:
+        points = [str(point) for point in config.points(method)]
+        for selection in config.selections(method):
+            name = max((f"{row_name(method, selection, '_')}@{point}" for point in ["", *points]), key=len)
+            if len(name) > MAX_NAME:
+                raise InputError(f"methods.{method}: {SHORT.repr(name)} names a folder: at most {MAX_NAME} characters")
 
 
 def _named_points(grid: Any, where: str) -> list[Point]:

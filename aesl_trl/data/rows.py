@@ -7,6 +7,7 @@ loads; this file turns its errors into a line that names the file and the broken
 
 import inspect
 import json
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ def load_rows(
     file, colon, _ = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _function_rows(name, base_dir, seed, streaming, field)
-    path = base_dir / Path(name).expanduser()
+    path = base_dir / os.path.expanduser(name)
     if path.is_file():
         return _file_rows(path, split or "train", streaming, field)
     if not path.is_dir() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):

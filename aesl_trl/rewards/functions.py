@@ -27,6 +27,7 @@ from typing import Any
 
 from ..arguments import import_function, load_function
 from ..errors import InputError, nearest
+from ..processes import STOP_SIGNALS
 from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders
 from .maths import math_reward
 
@@ -256,16 +257,21 @@ def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
         @functools.wraps(function)
         async def guard(*args, **kwargs) -> list[float | None]:
             with _one_line(name, hang_s):
-                return _checked(await function(*args, **kwargs), name, kwargs)
+                return _checked(await function(*args, **_copies(kwargs)), name, kwargs)
     else:
 
         @functools.wraps(function)
         def guard(*args, **kwargs) -> list[float | None]:
             with _one_line(name, hang_s):
-                return _checked(function(*args, **kwargs), name, kwargs)
+                return _checked(function(*args, **_copies(kwargs)), name, kwargs)
 
     guard.__name__, guard._guards = name, True
     return guard
+
+
+def _copies(keywords: dict) -> dict:
+    """Return the keywords with lists of the function's own: what it takes out is still there for the next function."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in keywords.items()}
 
 
 @contextmanager
@@ -278,7 +284,9 @@ def _one_line(name: str, hang_s: float) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would pass for the end of the training
+        if isinstance(error, SystemExit) and error.code in [128 + number for number in STOP_SIGNALS]:
+            raise  # a signal ends the training, and the function is only where it was
         where, text = _in_function(traceback.extract_tb(error.__traceback__)), textwrap.shorten(str(error), 300)
         raise InputError(
             f"reward {name!r} raised {type(error).__name__}{where}: {text}; correct it, or let it return None for a "

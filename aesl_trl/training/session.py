@@ -1,10 +1,10 @@
 """What `aesl sft` and `aesl grpo` share: datasets, how a model is loaded, a guarded training, and its end."""
 
-import errno
 import importlib.util
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,16 +14,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..data.rows import load_rows
-from ..errors import UNFINISHED, InputError, in_one_line
-from ..files import TRAINING_LOCK
+from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
+from ..files import OWN, TRAINING_LOCK
 from ..processes import lock
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .resuming import CheckpointCallback
 from .signals import StopCallback, StopSignals
 
 
-# The disk takes no more. Any other file error may be a mistake in the code, and keeps its traceback.
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # Some settings only transformers and PEFT can judge: words of their messages -> the setting that is meant
 SETTINGS = {"Target modules": "lora_target_modules", "attn_implementation": "attn_implementation"}
 SAID_AFTER = (2, 10, 100, 1000)  # steps timed so far; the first step of a process warms up and is not timed
@@ -107,7 +105,7 @@ def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
     folder = Path(args.output_dir)
     args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
     message = f"another training is at work in {folder}: end it first"
-    with lock(folder / TRAINING_LOCK, message) if args.process_index == 0 else nullcontext():
+    with lock(folder / OWN / TRAINING_LOCK, message) if args.process_index == 0 else nullcontext():
         try:
             yield
         except Exception as error:
@@ -118,15 +116,16 @@ def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
             last, _ = last_whole_checkpoint(folder)
             kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint yet"
             place = f"{folder} ({shutil.disk_usage(folder).free / 1e9:.3f} GB free)"
-            print(f"{signals.command}: {place} cannot be written: {in_one_line(error)}; {kept}", file=sys.stderr)
+            say(f"{signals.command}: {place} cannot be written: {in_one_line(error)}; {kept}")
             sys.exit(1)
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Recognise a full disk and the like, as Python, torch.save (in C++) and safetensors (in Rust) report it."""
-    of_python = isinstance(error, OSError) and error.errno in WRITE_ERRORS
-    of_torch = "inline_container.cc" in str(error) and "Reader" not in str(error)
-    return of_python or of_torch or str(error).startswith("Error while serializing")  # the last is safetensors'
+        except SystemExit as leaving:
+            if leaving.code not in (None, 0):  # our own exits before the end have codes
+                raise
+            frame = traceback.extract_tb(leaving.__traceback__)[-1]
+            raise InputError(
+                f"sys.exit at {frame.filename}:{frame.lineno} ended the training before its end, as if all were done; "
+                "raise an error there, or let a callback set control.should_training_stop"
+            ) from None
 
 
 def train(trainer: Any, checkpoint: Path | None, signals: StopSignals, diversity: Any = None) -> None:

@@ -16,7 +16,7 @@ from aesl_trl.chain.stages import (
     build_probe,
     build_report,
     build_sft,
-    child_env,
+    stage_env,
 )
 from aesl_trl.errors import InputError
 
@@ -94,7 +94,7 @@ def test_without_sft_rl_starts_from_its_configs_model(project, tmp_path):
 
 def test_environment_of_a_stage(project, tmp_path, monkeypatch):
     monkeypatch.setenv("AESL_OUTER", "x")
-    (tmp_path / "sft.yaml").write_text("env: {HF_TEST: '1', PATH: /nowhere}\n")
-    env = child_env(build_sft(make(project())))
-    assert (env["HF_TEST"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
+    (tmp_path / "sft.yaml").write_text("env: {HF_HUB_VERBOSITY: '1', PATH: /nowhere}\n")
+    env = stage_env(build_sft(make(project())))
+    assert (env["HF_HUB_VERBOSITY"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
     assert env["PATH"] == os.environ["PATH"]

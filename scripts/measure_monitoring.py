@@ -14,7 +14,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -139,7 +138,7 @@ def main() -> None:
         trainer, clock = make_trainer(args, folder), Clock()
         trainer.callback_handler.callbacks.insert(0, clock)  # before the measurements
         trainer.train()
-        rows = files.read_jsonl(Path(folder) / files.DIVERSITY)
+        rows = files.RunFolder(folder).rows(files.DIVERSITY)
     size = trainer.diversity_callback.measurement.size
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{args.model}, {device}, {rows[-1]['backend']}, {size}, every {args.diversity_steps} steps")

@@ -47,11 +47,12 @@ def record(path: Path, target: Path, with_samples: bool) -> None:
     if unfinished:
         raise SystemExit(f"{path}: not finished: {', '.join(unfinished)}")
     copies = {path / name: target / name for name in RUN_FILES if (path / name).exists()}
-    copies[path / files.GRPO_DIR / files.RUN] = target / files.GRPO_DIR / files.RUN
+    copies[files.own_folder(path / files.GRPO_DIR) / files.RUN] = target / files.GRPO_DIR / files.RUN
     copy_state(path / files.GRPO_DIR / files.TRAINER_STATE, target / files.GRPO_DIR / files.TRAINER_STATE)
     if chain["sft_dir"]:
-        copies |= {run.sft / name: target / "sft" / name for name in SFT_FILES}
-        copy_state(run.sft / files.TRAINER_STATE, target / "sft" / files.TRAINER_STATE)
+        own = files.own_folder(run.sft)
+        copies |= {own / name: target / "sft" / name for name in SFT_FILES}
+        copy_state(own / files.TRAINER_STATE, target / "sft" / files.TRAINER_STATE)
         if with_samples:
             found = run.sample_files
             for step in {min(found), max(found), run.object(files.SELECTION)["step"]}:

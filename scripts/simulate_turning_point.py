@@ -240,7 +240,7 @@ def calibrate(replications: int) -> list[float]:
 
 def collect(run: Path, output: Path, last: int = 200) -> None:
     """Per-prompt values of the samples that an SFT run kept, up to step `last`, to 4 digits."""
-    described = files.read_json(run / files.RUN)
+    described = files.read_settings(run)
     table = {
         "loss": described["cold_start_loss"],
         "seed": described["seed"],
@@ -248,7 +248,7 @@ def collect(run: Path, output: Path, last: int = 200) -> None:
         "entropy": [],
         "self_bleu": [],
     }
-    paths = {int(path.stem.removeprefix("step-")): path for path in (run / files.SAMPLES).glob("step-*.jsonl")}
+    paths = files.RunFolder(run).sample_files
     for step in sorted(step for step in paths if step <= last):
         groups = files.read_jsonl(paths[step])
         entropies = [np.average(group["entropy"], weights=group["num_tokens"]) for group in groups]

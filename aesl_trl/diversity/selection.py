@@ -170,7 +170,7 @@ def select_run(
         InputError: `run` is no run, it has no candidates or not the one asked for, or a file in it is unreadable.
     """
     folder = RunFolder(run)
-    out, recorded = Path(run if out is None else out), folder.settings
+    out, recorded = folder.own if out is None else Path(out), folder.settings
     if recorded.get("stage", "sft") != "sft":
         raise InputError(
             f"{folder.sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's"
@@ -180,7 +180,7 @@ def select_run(
     if step is not None:
         if step not in candidates:
             raise InputError(
-                f"{folder.sft / files.CANDIDATES} holds no step {step}, "
+                f"{folder.candidates_folder} holds no step {step}, "
                 f"the nearest is {nearest_step(step, candidates)}; raise max_candidates to keep more"
             )
         candidates, rule = [step], "last"
@@ -206,7 +206,7 @@ def select_run(
 
 def _read_readiness(sft: Path) -> dict:
     """Read the readiness.json of the SFT folder's own candidates; that of a chain's folder is about its handoff."""
-    path = sft / files.READINESS
+    path = files.own_folder(sft) / files.READINESS
     if not path.exists():
         raise InputError(
             f"{sft} has no {files.READINESS}, which the rule readiness reads: run aesl probe {sft} --config FILE "

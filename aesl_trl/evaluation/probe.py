@@ -25,11 +25,19 @@ from ..diversity.intervals import with_interval
 from ..diversity.passk import powers_of_two
 from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, History, entry
 from ..errors import InputError, exit_on_input_error
-from ..files import RunFolder, read_rows
+from ..files import RunFolder
 from ..models.folder import ADAPTER_CONFIG
 from ..models.loading import release_memory
 from ..provenance import package_versions
-from ..training.grpo import GRPOScriptArguments, build_trainer, check_rows, find_model, load_rewards
+from ..rewards.golds import check_golds
+from ..training.grpo import (
+    GRPOScriptArguments,
+    build_trainer,
+    check_rl_samples,
+    check_rows,
+    find_model,
+    load_rewards,
+)
 from ..training.session import load_split
 from ..values import option
 from .evaluate import check_model_and_tokenizer
@@ -87,15 +95,21 @@ def main(argv: list[str] | None = None) -> None:
     reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
+    measured = "eval_dataset_name" if script_args.eval_dataset_name else "dataset_name"
+    unearnable = []
     for checkpoint in checkpoints:
-        check_model_and_tokenizer(checkpoint.path, "model", rows, training_args.trust_remote_code)
+        model = check_model_and_tokenizer(checkpoint.path, "model", rows, training_args.trust_remote_code)
+        how = {"field": measured, "access": {"trust_remote_code": training_args.trust_remote_code}}
+        unearnable.append(check_rl_samples(model, rows, reward_funcs, training_args, **how))
+    for setting, prompts in ((measured, rows), ("dataset_name", train or [])):
+        check_golds(reward_funcs, prompts, where=setting)
     say = print if training_args.process_index == 0 else lambda *_, **__: None
     if len(rows) < script_args.num_prompts:
         say(f"{NAME}: only {len(rows)} prompts, {script_args.num_prompts} were asked for: the intervals are wide")
     entries = []
     for number, (checkpoint, its_settings) in enumerate(zip(checkpoints, settings, strict=True), 1):
         say(f"{NAME}: {checkpoint.name}, {number} of {len(checkpoints)}", flush=True)
-        entries.append(probe(checkpoint, its_settings, reward_funcs, rows, train))
+        entries.append(probe(checkpoint, its_settings, reward_funcs, rows, train, unearnable[number - 1]))
     result = describe(entries, len(rows), script_args, training_args, target)
     if training_args.process_index == 0:
         files.write_json(target, result)
@@ -117,14 +131,13 @@ def find_checkpoints(name: str) -> list[Checkpoint]:
     """Return the candidates of the run folder `name`, or `name` itself: a model, an adapter, or a name on the hub."""
     path = Path(name)
     try:
-        sft = RunFolder(path).sft if path.is_dir() else None
+        run = RunFolder(RunFolder(path).sft) if path.is_dir() else None
     except InputError:
         if (path / files.CHAIN).exists():  # a chain's run that cannot be read, or that has no SFT
             raise
-        sft = None
-    if sft is not None and (sft / files.CANDIDATES).is_dir():
-        run = RunFolder(sft)
-        return [Checkpoint(str(run.candidate(step)), f"step-{step}", sft, step) for step in run.candidates]
+        run = None
+    if run is not None and run.candidates_folder.is_dir():
+        return [Checkpoint(str(run.candidate(step)), f"step-{step}", run.path, step) for step in run.candidates]
     return [Checkpoint(name, path.name if path.is_dir() else name, *run_and_step_of(path))]
 
 
@@ -132,11 +145,14 @@ def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
     """Return SFT folder and step of a candidate, a checkpoint, `selected` or `handoff`; else (None, None)."""
     path = path.absolute()
     numbered = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
-    folder = path.parent.parent if path.parent.name == files.CANDIDATES else path.parent
+    folder = files.run_of(path)
     if numbered:
-        return (folder, int(numbered[1])) if (folder / files.DIVERSITY).is_file() else (None, None)
-    if path.name in (files.SELECTED, files.HANDOFF_DIR) and (folder / files.SELECTION).is_file():
-        return RunFolder(folder).sft, files.read_json(folder / files.SELECTION).get("step")
+        has_series = (files.own_folder(folder) / files.DIVERSITY).is_file()
+        return (folder, int(numbered[1])) if has_series else (None, None)
+    if path.name in (files.SELECTED, files.HANDOFF_DIR) and folder.is_dir():
+        run = RunFolder(folder)
+        if (run.own / files.SELECTION).is_file():
+            return run.sft, files.read_json(run.own / files.SELECTION).get("step")
     return None, None
 
 
@@ -152,11 +168,13 @@ def with_unique_names(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
 
 def history_of(checkpoint: Checkpoint) -> History | None:
     """Read the series of the run that the checkpoint belongs to; None where no run is known."""
-    if checkpoint.run is None or checkpoint.step is None or not (checkpoint.run / files.DIVERSITY).is_file():
+    if checkpoint.run is None or checkpoint.step is None:
         return None
-    rows = {row["step"]: row for row in read_rows(checkpoint.run / files.DIVERSITY, needs=("step",))}
-    has_candidates = (checkpoint.run / files.CANDIDATES).is_dir()
-    steps = RunFolder(checkpoint.run).candidates if has_candidates else []
+    run = RunFolder(checkpoint.run)
+    rows = {row["step"]: row for row in run.rows(files.DIVERSITY, needs=("step",))}
+    if not rows:
+        return None
+    steps = run.candidates if run.candidates_folder.is_dir() else []
     return History(checkpoint.step, [rows[step] for step in sorted(rows)], steps)
 
 
@@ -210,7 +228,14 @@ def settings_for(
     return script_args, training_args, model_args
 
 
-def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None) -> dict:
+def probe(
+    checkpoint: Checkpoint,
+    settings: tuple,
+    reward_funcs: list,
+    rows: list[dict],
+    train: Any | None,
+    unearnable: list[str],
+) -> dict:
     """Measure a checkpoint and return its entry in readiness.json; its model is freed at the end."""
     from datasets import Dataset
 
@@ -231,6 +256,7 @@ def probe(checkpoint: Checkpoint, settings: tuple, reward_funcs: list, rows: lis
             temperature=training_args.temperature,
             step=checkpoint.step,
             history=history_of(checkpoint),
+            unearnable=unearnable,
         )
         found["path"] = checkpoint.path
         if train is not None:
@@ -248,7 +274,7 @@ def find_target(output: str | None, checkpoints: list[Checkpoint]) -> Path:
         return Path(output) if Path(output).suffix == ".json" else Path(output) / files.READINESS
     runs = {each.run for each in checkpoints if Path(each.path).parent.name == files.CANDIDATES}
     is_whole_run = len(runs) == 1 and None not in runs and len(checkpoints) == len(RunFolder(*runs).candidates)
-    return (runs.pop() if is_whole_run else Path.cwd()) / files.READINESS
+    return (RunFolder(runs.pop()).own if is_whole_run else Path.cwd()) / files.READINESS
 
 
 def describe(

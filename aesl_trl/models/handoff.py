@@ -12,17 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoProcessor, GenerationConfig
 
 from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error
-from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, link_or_copy, read_json, swapped, write_json
+from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, RunFolder, link_or_copy, read_json, swapped, write_json
 from ..values import check_choice
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
-from .loading import check_model, load_model, load_tokenizer, put_adapter, release_memory
+from .loading import check_model, load_model, load_processing_class, put_adapter, release_memory
 from .source import Source, find_source
-from .tokens import agree_on_stops, write_stops
+from .tokens import agree_on_stops, tokenizer_of, write_stops
+from .vocabulary import num_embeddings
 
 
 MODES = ("auto", "merge", "continue")
@@ -82,7 +85,8 @@ def hand_off(
     run = Path(run)
     source = find_source(run, base, trust_remote_code)
     mode = choose_mode(mode, source)
-    target = Path(output) if output else run / HANDOFF_DIR
+    own = RunFolder(run).own
+    target = Path(output) if output else own / HANDOFF_DIR
     check_replaceable("output", target, HANDOFF, [source.folder, run])
     field = f"the base of {source.weights}" if source.is_adapter else "run"
     check_model(source.config_at, field, trust_remote_code=trust_remote_code)
@@ -91,8 +95,8 @@ def hand_off(
         is_inside = source.folder.resolve().is_relative_to(run.resolve())
         result["source"] = str(source.folder.resolve().relative_to(run.resolve())) if is_inside else source.weights
         write_json(folder / HANDOFF, result)
-    if output is None or any((run / name).exists() for name in (SELECTION, CHAIN)):  # a run, not somebody's model
-        write_json(run / HANDOFF, result)
+    if output is None or any((own / name).exists() for name in (SELECTION, CHAIN)):  # a run, not somebody's model
+        write_json(own / HANDOFF, result)
     return result
 
 
@@ -113,22 +117,23 @@ def choose_mode(asked: str, source: Source) -> str:
 
 def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
     trust = {"trust_remote_code": source.trust_remote_code}
-    tokenizer = load_tokenizer(source.tokenizer_at, **trust)
+    processing_class = load_processing_class(source.tokenizer_at, **trust)
+    tokenizer = tokenizer_of(processing_class)
     try:
         declared = GenerationConfig.from_pretrained(source.generation_config_at).to_diff_dict()
     except OSError:  # there is none
         declared = {}
-    num_embeddings = AutoConfig.from_pretrained(source.config_at, **trust).get_text_config().vocab_size
-    stops = agree_on_stops(tokenizer, declared, num_embeddings)
-    texts = encode(tokenizer, source.samples)
+    num_rows = num_embeddings(source, **trust)
+    stops = agree_on_stops(tokenizer, declared, num_rows)
+    texts = encode(processing_class, source.samples, num_rows)
     reference, effect, quantized = WRITERS[mode](source, folder, texts)
     own_samples = check_own_samples(quantized or reference, source)
-    write_stops(folder, tokenizer, declared, stops)
+    write_stops(folder, processing_class, declared, stops)
     model = _load_adapter(source, folder, as_trained=True) if mode == "continue" else load_model(folder, **trust)
     scores = log_probs(model, texts)
     differences = compare(reference, scores)
     check_differences(differences, effect, mode, model.dtype)
-    stopped = check_stops(model, AutoTokenizer.from_pretrained(folder), source, stops)
+    stopped = check_stops(model, AutoProcessor.from_pretrained(folder), source, stops)
     return {
         "mode": mode,
         "base": source.base,
@@ -184,15 +189,30 @@ def write_merged(source: Source, folder: Path, texts: list) -> tuple:
     reference = log_probs(model, texts)
     with model.disable_adapter():
         effect = compare(reference, log_probs(model, texts))["mean"]
+    untie(model)
     try:
         model = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
+    except (ValueError, NotImplementedError) as error:
         raise InputError(f"{source.weights} cannot be merged: {error}; use --mode continue") from None
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if head is not inputs and not torch.equal(head, inputs):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     model.generation_config = GenerationConfig()  # write_stops brings it; an inconsistent one would fail the saving
     model.save_pretrained(folder)
     del model
     release_memory()
     return reference, effect, quantized
+
+
+def untie(model) -> None:
+    """Give a tied head weights of its own where the adapter adds to an embedding: a merge would add to both."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not any(isinstance(each, BaseTunerLayer) for each in layers):
+        return
+    inputs, head = (each.get_base_layer() if isinstance(each, BaseTunerLayer) else each for each in layers)
+    if head.weight is inputs.weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())
 
 
 def write_continued(source: Source, folder: Path, texts: list) -> tuple:

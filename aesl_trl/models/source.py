@@ -8,8 +8,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..diversity.figures import Group
 from ..errors import InputError
-from ..files import CHAIN, DIVERSITY, RUN, SELECTION, RunFolder, read_json, read_object, read_rows, stays_inside
+from ..files import (
+    CHAIN,
+    DIVERSITY,
+    SELECTION,
+    RunFolder,
+    read_json,
+    read_object,
+    read_rows,
+    read_settings,
+    stays_inside,
+)
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, check_weights, first_difference
 
 
@@ -53,7 +64,7 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     if ModelFolder(trained_on).is_quantized:
         quantization = read_json(Path(trained_on) / CONFIG)["quantization_config"]
     else:  # a run.json says how the base was quantized in training
-        runs = [read_object(place / RUN) for place in (folder, folder.parent, sft) if place]
+        runs = [read_settings(place) for place in (folder, folder.parent, sft) if place]
         quantization = next((run["quantization"] for run in runs if run.get("quantization")), None)
     if quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
@@ -72,7 +83,7 @@ def _selected(run: RunFolder) -> tuple[Path, int | None, Path | None]:
         sft = None
     if sft:
         run.settings  # noqa: B018 (refuses the files of a newer version)
-    for place in filter(None, (run.path, sft)):
+    for place in run.places:
         if (place / SELECTION).is_file():
             try:
                 selection = read_object(place / SELECTION)
@@ -97,7 +108,8 @@ def _samples(run: RunFolder | None, step: int | None) -> tuple[list[dict], int]:
     measured = step if step in files else max(files)
     figures = next((row for row in run.rows(DIVERSITY) if row.get("step") == measured), {})
     samples = read_rows(files[measured], needs=("prompt", "completions"))
-    for sample in samples:
+    for number, sample in enumerate(samples, 1):
+        Group.from_row(sample, f"{files[measured]}, row {number}")
         # Entropy is the model's own only at temperature 1 and at its own step.
         sample["comparable"] = measured == step and figures.get("temperature") == 1.0
     return samples, figures.get("max_new_tokens") or DEFAULT_NEW_TOKENS

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..arguments import ArgumentParser
 from ..errors import exit_on_input_error
-from ..files import REPORT, write_bytes
+from ..files import REPORT, RunFolder, write_bytes
 from .headline import story, warnings
 from .parts import PALETTE, Section, Table, markdown_table, png, svg
 from .runs import Arm, read_arms
@@ -49,7 +49,7 @@ def write_report(
     arms = read_arms(runs, compare)
     sections = sections_of(arms)
     title = title or f"From cold start to RL: {arms[0].label}"
-    folder = Path(output if output is not None else runs[0])
+    folder = Path(output) if output is not None else RunFolder(runs[0]).own
     for section in sections:
         if section.panels:
             write_bytes(folder / f"report_{section.id}.png", png(section.panels))

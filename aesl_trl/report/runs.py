@@ -87,25 +87,28 @@ class Run:
         self.path = path
         self.chain = _checked(folder.chain, path / files.CHAIN)
         self.has_sft = folder.has_sft or bool(self.chain.get("sft_dir"))
-        self.sft = _checked(files.read_settings(sft), sft / files.RUN)
+        own = files.own_folder(sft)
+        self.sft = _checked(files.read_settings(sft), own / files.RUN)
         self.sft_log = _checked(files.read_log(sft), sft / files.TRAINER_STATE)
-        self.diversity = list(by_step(_checked(rows(files.DIVERSITY), sft / files.DIVERSITY)).values())
-        self.positions = _checked(rows(files.POSITIONS), sft / files.POSITIONS)
+        self.diversity = list(by_step(_checked(rows(files.DIVERSITY), own / files.DIVERSITY)).values())
+        self.positions = _checked(rows(files.POSITIONS), own / files.POSITIONS)
         self.samples = folder.sample_files if folder.has_sft else {}  # step -> samples/step-N.jsonl
-        self.selection = _object(path / files.SELECTION) or _object(sft / files.SELECTION)
-        self.handoff = _object(path / files.HANDOFF)
+        chosen = (_object(place / files.SELECTION) for place in folder.places)
+        self.selection = next(filter(None, chosen), {})
+        self.handoff = _object(folder.own / files.HANDOFF)
         self.grpo = _checked(files.read_settings(rl), rl / files.RUN)
         self.grpo_log = _checked(files.read_log(rl), rl / files.TRAINER_STATE)
         self.versions = (self.sft.get("versions") or {}) | (self.grpo.get("versions") or {})
-        self.evaluation = _object(path / files.EVALUATION)
+        self.evaluation = _object(folder.own / files.EVALUATION) or _object(path / files.EVALUATION)
         self.benchmarks = self.evaluation.get("benchmarks") or {}
         # Figures of the models that RL began from (as evaluated, else as measured during SFT) and ended with
         measured = (row for row in self.diversity if row["step"] == self.selection.get("step"))
         self.start = self.evaluated("start") or next(measured, {})
         self.final = self.evaluated("final")
         # as probed: first what RL began from, then the candidates
-        self.readiness = [entry for place in dict.fromkeys([path, sft]) for entry in _readiness(place)]
-        places = [path, *(path / name for name in (files.SELECTED, files.HANDOFF_DIR, files.GRPO_DIR, "sft"))]
+        self.readiness = [entry for place in folder.places for entry in _readiness(place)]
+        made = [folder.own / name for name in (files.SELECTED, files.HANDOFF_DIR)]
+        places = [path, *made, path / files.GRPO_DIR, path / "sft"]
         weights = [place.glob(form) for place in places for form in ("*.safetensors", "pytorch_model*.bin")]
         self.recorded = recorded or (bool(self.evaluation) and not any(map(any, weights)))
         if not (self.chain or folder.has_sft or self.evaluation or self.grpo_log):
@@ -113,7 +116,7 @@ class Run:
             raise InputError(f"{path} holds no run: none of {', '.join(names)} is there")
         for row in self.positions:
             if not len(row["position"]) == len(row["weight"]) == len(row["temperature"]):
-                where = f"{sft / files.POSITIONS}, step {row['step']}"
+                where = f"{own / files.POSITIONS}, step {row['step']}"
                 raise InputError(f"{where}: position, weight and temperature are not of one length")
         place = path.resolve()
         seed = re.fullmatch(r"seed[-_]?(\d+)", place.name)

@@ -108,7 +108,7 @@ class DiversityCallback(TrainerCallback):
 
     @property
     def _folder(self) -> Path:
-        return Path(self.trainer.args.output_dir)
+        return files.own_folder(self.trainer.args.output_dir)
 
     def measures_at(self, step: int, last_step: int) -> bool:
         """Say whether a measurement is due at the end of `step`."""
@@ -157,15 +157,15 @@ class DiversityCallback(TrainerCallback):
         )
         if self.selection is None or not self.candidates.folder.exists():
             return
-        trainer.save_state()  # select_run reads log_history from the file
+        save_log(trainer)  # select_run reads log_history from the file
         if self.selection == "readiness":  # the candidates are probed by a process of its own, once this one is gone
             trainer.accelerator.print(
-                f"aesl_trl: candidates kept for selection by readiness: aesl probe {self._folder} --config FILE, then "
-                f"aesl select {self._folder} (aesl chain does both)"
+                f"aesl_trl: candidates kept for selection by readiness: aesl probe {args.output_dir} --config FILE, then "
+                f"aesl select {args.output_dir} (aesl chain does both)"
             )
         elif args.should_save:
             chosen = select_run(
-                self._folder,
+                args.output_dir,
                 rule=self.selection,
                 metric=self.settings.metric,
                 patience=self.settings.patience,
@@ -192,6 +192,7 @@ class DiversityCallback(TrainerCallback):
     def _write(self, row: dict, groups: list | None, start: float) -> list[dict]:
         """Write the row and its samples, and return the rows so far; the measurement began at `start`."""
         if row["step"] == 0:
+            files.renew_own_folder(self.trainer.args.output_dir)
             self._forget_after(0)
         if groups is not None:
             samples = [{"prompt_index": index, **asdict(group)} for index, group in enumerate(groups)]
@@ -221,6 +222,14 @@ def held_out_rows(prompts, num: int | None = None) -> list[dict]:
     return prompt_rows(prompts, num, field="diversity_prompts")
 
 
+def save_log(trainer) -> None:
+    """Write Trainer's state, which holds the log, to our own part of its folder."""
+    if trainer.is_world_process_zero():
+        path = files.own_folder(trainer.args.output_dir) / files.TRAINER_STATE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trainer.state.save_to_json(str(path))
+
+
 class RunCallback(TrainerCallback):
     """Writes `run.json`, the description of the run, before the first step, and Trainer's own state after the last."""
 
@@ -232,7 +241,9 @@ class RunCallback(TrainerCallback):
             self.trainer._total_train_tokens = state.num_input_tokens_seen
         if not args.should_save:
             return
-        positions = Path(args.output_dir) / files.POSITIONS
+        if state.global_step == 0:
+            files.renew_own_folder(args.output_dir)
+        positions = files.own_folder(args.output_dir) / files.POSITIONS
         rows = files.read_jsonl(positions) if positions.exists() and state.global_step > 0 else []
         files.write_jsonl(positions, [row for row in rows if row["step"] <= state.global_step])
         config = self.trainer.model.config
@@ -257,7 +268,7 @@ class RunCallback(TrainerCallback):
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "versions": package_versions(),
         }
-        files.write_json(Path(args.output_dir) / files.RUN, described)
+        files.write_json(files.own_folder(args.output_dir) / files.RUN, described)
 
     def on_step_end(self, args, state, control, **kwargs):
         # TRL's count of tokens would restart on resume; Trainer saves its own, which is unused unless asked for
@@ -265,4 +276,4 @@ class RunCallback(TrainerCallback):
             state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.save_state()
+        save_log(self.trainer)

@@ -26,7 +26,7 @@ class Candidates:
     @property
     def folder(self) -> Path:
         """Folder of the candidates, which exists once there is one."""
-        return Path(self.trainer.args.output_dir) / files.CANDIDATES
+        return files.own_folder(self.trainer.args.output_dir) / files.CANDIDATES
 
     def keep(self, step: int, series: list[dict]) -> None:
         """Save the weights of `step`, and drop the least promising candidates; `series` are the rows up to `step`."""

@@ -26,7 +26,8 @@ MANIFEST = "manifest.json"
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' own name; the file marks a checkpoint that is being saved
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")  # Trainer, FSDP, FSDP sharded, DeepSpeed
 EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetensors' header, a zip's directory
-LEFTOVER = re.compile(r"\..+\.(?:(\d+)\.(?:tmp|old)|deleted)")  # left by files.py (with its process id) or `rotate`
+# Left by files.py (with its process id), or by `rotate`
+LEFTOVER = re.compile(r"\..+\.(\d+)\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -194,15 +195,16 @@ def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
     found = sorted(numbered(folder), key=lambda path: (is_whole(path), step_of(path)))
     surplus = max(0, len(found) - max(limit, len(keep)))
     for path in [path for path in found if path not in keep][:surplus]:
-        gone = path.with_name(f".{path.name}.deleted")  # a kill in between leaves no half checkpoint under its name
+        # A kill in between leaves no half checkpoint under its name, and an upload to the hub passes over `_*`
+        gone = path.with_name(f"_{path.name}.deleted")
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove the hidden files and folders that killed writers left in `folder`; those of a live process stay."""
-    for path in list(folder.rglob(".*")):
+    """Remove the files and folders that killed writers left in `folder`; those of a live process stay."""
+    for path in list(folder.rglob("[._]*")):
         if match := LEFTOVER.fullmatch(path.name):
             writer = int(match[1] or os.getpid())
             if writer == os.getpid() or not psutil.pid_exists(writer):

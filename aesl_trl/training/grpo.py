@@ -11,17 +11,20 @@ from transformers import AutoProcessor, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
-from ..data.checks import check_prompts
+from ..data.checks import STREAMED_ROWS, check_prompts
+from ..data.sampled import check_samples_of
 from ..errors import InputError
 from ..files import RUN, own_folder, write_json
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
+from ..models.peft_settings import list_as_written
 from ..models.tokens import id_list, stop_ids
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..values import option
 from .finite_steps import FiniteStepsMixin
-from .session import check_quantization, load_train_and_eval, model_init_kwargs, named_settings, revision_and_trust
+from .rehearsal import refusals_in_one_line, rehearse
+from .session import check_quantization, load_train_and_eval, model_init_kwargs, revision_and_trust
 
 
 NAME = "aesl grpo"
@@ -75,9 +78,25 @@ def check_prompts_can_be_written(
 ) -> None:
     """Refuse a tokenizer that cannot write the first prompts down."""
     start = start_of(script_args, model_args)
-    tokenizer, rows = start.tokenizer_at, islice(rows, CHECKED_ROWS)
-    field = ADAPTER if tokenizer == script_args.adapter_name_or_path else MODEL
-    check_tokenizer(tokenizer, start.config_at, rows, field=field, **revision_and_trust(model_args, training_args))
+    rows = islice(rows, CHECKED_ROWS)
+    field = ADAPTER if start.tokenizer_at == script_args.adapter_name_or_path else MODEL
+    check_tokenizer(start, rows, field=field, **revision_and_trust(model_args, training_args))
+
+
+def check_rl_samples(
+    model: ModelFolder, rows: Any, reward_funcs: list, training_args: GRPOConfig, *, field: str, access: dict
+) -> list[str]:
+    """Check samples as GRPOTrainer will draw them, by [`~aesl_trl.data.sampled.check_samples`]."""
+    return check_samples_of(
+        model,
+        list(rows if hasattr(rows, "__len__") else islice(rows, STREAMED_ROWS)),
+        reward_funcs,
+        training_args.max_completion_length,
+        field=field,
+        setting="max_completion_length",
+        template_defaults=training_args.chat_template_kwargs,
+        access=access,
+    )
 
 
 def load_rewards(script_args: GRPOScriptArguments) -> list:
@@ -127,14 +146,19 @@ def build_trainer(
     kind: type | None = None,
 ) -> Any:
     """Build `kind`, by default [`trainer_class`], as TRL's script does or on the adapter that RL continues."""
-    kind = kind or trainer_class()
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     start, quantization = start_of(script_args, model_args), get_quantization_config(model_args)
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     common = {"reward_funcs": reward_funcs, "args": training_args, **datasets}
+    with refusals_in_one_line():
+        peft_config = list_as_written(get_peft_config(model_args))
+    if kind is None:  # a probe's settings are not the user's
+        kind, scores = trainer_class(), [score if callable(score) else _no_reward for score in reward_funcs]
+        told = {"eval_rows": eval_dataset, "peft_config": peft_config, "reward_funcs": scores}
+        rehearse(kind, start.config_at, training_args, train_dataset, **told)
     if not start.is_adapter:
-        with named_settings():
-            common |= {"quantization_config": quantization, "peft_config": get_peft_config(model_args)}
+        with refusals_in_one_line():
+            common |= {"quantization_config": quantization, "peft_config": peft_config}
             return stopping_at_turn_ends(kind(model=start.weights, **common))
     model = load_trainable(start, training_args, quantization)
     # The model is loaded, so GRPOTrainer would only warn that it ignores the keywords for loading it.
@@ -145,6 +169,11 @@ def build_trainer(
         trust = training_args.trust_remote_code
         tokenizer = AutoProcessor.from_pretrained(start.weights, trust_remote_code=trust, **sides)
     return stopping_at_turn_ends(kind(model=model, processing_class=tokenizer, **common))
+
+
+def _no_reward(completions: list, **columns: Any) -> list[float]:
+    """Stand in for a reward model while a training is rehearsed."""
+    return [0.0] * len(completions)
 
 
 def stopping_at_turn_ends(trainer: Any) -> Any:
@@ -181,7 +210,7 @@ def load_trainable(start: ModelFolder, training_args: GRPOConfig, quantization: 
         kwargs["quantization_config"] = quantization
     if training_args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    with named_settings():
+    with refusals_in_one_line():
         base = create_model_from_path(start.base, **kwargs)
         return put_adapter(base, start.weights, start.base, is_trainable=True)
 

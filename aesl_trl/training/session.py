@@ -22,8 +22,6 @@ from .resuming import CheckpointCallback
 from .signals import StopCallback, StopSignals
 
 
-# Some settings only transformers and PEFT can judge: words of their messages -> the setting that is meant
-SETTINGS = {"Target modules": "lora_target_modules", "attn_implementation": "attn_implementation"}
 SAID_AFTER = (2, 10, 100, 1000)  # steps timed so far; the first step of a process warms up and is not timed
 
 
@@ -75,18 +73,6 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-
-
-@contextmanager
-def named_settings() -> Iterator[None]:
-    """Name the setting, in one line, when the libraries refuse its value while the model loads."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        setting = next((setting for words, setting in SETTINGS.items() if words in str(error)), None)
-        if setting is None or isinstance(error, InputError):
-            raise
-        raise InputError(f"{setting}: {error}") from None
 
 
 def resume_point(args: Any, command: str) -> Path | None:

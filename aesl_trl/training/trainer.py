@@ -12,10 +12,13 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .. import files
+from ..data.tokenized import check_trainable
 from ..errors import InputError
 from ..losses.old_policy import OLD_LOG_PROBS, OldPolicy
 from ..losses.rules import TOKEN_RULES, TokenRule
 from ..losses.scoring import TokenScores, add_fused_head
+from ..models.positions import num_positions
+from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import stop_ids
 from .callback import DiversityCallback, RunCallback, held_out_rows
 from .config import AESLSFTConfig
@@ -83,6 +86,14 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
         self._eos_ids = stop_ids(self._tokenizer, self.model.generation_config.eos_token_id)
+        trained_ids = check_trainable(
+            self.train_dataset,
+            args.max_length,
+            stops={index: self._tokenizer.convert_ids_to_tokens(index) for index in self._eos_ids},
+            num_embeddings=self.model.config.get_text_config().vocab_size,
+            num_positions=num_positions(self.model),
+        )
+        warn_of_stripped_tokens(self._tokenizer, trained_ids)
         self.diversity_callback = None
         if rows is not None:
             self.diversity_callback = DiversityCallback(

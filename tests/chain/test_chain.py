@@ -422,7 +422,7 @@ def test_a_chain_killed_between_stages_goes_on(project, tmp_path, number):
     folder = Path(read_config(path).output_dir)
     code = killed_chain(tmp_path, path, number)
     assert code == (0 if number > RENAMES else -signal.SIGKILL)
-    record, sft = folder / files.CHAIN, folder / "sft" / files.STAGE
+    record, sft = folder / files.CHAIN, folder / "sft" / files.OWN / files.STAGE
     stages = files.read_json(record)["stages"] if record.exists() else {}
     stages |= {"sft": files.read_json(sft)} if sft.exists() else {}  # written first
     done = [name for name, stage in stages.items() if stage["status"] == "done"]

@@ -158,25 +158,25 @@ def whole(server):
 
 def ending(out: Path) -> dict:
     """All that a run leaves for other stages, without clock times."""
-    logs = files.read_json(out / files.TRAINER_STATE)["log_history"]
+    logs = files.read_json(out / files.OWN / files.TRAINER_STATE)["log_history"]
     found = {
         "weights": (out / "model.safetensors").read_bytes(),
         "logs": [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in logs],
     }
-    if (out / files.DIVERSITY).exists():
-        selection = files.read_json(out / files.SELECTION)
+    if (out / files.OWN / files.DIVERSITY).exists():
+        selection = files.read_json(out / files.OWN / files.SELECTION)
         for name in ("seconds", "time_share"):
             selection["evidence"]["measured"].pop(name)
-        series = files.read_jsonl(out / files.DIVERSITY)
+        series = files.read_jsonl(out / files.OWN / files.DIVERSITY)
         found |= {
             "diversity": [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in series],
-            "positions": files.read_jsonl(out / files.POSITIONS),
+            "positions": files.read_jsonl(out / files.OWN / files.POSITIONS),
             "selection": selection,
-            "samples": {path.name: path.read_text() for path in (out / files.SAMPLES).iterdir()},
+            "samples": {path.name: path.read_text() for path in (out / files.OWN / files.SAMPLES).iterdir()},
             "weights kept": {
                 str(path.relative_to(out)): path.read_bytes()
                 for folder in (files.CANDIDATES, files.SELECTED)
-                for path in (out / folder).rglob("*.safetensors")
+                for path in (out / files.OWN / folder).rglob("*.safetensors")
             },
             "leftovers": sorted(path.name for path in out.rglob(".*")),
         }
@@ -204,8 +204,8 @@ def run_to_the_end(server, out: Path, kills: list[dict], **common) -> None:
 def test_the_undisturbed_run_does_what_a_kill_could_spoil(whole):
     assert [path.name for path in numbered(whole)] == ["checkpoint-9", "checkpoint-6"]
     assert all((path / MANIFEST).exists() for path in numbered(whole))
-    assert [row["step"] for row in files.read_jsonl(whole / files.DIVERSITY)] == [0, 2, 4, 6, 8, 9]
-    assert len(list((whole / files.CANDIDATES).iterdir())) == 2
+    assert [row["step"] for row in files.read_jsonl(whole / files.OWN / files.DIVERSITY)] == [0, 2, 4, 6, 8, 9]
+    assert len(list((whole / files.OWN / files.CANDIDATES).iterdir())) == 2
     assert {"write", "tear", "sample", "step"} <= counted(whole).keys()
 
 
@@ -251,7 +251,7 @@ def test_signals_in_a_step_while_sampling_and_while_loading(server, whole, tmp_p
     out = tmp_path / "out"
     assert server.run(out, crash="step:5:TERM") == 143
     assert "aesl sft: SIGTERM: saved checkpoint-5; " in log_of(out) and is_whole(out / "checkpoint-5")
-    assert not (out / files.SELECTION).exists()
+    assert not (out / files.OWN / files.SELECTION).exists()
     assert server.run(out, crash="sample:3:INT") == 130
     assert server.run(out, crash="load:1:TERM") == 143
     assert [path.name for path in numbered(out)] == ["checkpoint-5", "checkpoint-3"]
@@ -411,7 +411,7 @@ def test_a_chain_told_to_stop_and_killed(chain_config, tmp_path):
     undisturbed = chained(chain_config, whole)
     printed, _ = undisturbed.communicate()
     assert undisturbed.returncode == 0, printed
-    assert files.read_json(whole / "sft" / files.RUN)["num_processes"] == 2
+    assert files.read_json(whole / "sft" / files.OWN / files.RUN)["num_processes"] == 2
 
     stopped = chained(chain_config, out, sleep_s=1.0)
     wait_for(out / "sft" / "checkpoint-3" / MANIFEST)

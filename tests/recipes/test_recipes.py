@@ -191,7 +191,7 @@ def test_the_first_recipe_runs_through_all_stages(tmp_path):
     name, chain_name = FIRST
     chain = run_stages(copy_recipe(name, tmp_path), chain_name)
     check_run(chain)
-    assert files.read_json(chain.run / "sft" / files.RUN)["cold_start_loss"] == "aesl"
+    assert files.read_settings(chain.run / "sft")["cold_start_loss"] == "aesl"
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def figures(rows, *without):
 
 
 def samples(folder, step):
-    return files.read_jsonl(folder / files.SAMPLES / f"step-{step}.jsonl")
+    return files.read_jsonl(folder / files.OWN / files.SAMPLES / f"step-{step}.jsonl")
 
 
 # ---- Data parallel
@@ -74,7 +74,7 @@ def samples(folder, step):
 
 def test_rows_are_those_of_the_file(ddp):
     folder, (first, _) = ddp
-    assert first["measured"]["series"] == files.read_jsonl(folder / "measured" / files.DIVERSITY)
+    assert first["measured"]["series"] == files.read_jsonl(folder / "measured" / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in first["measured"]["series"]] == [0, 1, 2]
 
 
@@ -100,7 +100,7 @@ def test_an_error_on_one_process_is_a_gap_on_both(ddp):
         assert run["gap"]["step"] == 2
     whole, broken = (ranks[0][name]["series"] for name in ("measured", "gap"))
     assert figures(whole)[0::2] == figures(broken)[0::2]
-    assert not (folder / "gap" / files.SAMPLES / "step-1.jsonl").exists()
+    assert not (folder / "gap" / files.OWN / files.SAMPLES / "step-1.jsonl").exists()
 
 
 def test_both_stop_at_the_same_turning_point(ddp):

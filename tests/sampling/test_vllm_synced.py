@@ -357,7 +357,7 @@ def test_training_is_bit_equal_with_and_without(backend, stand_in, installed, to
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(measured).items())
     logs = [[row for row in run.state.log_history if "loss" in row] for run in (plain, measured)]
     assert logs[0] == logs[1] and len(logs[0]) == 4
-    rows = files.read_jsonl(tmp_path / "measured" / files.DIVERSITY)
+    rows = files.read_jsonl(tmp_path / "measured" / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
         assert row["backend"] == backend and row["entropy_estimator"] == "sampled" and row["batch_size"] is None
@@ -384,11 +384,11 @@ def test_a_server_that_goes_is_a_gap_and_the_training_goes_on(
         selection="turning_point",
     )
     assert trainer.state.global_step == 4
-    rows = files.read_jsonl(tmp_path / files.DIVERSITY)
+    rows = files.read_jsonl(tmp_path / files.OWN / files.DIVERSITY)
     assert [row.get("gap") for row in rows] == [None, "ConnectionError: Connection refused", None]
     assert rows[1]["entropy"] is None and rows[1]["self_bleu"] is None and "by_prompt" not in rows[1]
-    assert sorted(path.name for path in (tmp_path / files.SAMPLES).iterdir()) == ["step-0.jsonl", "step-4.jsonl"]
-    assert files.read_json(tmp_path / files.SELECTION)["step"] == 4
+    assert sorted(path.name for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()) == ["step-0.jsonl", "step-4.jsonl"]
+    assert files.read_json(tmp_path / files.OWN / files.SELECTION)["step"] == 4
     out = capsys.readouterr().out
     assert out.count("step 2 is a gap in diversity.jsonl: ConnectionError: Connection refused") == 1
     assert "diversity samples come from vllm_server (auto: the server http://localhost:8000 is named)" in out

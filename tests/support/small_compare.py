@@ -30,8 +30,9 @@ STAGE = """
 import json, os, pathlib, signal, sys
 name, output, run, root = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
 STEPS, ENTROPY = json.loads(sys.argv[5])
+folder = output.parent.parent if output.parent.name == "_aesl" else output.parent  # of the stage
 with open(root / "order.txt", "a") as file:
-    print(json.dumps([name, str((output.parent if name == "sft" else run).relative_to(root)),
+    print(json.dumps([name, str((folder if name == "sft" else run).relative_to(root)),
                       os.environ.get("CUDA_VISIBLE_DEVICES")]), file=file)
 if (root / f"fail_{name}").exists() and (root / f"fail_{name}").read_text() in str(output):
     sys.exit(3)
@@ -67,7 +68,7 @@ elif name == "handoff":
     write(output, {"mode": "full"})
 elif name == "grpo":
     start = entropy_of(run / "handoff")
-    write(output.parent / "weights.json", {**start, "entropy": 0.01, "quality": start["quality"] + start["entropy"]})
+    write(folder / "weights.json", {**start, "entropy": 0.01, "quality": start["quality"] + start["entropy"]})
     write(output, {"stage": "grpo"})
 elif name == "eval":
     def figures(found, seed):

@@ -15,7 +15,7 @@ def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, to
 
     def keep(self, step, rows):
         original(self, step, rows)
-        seen.append(sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()))
+        seen.append(sorted(path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()))
 
     monkeypatch.setattr(Candidates, "keep", keep)
     monitored_trainer(
@@ -24,7 +24,7 @@ def test_candidates_are_bounded_and_keep_what_can_be_selected(max_candidates, to
     assert max(len(names) for names in seen) == max_candidates
     assert all(f"step-{step}" in names for step, names in enumerate(seen, 1))  # the newest is always there
     assert {"step-4", "step-10"} <= set(seen[-1])
-    assert files.read_json(tmp_path / files.SELECTION)["step"] == 4
+    assert files.read_json(tmp_path / files.OWN / files.SELECTION)["step"] == 4
 
 
 def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
@@ -41,7 +41,7 @@ def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
     )
     trainer.train()
     evaluated = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
-    chosen = files.read_json(tmp_path / files.SELECTION)
+    chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)
     assert chosen["applied"] == "best_eval" and chosen["step"] == min(evaluated, key=evaluated.get)
 
 
@@ -50,7 +50,7 @@ def test_candidates_survive_the_trainers_rotation(tokenizer, tmp_path):
         tokenizer, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=4
     ).train()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
-    assert sorted(path.name for path in (tmp_path / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
 
 
 def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
@@ -59,4 +59,4 @@ def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
     trainer.args.push_to_hub = True
     trainer.train()
-    assert (tmp_path / files.SELECTED).exists()
+    assert (tmp_path / files.OWN / files.SELECTED).exists()

@@ -121,7 +121,7 @@ def test_a_measurement_of_a_broken_model_is_a_gap(tokenizer, tmp_path, capsys):
     trainer.add_callback(Poison(trainer, 1, "x"))
     trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())  # before the measurement
     trainer.train()
-    first, gap = files.read_jsonl(tmp_path / files.DIVERSITY)
+    first, gap = files.read_jsonl(tmp_path / files.OWN / files.DIVERSITY)
     assert first["entropy"] > 0 and first["self_bleu"] is not None
     assert gap["step"] == 1 and {gap[name] for name in ("entropy", "self_bleu", "length", "unique")} == {None}
     assert "step 1 is a gap in diversity.jsonl: the logits of 2 samples are not finite" in capsys.readouterr().out

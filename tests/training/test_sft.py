@@ -64,21 +64,21 @@ def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
     done = run_sft(tmp_path, config, "--seed", "3")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    series = files.read_jsonl(out / files.DIVERSITY)
+    series = files.read_jsonl(out / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in series] == [0, 2, 4]
     assert all(0 <= row["pass@1"] <= 1 for row in series)
-    assert {path.name for path in (out / files.SAMPLES).iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
-    selection = files.read_json(out / files.SELECTION)
+    assert {path.name for path in (out / files.OWN / files.SAMPLES).iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
+    selection = files.read_json(out / files.OWN / files.SELECTION)
     assert (selection["rule"], selection["step"]) == ("last", 4)
     assert (out / selection["path"] / "model.safetensors").exists()
     assert not list(out.rglob("candidates/*/training_args.bin"))
-    run = files.read_json(out / files.RUN)
+    run = files.read_json(out / files.OWN / files.RUN)
     assert (run["seed"], run["cold_start_loss"], run["num_processes"]) == (3, "aesl", 1)
-    logs = files.read_json(out / files.TRAINER_STATE)["log_history"]
+    logs = files.read_json(out / files.OWN / files.TRAINER_STATE)["log_history"]
     assert sum("nll" in row and "loss" in row for row in logs) == 4
     assert sum("eval_nll" in row for row in logs) == 2
     assert sum("diversity/entropy" in row for row in logs) == 3
-    assert [row["step"] for row in files.read_jsonl(out / files.POSITIONS)] == [1, 2, 3, 4]
+    assert [row["step"] for row in files.read_jsonl(out / files.OWN / files.POSITIONS)] == [1, 2, 3, 4]
 
 
 def test_two_processes(tmp_path, config):
@@ -91,11 +91,11 @@ def test_two_processes(tmp_path, config):
         ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert files.read_json(tmp_path / "out" / files.RUN)["num_processes"] == 2
-    series = files.read_jsonl(tmp_path / "out" / files.DIVERSITY)
+    assert files.read_json(tmp_path / "out" / files.OWN / files.RUN)["num_processes"] == 2
+    series = files.read_jsonl(tmp_path / "out" / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in series] == [0, 2, 4]
     assert all(row["num_prompts"] == 4 for row in series)
-    samples = files.read_jsonl(tmp_path / "out" / files.SAMPLES / "step-4.jsonl")
+    samples = files.read_jsonl(tmp_path / "out" / files.OWN / files.SAMPLES / "step-4.jsonl")
     assert [row["prompt"] for row in samples] == [f"9{n} + 1 =" for n in range(4)]
 
 

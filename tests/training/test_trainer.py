@@ -187,7 +187,7 @@ def test_positions_file_counts_each_trained_token(tokenizer, tmp_path):
     trainer = trainer_for(tokenizer, tmp_path, rows=rows, per_device_train_batch_size=6)
     lengths = [sum(label != -100 for label in labels) for _, labels in documents(trainer.train_dataset)]
     trainer.train()
-    lines = files.read_jsonl(tmp_path / files.POSITIONS)
+    lines = files.read_jsonl(tmp_path / files.OWN / files.POSITIONS)
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         lower = 0
@@ -206,17 +206,17 @@ def test_positions_restart_with_each_packed_document(tokenizer, tmp_path):
         folder = tmp_path / str(len(counts))
         trainer = trainer_for(tokenizer, folder, rows=rows, per_device_train_batch_size=5, max_steps=1, **changes)
         trainer.train()
-        counts.append(files.read_jsonl(folder / files.POSITIONS)[0]["count"])
+        counts.append(files.read_jsonl(folder / files.OWN / files.POSITIONS)[0]["count"])
     assert counts[0] == counts[1]
 
 
 def test_run_file_says_what_was_trained(tokenizer, tmp_path):
     trainer_for(tokenizer, tmp_path, t_scaling=2.5, prefix_mode="exclusive").train()
-    run = files.read_json(tmp_path / files.RUN)
+    run = files.read_json(tmp_path / files.OWN / files.RUN)
     assert run["stage"] == "sft" and run["cold_start_loss"] == "aesl" and run["t_scaling"] == 2.5
     assert run["prefix_mode"] == "exclusive" and run["max_steps"] == 3 and run["num_processes"] == 1
     assert run["selection"] is None and run["versions"]["trl"]
-    assert files.read_json(tmp_path / files.TRAINER_STATE)["global_step"] == 3
+    assert files.read_json(tmp_path / files.OWN / files.TRAINER_STATE)["global_step"] == 3
 
 
 # ---- The warning about trained prompts
@@ -337,7 +337,7 @@ def test_resumed_training_ends_where_uninterrupted_training_does(cold_start_loss
     }
     whole = trainer_for(tokenizer, tmp_path, **settings)
     whole.train()
-    logged, positions = list(whole.state.log_history), (tmp_path / files.POSITIONS).read_text()
+    logged, positions = list(whole.state.log_history), (tmp_path / files.OWN / files.POSITIONS).read_text()
     resumed = trainer_for(tokenizer, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, weight in trained_weights(whole).items():
@@ -348,7 +348,7 @@ def test_resumed_training_ends_where_uninterrupted_training_does(cold_start_loss
     ]
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == 6
-    assert (tmp_path / files.POSITIONS).read_text() == positions
+    assert (tmp_path / files.OWN / files.POSITIONS).read_text() == positions
 
 
 # ---- Arguments

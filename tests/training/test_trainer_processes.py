@@ -53,12 +53,12 @@ def test_eval_nll_counts_no_row_twice(kind, runs):
 def test_measurement_under_two_processes(runs):
     """Drawn by prompt across the ranks, gathered in the prompts' order, written once."""
     folder = runs["two_dir"] / "measured"
-    rows = files.read_jsonl(folder / files.DIVERSITY)
+    rows = files.read_jsonl(folder / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert runs["rank1"]["measured"]["diversity/entropy"] == [row["entropy"] for row in rows]
     assert runs["rank1"]["measured"]["diversity/pass@1"] == [row["pass@1"] for row in rows]
     for step in (0, 2, 4):
-        samples = files.read_jsonl(folder / files.SAMPLES / f"step-{step}.jsonl")
+        samples = files.read_jsonl(folder / files.OWN / files.SAMPLES / f"step-{step}.jsonl")
         assert [sample["prompt"] for sample in samples] == ["2+3=", "abc", "Name a colour: "]
         assert all(len(sample["completions"]) == 3 for sample in samples)
         assert samples[0]["completions"] != samples[1]["completions"]  # a seed for each rank
@@ -72,16 +72,16 @@ def test_measuring_does_not_change_the_training(runs):
 
 def test_selected_weights_under_two_processes(runs):
     folder = runs["two_dir"] / "measured"
-    assert files.read_json(folder / files.SELECTION)["step"] == 4
-    loaded = AutoModelForCausalLM.from_pretrained(folder / files.SELECTED)
+    assert files.read_json(folder / files.OWN / files.SELECTION)["step"] == 4
+    loaded = AutoModelForCausalLM.from_pretrained(folder / files.OWN / files.SELECTED)
     weights = runs["rank0"]["measured"]["weights"]
     assert all(torch.equal(weights[name], weight) for name, weight in loaded.named_parameters())
-    assert files.read_json(folder / files.RUN)["num_processes"] == 2
+    assert files.read_json(folder / files.OWN / files.RUN)["num_processes"] == 2
 
 
 def test_positions_are_summed_over_processes(runs):
     counts = [
-        [line["count"] for line in files.read_jsonl(runs[name] / "aesl" / files.POSITIONS)]
+        [line["count"] for line in files.read_jsonl(runs[name] / "aesl" / files.OWN / files.POSITIONS)]
         for name in ("two_dir", "one_dir")
     ]
     assert counts[0] == counts[1] and len(counts[0]) == 4

@@ -111,15 +111,15 @@ def test_a_sharded_model_is_measured_and_selected_as_one(name, ranks, one):
     (found, other), expected = ranks, one(name)
     for key in ("diversity/entropy", "diversity/self_bleu", "diversity/pass@1"):
         assert found[key] == other[key] and len(found[key]) == 3, key
-    series = files.read_jsonl(found["folder"] / files.DIVERSITY)
+    series = files.read_jsonl(found["folder"] / files.OWN / files.DIVERSITY)
     assert [row["entropy"] for row in series] == found["diversity/entropy"]
     for row in series:
-        samples = files.read_jsonl(expected["folder"] / files.SAMPLES / f"step-{row['step']}.jsonl")
+        samples = files.read_jsonl(expected["folder"] / files.OWN / files.SAMPLES / f"step-{row['step']}.jsonl")
         assert len(samples) == row["num_prompts"] == 8
         for key, values in by_prompt(samples).items():
             low, high = bootstrap_interval(values, level=0.99)
             assert low <= row[key] <= high, (row["step"], key)
-    selection = files.read_json(found["folder"] / files.SELECTION)
+    selection = files.read_json(found["folder"] / files.OWN / files.SELECTION)
     best = max((row for row in series if row["step"]), key=lambda row: row["pass@1"])
     assert (selection["applied"], selection["step"]) == ("best_eval", best["step"])
     chosen = load_file(found["folder"] / selection["path"] / "model.safetensors")

@@ -7,13 +7,13 @@ one line that lists the columns found. All benchmarks share one prompt, which a 
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
+from ..rewards.maths import after_hashes
 from .rows import BUILDERS, load_rows
 
 
@@ -28,15 +28,7 @@ def _text(value: Any) -> str | None:
     """Return an answer as it stands, or None where there is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a table of floats writes 7 as 7.0
-    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-    # math-verify would read 4.5e33 as 4.5 * e * 33
-    return re.sub(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", text) or None
-
-
-def after_hashes(value: Any) -> str | None:
-    """Return the answer behind the `####` with which GSM8K ends a worked solution, as in `#### 1,234`."""
-    text = value.rpartition("####")[2].strip() if isinstance(value, str) and "####" in value else ""
-    return text.replace(",", "") or None
+    return (str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else "") or None
 
 
 def _joined(value: Any) -> str | None:
@@ -55,9 +47,8 @@ class Benchmark:
     answer: str  # the column of answers
     read_at: tuple[str, ...]  # the pages on which hub, split and columns were read
     config: str | None = None
-    gold: Callable[[Any], str | None] = _text  # makes LaTeX of an answer, None of a row without an answer
+    gold: Callable[[Any], str | None] = _text  # an answer's text, None of a row without an answer
     prompt: str = PROMPT  # the user's message; `{problem}` stands for the problem
-    metric: str = "accuracy_reward"  # grades with 1.0 for a right answer (rewards/functions.py)
     unverified: str = ""  # facts that no page states
 
 
@@ -106,7 +97,7 @@ BENCHMARKS = {
         problem="question",
         answer="answer",
         read_at=(ATROPOS, f"{HUB}math-ai/minervamath/tree/main"),
-        unverified="the form of the answers: taken as bare LaTeX, and 4.5e33 as 4.5 times 10 to the 33",
+        unverified="the form of the answers: taken as bare LaTeX",
     ),
     "OlympiadBench": Benchmark(
         hub="Hothan/OlympiadBench",

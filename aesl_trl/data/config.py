@@ -55,7 +55,7 @@ class DataArguments:
     )
     verify: bool = option(True, "Drop solutions that the first reward cannot grade, and demonstrations that it fails.")
     reward_funcs: list[str] = option(
-        ["accuracy_reward"], "Rewards as in GRPO's config; the first verifies and decides the pass rate."
+        ["math_reward"], "Rewards as in GRPO's config; the first verifies and decides the pass rate."
     )
     success_threshold: float = option(1.0, "Reward from which an answer counts as right.")
     pass_rate_samples: int = option(

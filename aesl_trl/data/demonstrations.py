@@ -13,13 +13,19 @@ from jinja2 import TemplateError
 from ..diversity.figures import Group
 from ..errors import InputError, in_one_line
 from ..rewards.functions import score_groups
+from ..rewards.golds import say_lost
+from ..rewards.maths import right_answer
 from .config import DataArguments
 from .output import progress
-from .problems import BATCH, Drops, Problem, right_answer
+from .problems import BATCH, Drops, Problem
 
 
 def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, drops: Drops) -> list[Problem]:
-    """Return the problems whose solution, given as the answer, is right: RL could earn nothing on the others."""
+    """Return the problems whose solution, given as the answer, is right: RL could earn nothing on the others.
+
+    Raises:
+        InputError: a reward of maths can give nothing for more than half of the solutions.
+    """
     solutions = list(dict.fromkeys(problem.solution for problem in problems))
     rewards = dict(zip(solutions, grade(solutions, list(map(right_answer, solutions)), reward), strict=True))
     kept = []
@@ -28,6 +34,8 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
             kept.append(problem)
         else:
             drops.add(problem.row, problem.id, "not_gradable", problem.solution)
+    lost = [problem.solution for problem in problems if not rewards[problem.solution] >= threshold]
+    say_lost(reward, lost, len(problems), where="dataset_name")
     return kept
 
 

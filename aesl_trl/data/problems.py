@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from .benchmarks import after_hashes
+from ..rewards.maths import after_hashes
 from .rows import nearest_column
 
 
@@ -154,13 +154,6 @@ def delimited(answer: str) -> str:
     return answer if is_marked else f"${answer}$"
 
 
-def right_answer(solution: str) -> str:
-    """Write the shortest completion that gives `solution`."""
-    inner = solution[1:-1]
-    is_one = solution.startswith("$") and solution.endswith("$") and not _DOLLAR.search(inner)
-    return rf"The final answer is \boxed{{{inner}}}" if is_one else f"The final answer is {solution}"
-
-
 def demonstration_of(rows: Any, schema: str) -> Callable[[int], str | None]:
     """Return a function from a row's number to the text of its demonstration, None where it has none."""
     column = "target" if schema == OPENR1 else "answer"
@@ -178,6 +171,5 @@ def _openr1_demonstration(target: list[dict] | None) -> str | None:
 
 def _gsm8k_demonstration(answer: str) -> str | None:
     """Return the steps without calculator notes, and the answer in a box, where the reward reads it."""
-    steps, _, number = answer.rpartition("####")
-    steps = _CALCULATOR.sub("", steps).strip()
-    return f"{steps}\n\nThe final answer is $\\boxed{{{number.strip().replace(',', '')}}}$." if steps else None
+    steps = _CALCULATOR.sub("", answer.rpartition("####")[0]).strip()
+    return f"{steps}\n\nThe final answer is $\\boxed{{{after_hashes(answer)}}}$." if steps else None

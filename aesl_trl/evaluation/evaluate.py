@@ -19,6 +19,7 @@ from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from ..data.checks import check_prompts
 from ..data.prompts import prompt_rows
 from ..data.rows import load_rows
+from ..data.sampled import check_samples_of
 from ..diversity.figures import Group
 from ..errors import InputError, exit_on_input_error
 from ..files import EVALUATION, write_json
@@ -27,6 +28,8 @@ from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from ..processes import lock
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
+from ..rewards.golds import check_golds
+from ..rewards.grading import EXTRACT
 from ..sampling.backends import OFFLINE_BACKENDS, choose_engine
 from ..sampling.draws import Piece, SamplingSettings
 from ..sampling.offline import open_engine
@@ -58,10 +61,10 @@ class EvalArguments:
         "Benchmark problems as chat messages, or as plain text for a model without a chat template.",
         choices=("chat", "text"),
     )
-    reward_funcs: list[str] | None = option(
-        None,
+    reward_funcs: list[str] = option(
+        ["math_reward"],
         "Rewards as in GRPO's config. A sample is right when the first gives `success_threshold` or more. Benchmarks "
-        "bring their own.",
+        f"take one of {', '.join(EXTRACT)}.",
     )
     success_threshold: float = option(1.0, "Reward from which a sample counts as right.")
     num_prompts: int | None = option(
@@ -96,10 +99,11 @@ class EvalArguments:
         if self.prompt_template is not None and "{problem}" not in self.prompt_template:
             raise InputError("prompt_template must hold {problem}, where the problem goes")
         if self.benchmarks is not None:
-            for name in ("dataset_name", "reward_funcs"):
-                if getattr(self, name):
-                    both = f"benchmarks and {name} are both given"
-                    raise InputError(f"{both}: benchmarks bring their own problems and reward")
+            if self.dataset_name:
+                raise InputError("benchmarks and dataset_name are both given: benchmarks bring their own problems")
+            if len(self.reward_funcs) != 1 or self.reward_funcs[0] not in EXTRACT:
+                given = ", ".join(self.reward_funcs) or "none"
+                raise InputError(f"reward_funcs: benchmarks are graded by one of {', '.join(EXTRACT)}, got {given}")
             check_names(self.benchmarks)
         if self.prompt_format == "text" and self.system_prompt:
             raise InputError("system_prompt has no place in prompt_format: text; put it into prompt_template")
@@ -126,6 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in paths.items():
         field = "model" if name == path else name
         models[name] = check_model_and_tokenizer(path, field, tasks[0].rows, args.trust_remote_code)
+    how = {"setting": "max_new_tokens", "access": {"trust_remote_code": args.trust_remote_code}}
+    for task in tasks:
+        where = task.name if task.source else "dataset_name"
+        check_golds(task.reward_funcs, task.rows, where=where)
+        for model in models.values():
+            check_samples_of(model, task.rows, task.reward_funcs, args.max_new_tokens, field=where, **how)
     result = evaluate(models, tasks, args, target.parent / SAMPLES_DIR)
     if result is not None:
         write_json(target, result)
@@ -139,14 +149,14 @@ def check_model_and_tokenizer(path: str, field: str, rows: list[dict], trust_rem
     """
     model, trust = ModelFolder.find(path, field), {"trust_remote_code": trust_remote_code}
     check_model(model.config_at, f"{field}: the base of {path}" if model.is_adapter else field, **trust)
-    check_tokenizer(model.tokenizer_at, model.config_at, rows[:CHECKED_ROWS], field=field, **trust)
+    check_tokenizer(model, rows[:CHECKED_ROWS], field=field, **trust)
     return model
 
 
 def load_tasks(args: EvalArguments) -> list[Task]:
     """Load the problems and the rewards: one task a benchmark, or one of `dataset_name`."""
+    reward_funcs = load_reward_funcs(args.reward_funcs)
     if not args.benchmarks:
-        reward_funcs = load_reward_funcs(args.reward_funcs)
         return [Task(PROMPTS, load_prompts(args, reward_funcs), reward_funcs)]
     which = {"data_dir": args.data_dir, "num": args.num_prompts}
     as_chat = args.prompt_format == "chat"
@@ -154,7 +164,7 @@ def load_tasks(args: EvalArguments) -> list[Task]:
     tasks = []
     for name in args.benchmarks:
         rows, source = load_benchmark(name, **which, **form)
-        tasks.append(Task(name, rows, load_reward_funcs([BENCHMARKS[name].metric]), source))
+        tasks.append(Task(name, rows, reward_funcs, source))
     return tasks
 
 

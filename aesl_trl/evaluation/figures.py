@@ -15,7 +15,7 @@ from ..diversity.intervals import bootstrap_interval, is_number
 from ..diversity.passk import avg_at_k, pass_at_k, powers_of_two
 from ..files import write_jsonl
 from ..provenance import package_versions
-from ..rewards.functions import score_groups
+from ..rewards.functions import reward_name, score_groups
 from ..rewards.majority import count_votes, extract, maj_at_k
 
 
@@ -48,7 +48,7 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]
     if task.source is not None:
         texts = [text for group in groups for text in group.completions]
-        extracted = iter(extract(texts, reward.grade))
+        extracted = iter(extract(texts, reward.grade, reward_name(reward)))
         answers = [[next(extracted) for _ in group.completions] for group in groups]
         figures |= benchmark_figures(groups, answers, reward, success_threshold)
         figures["answers_not_graded"] = reward.take_failures()
@@ -76,7 +76,7 @@ def benchmark_figures(groups: list[Group], answers: list, reward: Any, success_t
     """
     known = [index for index, group in enumerate(groups) if is_number(group.rewards[0][0])]
     right = [[sample[0] >= success_threshold for sample in groups[index].rewards] for index in known]
-    votes = count_votes([answers[index] for index in known], right, reward.grade)
+    votes = count_votes([answers[index] for index in known], right, reward.grade, reward_name(reward))
     num = len(groups[0].completions)
     figures = {
         **_mean_and_interval(f"avg@{num}", [avg_at_k(num, sum(flags)) for flags in right]),

@@ -33,24 +33,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from .maths import math_reward
+from ..processes import child_env
+from .maths import math_answer, math_reward
 
 
 MATH_GRADERS = ("math_reward", "accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
 GRADERS = (*MATH_GRADERS, "think_format_reward")  # TRL's own, but for math_reward
-EXTRACT = "extracted_answer"  # a grader of our own, which returns the answer instead of a reward
+# Graders of our own, which return the answer that a reward reads instead of the reward
+EXTRACT = {"math_reward": "math_answer", "accuracy_reward": "accuracy_answer"}
 MAX_CHILDREN = 4  # of one training process
 MAX_CHARS = 1_000_000  # of a completion or a solution; longer texts are not parsed
 MEMORY_MB = 512  # beyond the imports; ordinary answers take a few MB, most of it sympy's caches
 READS = ("os.listdir", "os.scandir")  # audit events that imports cause
 START_S = 300.0  # for the imports, which a slow disk delays
+START_TRIES = 3  # for one batch, where something kills a child before its imports are done
 SELF_TEST = ("<think>\n1+1\n</think>\n\\boxed{2}", "$2$")  # worth 1.0 to every grader
 
 
 class Answer(NamedTuple):
     """A completion to grade, and the solution to grade it by."""
 
-    grader: str  # one of GRADERS, or EXTRACT
+    grader: str  # one of GRADERS, or of the values of EXTRACT
     completion: str
     solution: str | None
 
@@ -91,7 +94,7 @@ class Graders:
         answers = list(answers)
         lengths = [max(len(answer.completion), len(answer.solution or "")) for answer in answers]
         grades = [Grade(0.0, "too long") if length > MAX_CHARS else None for length in lengths]
-        pending = deque(index for index, grade in enumerate(grades) if grade is None)
+        pending, tries = deque(index for index, grade in enumerate(grades) if grade is None), 0
         with self._lock:
             self._drop(lambda child: child.process.poll() is not None)
             try:
@@ -107,6 +110,10 @@ class Graders:
                         index, grade = child.hear(is_late)
                         if grade is not None:
                             grades[index] = grade
+                        if child.is_spent and not child.is_ready:
+                            tries += 1  # where memory ran short the kernel killed it, and the next one may start
+                            if is_late or child.process.returncode >= 0 or tries >= START_TRIES:
+                                raise child.failed_start()
                     self._drop(lambda child: child.is_spent)
             finally:  # after an exception no later batch may read what these still answer
                 self._drop(lambda child: child.is_busy or child.is_spent)
@@ -151,16 +158,13 @@ class _Child:
     """A grading process and the socket to it; it has one answer at a time."""
 
     def __init__(self, memory_mb: int):
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                # -P: a file of the current folder must not pass for a module
-                [sys.executable, "-P", "-m", "aesl_trl.rewards.grading", str(memory_mb)],
+                [sys.executable, "-m", "aesl_trl.rewards.grading", str(memory_mb)],
                 stdin=theirs,
                 stdout=theirs,
-                env={**os.environ, "PYTHONPATH": path},
+                env=child_env(),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone
             )
         self._lines = self.socket.makefile("rb")
@@ -183,7 +187,7 @@ class _Child:
             self.socket.sendall(json.dumps([*answer, deadline_s]).encode("ascii") + b"\n")
 
     def hear(self, is_late: bool) -> tuple[int | None, Grade | None]:
-        """Return the answer's index and grade, or two None if the child only said that its imports are done."""
+        """Return the answer's index and grade, or two None of a child whose imports are done, or that did not start."""
         index, self._index = self._index, None
         line = b""
         with suppress(OSError):  # reset by a child that died before it had read its request
@@ -198,11 +202,15 @@ class _Child:
         self.process.kill()
         code = self.process.wait()
         if not self.is_ready:
-            raise InputError(
-                f"the process that grades answers did not start (exit code {code}), its own error is above; to see it "
-                "alone: python -m aesl_trl.rewards.grading < /dev/null"
-            )
+            return None, None
         return index, Grade(0.0, "timeout" if is_late or code == -signal.SIGXCPU else "crash")
+
+    def failed_start(self) -> InputError:
+        """Return the error of a child that has ended before its imports were done."""
+        return InputError(
+            f"the process that grades answers did not start (exit code {self.process.returncode}), its own error is "
+            "above; to see it alone: python -m aesl_trl.rewards.grading < /dev/null"
+        )
 
     def kill(self) -> None:
         self.process.kill()
@@ -272,7 +280,7 @@ def _load() -> dict[str, Callable]:
         grade = _grade(function, *SELF_TEST)
         if grade != Grade(1.0):
             sys.exit(f"{name} gave {grade} for the answer {SELF_TEST[0]!r} to {SELF_TEST[1]!r}: reinstall math-verify")
-    return {**graders, EXTRACT: extracted_answer} if has_math_verify else graders
+    return {**graders, "math_answer": math_answer, "accuracy_answer": accuracy_answer} if has_math_verify else graders
 
 
 def _grade(function: Callable, completion: str, solution: str | None) -> Grade:
@@ -333,8 +341,8 @@ def _address_space() -> int:
     return int(pages) * resource.getpagesize()
 
 
-def extracted_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:
-    """Return the normalised LaTeX of each completion's answer or None, with the settings of TRL's accuracy_reward."""
+def accuracy_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:
+    """Return the text of each completion's answer as TRL's accuracy_reward reads it; None where there is none."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 

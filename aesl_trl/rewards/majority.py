@@ -1,6 +1,6 @@
 """maj@k: how often the majority of k samples is right, from answers that math-verify extracted and compared.
 
-A sample votes with the answer that math-verify finds in its completion, which is also the answer that the grader sees.
+A sample votes with the answer that its reward (`by`: math_reward or accuracy_reward) finds in its completion.
 Two votes are for the same answer when their normalised texts are equal, or when math-verify finds one equal to the
 other. All votes that are graded right are for one answer, the gold one. When k samples tie, maj@k counts the share of
 the tied answers that are right, as a fair draw among them would. A sample without an answer does not vote.
@@ -18,7 +18,6 @@ from typing import NamedTuple
 from .grading import EXTRACT, Answer, Grade
 
 
-COMPARE = "accuracy_reward"  # compares two answers, each in a box
 CANONICAL = re.compile(r"-?[1-9]\d{0,30}|0")  # whole numbers: two of them are equal only if their texts are
 MAX_CHARS = 10_000  # a longer extracted text counts as no answer
 GradeAnswers = Callable[[list[Answer]], list[Grade]]  # such as GradedReward.grade
@@ -36,25 +35,27 @@ class Votes(NamedTuple):
         return self.right + sum(self.wrong) + self.silent
 
 
-def extract(texts: list[str], grade: GradeAnswers) -> list[str | None]:
-    """Return the answer in each text; None where there is none, or where looking for it failed."""
+def extract(texts: list[str], grade: GradeAnswers, by: str = "math_reward") -> list[str | None]:
+    """Return the answer that the reward `by` reads in each text, None where it finds none or breaks."""
     different = list(dict.fromkeys(texts))
-    grades = zip(different, grade([Answer(EXTRACT, text, None) for text in different]), strict=True)
+    grades = zip(different, grade([Answer(EXTRACT[by], text, None) for text in different]), strict=True)
     answers = {text: None if found.failure else found.reward for text, found in grades}
     return [None if len(answers[text] or "") > MAX_CHARS else answers[text] for text in texts]
 
 
-def count_votes(answers: list[list[str | None]], right: list[list[bool]], grade: GradeAnswers) -> list[Votes]:
+def count_votes(
+    answers: list[list[str | None]], right: list[list[bool]], grade: GradeAnswers, by: str = "math_reward"
+) -> list[Votes]:
     """Count the votes of each problem; `answers` and `right` hold a list per problem with an entry per sample.
 
-    Each wrong answer is compared with the first text of every different answer found before it, for all problems side
-    by side. Where a comparison fails, the two answers count as different.
+    Each wrong answer is compared with the first text of every different answer found before it, by the reward `by`,
+    for all problems side by side. Where a comparison fails, the two answers count as different.
     """
     wrong = [
         Counter(text for text, is_right in zip(*pair, strict=True) if text is not None and not is_right)
         for pair in zip(answers, right, strict=True)
     ]
-    merged = _merge([list(counts) for counts in wrong], grade)
+    merged = _merge([list(counts) for counts in wrong], grade, by)
     votes = []
     for texts, flags, counts, names in zip(answers, right, wrong, merged, strict=True):
         sizes = Counter()
@@ -65,7 +66,7 @@ def count_votes(answers: list[list[str | None]], right: list[list[bool]], grade:
     return votes
 
 
-def _merge(texts: list[list[str]], grade: GradeAnswers) -> list[dict[str, str]]:
+def _merge(texts: list[list[str]], grade: GradeAnswers, by: str) -> list[dict[str, str]]:
     """Map, for each problem, every text to the first text that is the same answer."""
     names: list[dict[str, str]] = [{} for _ in texts]
     for turn in range(max(map(len, texts), default=0)):
@@ -76,7 +77,7 @@ def _merge(texts: list[list[str]], grade: GradeAnswers) -> list[dict[str, str]]:
             for known in dict.fromkeys(names[problem].values())
             if not (CANONICAL.fullmatch(known) and CANONICAL.fullmatch(items[turn]))
         ]
-        grades = grade([Answer(COMPARE, rf"\boxed{{{new}}}", rf"\boxed{{{known}}}") for _, known, new in pairs])
+        grades = grade([Answer(by, rf"\boxed{{{new}}}", rf"\boxed{{{known}}}") for _, known, new in pairs])
         same = {}
         for (problem, known, _), found in zip(pairs, grades, strict=True):
             if found.reward == 1.0:

@@ -9,6 +9,7 @@ The functions parse text only. They run in the grading children (grading.py), be
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 
 # ---- Notation
@@ -121,14 +122,23 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
 
 def gold_answers(gold: str) -> list[str]:
     """Return the contents of the gold's last boxes; without a box, the text after GSM8K's `####` or all of it."""
-    return last_boxes(gold) or [gold.rpartition("####")[2]]
+    return last_boxes(gold) or [after_hashes(gold) or gold]
+
+
+def after_hashes(solution: Any) -> str | None:
+    """Return the answer behind the `####` with which GSM8K ends a worked solution, as in `#### 1,234`, else None."""
+    text = solution.rpartition("####")[2].strip() if isinstance(solution, str) and "####" in solution else ""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) or None
 
 
 def readable_gold(gold: str) -> str:
     """Write a gold for math-verify: its boxes, its own LaTeX, or the bare answer in a box."""
-    if not last_boxes(gold) and DELIMITED.search(gold):
-        return brace_arguments(gold)
-    return _in_boxes(gold_answers(gold))
+    return brace_arguments(gold) if _is_delimited(gold) else _in_boxes(gold_answers(gold))
+
+
+def _is_delimited(gold: str) -> bool:
+    """Return whether the answer stands between LaTeX's delimiters. The dollars of a GSM8K solution are money."""
+    return not last_boxes(gold) and not after_hashes(gold) and bool(DELIMITED.search(gold))
 
 
 def readable_answer(completion: str) -> str:
@@ -139,6 +149,15 @@ def readable_answer(completion: str) -> str:
 
 def _in_boxes(contents: list[str]) -> str:
     return " and ".join(rf"\boxed{{{normalise(content)}}}" for content in contents)
+
+
+def right_answer(gold: str) -> str:
+    """Write the shortest completion that gives the gold, in the gold's own notation."""
+    if _is_delimited(gold):
+        inner = gold.strip()[1:-1]
+        is_one = gold.strip() == f"${inner}$" and not re.search(r"(?<!\\)\$", inner)
+        return rf"The final answer is \boxed{{{inner}}}" if is_one else f"The final answer is {gold}"
+    return "The final answer is " + " and ".join(rf"\boxed{{{answer.strip()}}}" for answer in gold_answers(gold))
 
 
 # ---- What math-verify takes for another thing
@@ -182,14 +201,7 @@ def math_reward(completions: list[list[dict]], solution: list[str | None], **kwa
         solution: the golds, in any form that [`readable_gold`] takes.
         kwargs: other columns, which are not read.
     """
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    # TRL's accuracy_reward uses the same settings
-    latex = LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
-    )
-    expression = ExprExtractionConfig(try_extract_without_anchor=False)  # "The answer is 72."
+    from math_verify import parse, verify
 
     def reward(completion: str, gold: str | None) -> float | None:
         wanted, boxes = parse(readable_gold(gold)) if gold else [], last_boxes(completion)
@@ -198,10 +210,34 @@ def math_reward(completions: list[list[dict]], solution: list[str | None], **kwa
         golds = gold_answers(gold)
         if len(golds) == len(boxes) == 1 and (verdict := verdict_by_form(golds[0], boxes[0])) is not None:
             return float(verdict)
-        given = parse(readable_answer(completion), extraction_config=[latex], extraction_mode="first_match")
-        if not given and not boxes:
-            given = parse(completion, extraction_config=[expression], extraction_mode="first_match")
         # The relation x > 1 is the set (1, oo)
-        return float(verify(wanted, given, allow_set_relation_comp=True))
+        return float(verify(wanted, _parsed_answer(completion), allow_set_relation_comp=True))
 
     return [reward(completion[0]["content"], gold) for completion, gold in zip(completions, solution, strict=True)]
+
+
+def _parsed_answer(completion: str) -> list:
+    """Return what math-verify finds in a completion; the last item is the answer's text."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    # TRL's accuracy_reward uses the same settings
+    latex = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+    )
+    found = parse(readable_answer(completion), extraction_config=[latex], extraction_mode="first_match")
+    if found or last_boxes(completion):
+        return found
+    expression = ExprExtractionConfig(try_extract_without_anchor=False)  # "The answer is 72."
+    return parse(completion, extraction_config=[expression], extraction_mode="first_match")
+
+
+def math_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:
+    """Return the text of each completion's answer as `math_reward` reads it; None where there is none."""
+
+    def answer(completion: str) -> str:
+        if boxes := last_boxes(completion):
+            return ", ".join(map(normalise, boxes))
+        return next((str(item) for item in _parsed_answer(completion)[-1:]), "")
+
+    return [" ".join(answer(completion[0]["content"]).split()) or None for completion in completions]

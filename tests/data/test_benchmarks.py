@@ -10,7 +10,7 @@ from aesl_trl.data.benchmarks import BENCHMARKS, PROMPT, load_benchmark
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation.evaluate import ARGUMENT_TYPES
 from aesl_trl.recipes.recipes import recipes_dir
-from aesl_trl.rewards.grading import GRADERS, SHARED_GRADERS, Answer
+from aesl_trl.rewards.grading import SHARED_GRADERS, Answer
 
 
 SOLUTIONS = {
@@ -19,7 +19,7 @@ SOLUTIONS = {
     "AIME25": [r"\boxed{128}", r"\boxed{2}"],
     "AMC23": [r"\boxed{27}", r"\boxed{14}"],
     "MATH-500": [r"\boxed{\frac{3}{4}}", r"\boxed{\text{Evelyn}}"],
-    "Minerva": [r"\boxed{4.5 \times 10^{33}}", r"\boxed{m v^2 / 2}"],
+    "Minerva": [r"\boxed{4.5e33}", r"\boxed{m v^2 / 2}"],
     "OlympiadBench": [r"\boxed{2}", r"\boxed{-1, 5}"],
 }
 
@@ -34,7 +34,6 @@ def test_the_table_says_where_everything_was_read():
     assert list(BENCHMARKS) == ["GSM8K", "AIME24", "AIME25", "AMC23", "MATH-500", "Minerva", "OlympiadBench"]
     for benchmark in BENCHMARKS.values():
         assert benchmark.read_at and all(page.startswith("https://") for page in benchmark.read_at)
-        assert benchmark.metric in GRADERS
         assert "{problem}" in benchmark.prompt and benchmark.hub.count("/") == 1
 
 
@@ -63,7 +62,7 @@ def test_each_gold_answer_is_right_against_itself():
     """What the table makes of an answer is something that the grader can read."""
     pytest.importorskip("math_verify")
     golds = [gold for solutions in SOLUTIONS.values() for gold in solutions]
-    grades = SHARED_GRADERS.grade([Answer("accuracy_reward", gold, gold) for gold in golds], 10.0)
+    grades = SHARED_GRADERS.grade([Answer("math_reward", gold, gold) for gold in golds], 10.0)
     assert [grade.reward for grade in grades] == [1.0] * len(golds)
 
 
@@ -85,8 +84,8 @@ def test_prompts_can_be_replaced(tmp_path):
         ("AIME25", True, None),
         ("AIME25", " ", None),
         ("AIME25", None, None),
-        ("Minerva", "-2.5E-7", r"-2.5 \times 10^{-7}"),
-        ("Minerva", "1e11", r"1 \times 10^{11}"),
+        ("Minerva", "-2.5E-7", "-2.5E-7"),
+        ("GSM8K", "#### 1,234", "1234"),
         ("Minerva", "x e2", "x e2"),
         ("GSM8K", "no marker 5", None),
         ("GSM8K", "#### ", None),

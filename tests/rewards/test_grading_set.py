@@ -96,7 +96,7 @@ def test_an_answer_is_extracted_as_the_grader_reads_it():
     from trl.rewards import accuracy_reward
 
     rows = [row for row in ROWS if row["kind"] != "hostile"]
-    asked = [Answer(EXTRACT, completion(row), None) for row in rows]
+    asked = [Answer(EXTRACT["accuracy_reward"], completion(row), None) for row in rows]
     extracted = [grade.reward for grade in SHARED_GRADERS.grade(asked, 10.0)]
     logged = {}
     completions = [[{"role": "assistant", "content": completion(row)}] for row in rows]

@@ -101,6 +101,9 @@ def test_answers_are_extracted_in_the_child_process():
     pytest.importorskip("math_verify")
     long = "1+" * (MAX_CHARS // 2) + "1"
     texts = [r"so \boxed{\frac{1}{2}}", "no answer", r"so \boxed{\frac{1}{2}}", rf"\boxed{{{long}}}", "x" * 1_000_001]
-    reward = GradedReward("accuracy_reward", graders=Graders(size=1))
+    reward = GradedReward("math_reward", graders=Graders(size=1))
     assert extract(texts, reward.grade) == [r"\frac{1}{2}", None, r"\frac{1}{2}", None, None]
+    other = [r"\boxed{3}. Wait ... \boxed{4}", r"\boxed{1} and \boxed{2}", "The answer is 72.", r"\boxed{\frac12}"]
+    assert extract(other, reward.grade) == ["4", "1, 2", "72", r"\frac{1}{2}"]
+    assert extract(other, reward.grade, "accuracy_reward")[2:] == [None, r"\frac12"]
     assert reward.take_failures() == {}  # an answer that cannot be extracted is no completion that was not graded

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesl_trl.rewards.maths import brace_arguments, last_boxes, math_reward, normalise, readable_gold
+from aesl_trl.rewards.maths import (
+    after_hashes,
+    brace_arguments,
+    last_boxes,
+    math_reward,
+    normalise,
+    readable_gold,
+    right_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,38 @@ def test_which_boxes_are_the_answer(text, boxes):
     assert last_boxes(text) == boxes
 
 
+@pytest.mark.parametrize(
+    "solution, answer",
+    [
+        ("2 + 16 = 18\n#### 18", "18"),
+        ("#### 1,234,567", "1234567"),
+        ("#### (1,2)", "(1,2)"),
+        ("#### 1\n#### -3.5 ", "-3.5"),
+        ("#### ", None),
+        ("18", None),
+        (18, None),
+        (None, None),
+    ],
+)
+def test_the_answer_behind_the_hashes(solution, answer):
+    assert after_hashes(solution) == answer
+
+
+@pytest.mark.parametrize(
+    "gold, answer",
+    [
+        (r"$2\sqrt{3}$", r"\boxed{2\sqrt{3}}"),
+        ("$2$ and $3$", "$2$ and $3$"),
+        (r"\frac43", r"\boxed{\frac43}"),
+        ("So $x$ is it.\n\\boxed{4}", r"\boxed{4}"),
+        (r"\boxed{1}, \boxed{2}", r"\boxed{1} and \boxed{2}"),
+        ("It costs $5, then $6.\n#### 11", r"\boxed{11}"),
+    ],
+)
+def test_the_answer_that_gives_a_gold(gold, answer):
+    assert right_answer(gold) == f"The final answer is {answer}"
+
+
 def grade(answer: str, gold: str) -> float | None:
     return math_reward([[{"role": "assistant", "content": answer}]], [gold], other=["column"])[0]
 
@@ -108,6 +148,8 @@ def test_a_gold_earns_itself_boxed_and_bare(gold, form):
         (r"\boxed{1} and \boxed{2}", "2", 0.0),
         (r"\boxed{2}", r"\boxed{1} and \boxed{2}", 0.0),
         (r"\boxed{18}", "2 + 16 = <<2+16=18>>18\n#### 18", 1.0),
+        (r"\boxed{1041}", "She pays $9 x 4 = $<<9*4=36>>36 and $5 more.\n#### 1,041", 1.0),
+        (r"\boxed{36}", "She pays $9 x 4 = $<<9*4=36>>36 and $5 more.\n#### 1,041", 0.0),
         (r"\boxed{4.5 \times 10^{33}}", "4.5e33", 1.0),
         (r"\boxed{4.5 \times 10^{32}}", "4.5e33", 0.0),
         ("The answer is 72.", "72", 1.0),

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..models.tokens import without_none
+from ..models.chat import without_none
 from .checks import check_prompts, only_columns, peek, prompt_column
 
 

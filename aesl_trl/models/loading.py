@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
-from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, check_weights, open_tensors
-from .tokens import check_ids, prompt_ids, turn_end_id, without_none
+from .chat import without_none
+from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, ModelFolder, check_weights, open_tensors
+from .tokens import check_ids, prompt_ids, tokenizer_of, turn_end_id
+from .vocabulary import ResizedBase, let_head_run, num_embeddings
 
 
 # ---- Checks before any weights are read
@@ -51,8 +54,7 @@ def check_model(model: str, field: str, *, revision: str = "main", trust_remote_
 
 
 def check_tokenizer(
-    tokenizer_name: str,
-    model: str,
+    model: ModelFolder,
     rows: Iterable[dict],
     *,
     field: str,
@@ -63,7 +65,7 @@ def check_tokenizer(
     """Refuse a tokenizer that cannot encode `rows`, that has no token to end a completion, or that fits another model.
 
     Args:
-        tokenizer_name, model: folders or names on the hub; they differ for an adapter.
+        model: whose tokenizer it is.
         rows: some rows of the data, with `prompt` or `messages`.
         field: the setting that names the model.
         settings: an SFTConfig, whose `eos_token` and `chat_template_path` add what the tokenizer lacks.
@@ -72,13 +74,14 @@ def check_tokenizer(
         InputError: no chat template for conversations, one that refuses them, no eos token, or a token without
             embedding.
     """
-    kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(tokenizer_name, **kwargs)
+    kwargs, tokenizer_name = {"revision": revision, "trust_remote_code": trust_remote_code}, model.tokenizer_at
+    processing_class = load_processing_class(tokenizer_name, **kwargs)
+    tokenizer = tokenizer_of(processing_class)
     if getattr(settings, "chat_template_path", None):  # brings a template, and enlarges the model for its tokens
         return
     texts = [row for row in rows if not (row.get("image") or row.get("images"))]
     prompts = [without_none(row.get("prompt") or row.get("messages")) for row in texts]
-    if tokenizer.chat_template is None and any(isinstance(prompt, list) for prompt in prompts):
+    if processing_class.chat_template is None and any(isinstance(prompt, list) for prompt in prompts):
         where = ", set chat_template_path" if settings is not None else ""
         raise InputError(
             f"{field}: the tokenizer of {tokenizer_name} has no chat template, and the data are conversations: use "
@@ -87,13 +90,12 @@ def check_tokenizer(
     _check_eos(tokenizer, f"{field}: the tokenizer of {tokenizer_name}", tokenizer_name, settings)
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     try:
-        ids.update(*(prompt_ids(tokenizer, prompt) for prompt in prompts if prompt))
+        ids.update(*(prompt_ids(processing_class, prompt) for prompt in prompts if prompt))
     except (TemplateError, TypeError) as error:
         raise InputError(
             f"{field}: the chat template of {tokenizer_name} refuses a prompt: {in_one_line(error)}"
         ) from None
-    num_rows = AutoConfig.from_pretrained(model, **kwargs).get_text_config().vocab_size
-    check_ids(tokenizer, ids, num_rows, f"{field}: {tokenizer_name}: ")
+    check_ids(tokenizer, ids, num_embeddings(model, **kwargs), f"{field}: {tokenizer_name}: ")
 
 
 def _check_eos(tokenizer, subject: str, name: str, settings: Any) -> None:
@@ -108,16 +110,19 @@ def _check_eos(tokenizer, subject: str, name: str, settings: Any) -> None:
     raise InputError(f"{subject} has no eos_token, so nothing ends a completion: {remedy}")
 
 
-def load_tokenizer(place: str, **kwargs):
-    """Load the tokenizer in the folder or hub name `place`, and refuse one that encodes nothing."""
+def load_processing_class(place: str, **kwargs) -> Any:
+    """Load the tokenizer in the folder or hub name `place`, or a vision-language model's processor.
+
+    A tokenizer that encodes nothing is refused.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
-    except (OSError, ValueError) as error:
+        processing_class = AutoProcessor.from_pretrained(place, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer in {place}: {in_one_line(error)}") from None
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if not tokenizer_of(processing_class)("a", add_special_tokens=False)["input_ids"]:
         # Without the files transformers silently builds an empty tokenizer from the model's type.
         raise InputError(f"no tokenizer in {place}, what is there encodes nothing: copy tokenizer*.json as well")
-    return tokenizer
+    return processing_class
 
 
 # ---- Loading
@@ -136,10 +141,10 @@ def load_model(
     """Load a model in the dtype of its files and in eval mode, by default on the GPU when there is one."""
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     kwargs = {"quantization_config": BitsAndBytesConfig.from_dict(quantization)} if quantization else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", device_map=device, trust_remote_code=trust_remote_code, **kwargs
-    )
-    return model.eval()
+    kwargs |= {"dtype": "auto", "device_map": device, "trust_remote_code": trust_remote_code}
+    # The class that the config names, as TRL has it: AutoModelForCausalLM knows few vision-language models
+    name = (AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""])[0]
+    return getattr(transformers, name, AutoModelForCausalLM).from_pretrained(path, **kwargs).eval()
 
 
 def put_adapter(base, adapter: str, name: str, **kwargs):
@@ -153,6 +158,7 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
     from peft import PeftModel, get_peft_model_state_dict
 
     misfit = f"{adapter} does not fit the base {name}, it was trained on another one"
+    resized = ResizedBase(base, adapter)
     try:
         model = PeftModel.from_pretrained(base, adapter, **kwargs)
     except (RuntimeError, ValueError) as error:
@@ -167,9 +173,11 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
         )
         if saved and saved != placed:  # PEFT leaves tensors out, with a warning at most
             raise InputError(f"{misfit}: {sorted(saved ^ placed)[0]} is only in one of the two")
+    let_head_run(model)
+    resized.check(model, adapter)
     if (Path(adapter) / GENERATION_CONFIG).is_file():
         try:
-            model.base_model.model.generation_config = GenerationConfig.from_pretrained(adapter)
+            model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter)
         except OSError as error:
             raise InputError(f"{adapter}: {GENERATION_CONFIG} cannot be read: {in_one_line(error)}") from None
     return model

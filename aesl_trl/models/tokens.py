@@ -22,6 +22,11 @@ CONVERSATION = [
 ]
 
 
+def tokenizer_of(processing_class):
+    """Return the tokenizer itself, or that of a vision-language model's processor."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
 # ---- Prompts
 
 
@@ -30,7 +35,7 @@ def prompt_ids(processing_class, prompt: str | list[dict], **kwargs) -> list[int
 
     `kwargs` are for the chat template, as [`~aesl_trl.models.chat.template_kwargs`] reads them off a row.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if processing_class.chat_template is None:
@@ -77,6 +82,17 @@ def special_ids(tokenizer) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
+def rendered(tokenizer, messages: list[dict], **kwargs) -> str:
+    """Render messages of text, also by a template that shows lists of content parts alone (vision-language models)."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except (TemplateError, TypeError):
+        return tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
+    shown = messages[-1]["content"] in text
+    return text if shown else tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
+
+
 def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
     """Return the added token right after an assistant's text in the chat template; None where there is none.
 
@@ -87,7 +103,7 @@ def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
         return None
     answer = CONVERSATION[1]["content"]
     try:
-        text = _rendered(tokenizer, CONVERSATION)
+        text = rendered(tokenizer, CONVERSATION)
         if answer not in text:
             raise InputError("the chat template does not show the assistant's text")
     except (InputError, TemplateError, TypeError):
@@ -97,17 +113,6 @@ def turn_end_id(tokenizer, *, strict: bool = False) -> int | None:
     after = text.rpartition(answer)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[0] if ids and _is_added(tokenizer, ids[0]) else None
-
-
-def _rendered(tokenizer, messages: list[dict], **kwargs) -> str:
-    """Render messages of text, also by a template that shows lists of content parts alone (vision-language models)."""
-    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except (TemplateError, TypeError):
-        return tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
-    shown = messages[-1]["content"] in text
-    return text if shown else tokenizer.apply_chat_template(parts, tokenize=False, **kwargs)
 
 
 def _is_added(tokenizer, index: int) -> bool:
@@ -163,10 +168,10 @@ def agree_on_stops(tokenizer, declared: dict, num_rows: int) -> Stops:
     return Stops(eos, tokenizer.pad_token_id, turn_end, changes)
 
 
-def write_stops(folder: Path, tokenizer, declared: dict, stops: Stops) -> None:
+def write_stops(folder: Path, processing_class, declared: dict, stops: Stops) -> None:
     """Write tokenizer, generation_config.json and, where there is one, config.json, all with the same eos and pad."""
     ids = {"eos_token_id": stops.eos[0] if len(stops.eos) == 1 else stops.eos, "pad_token_id": stops.pad}
-    tokenizer.save_pretrained(folder)
+    processing_class.save_pretrained(folder)
     write_json(folder / GENERATION_CONFIG, {**json.loads(json.dumps(declared, default=str)), **ids})
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)

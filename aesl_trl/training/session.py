@@ -57,7 +57,7 @@ def load_train_and_eval(
 
 def check_quantization(model_args: Any) -> None:
     if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install 'aesl_trl[qlora]'")
+        raise InputError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
 
 
 def revision_and_trust(model_args: Any, training_args: Any) -> dict:

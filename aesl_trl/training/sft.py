@@ -1,16 +1,24 @@
 """The cold start: its arguments, its datasets, the trainer with the diversity callback, and the end of a run."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTTrainer, get_peft_config, get_quantization_config
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from ..data.checks import check_demonstrations, check_trainable
+from ..data.checks import check_demonstrations
 from ..data.prompts import check_held_out, prompt_rows
+from ..data.sampled import check_rows_fit, check_samples, warn_of_unrewarded
 from ..errors import InputError
+from ..models.loading import load_processing_class
+from ..models.peft_settings import list_as_written
+from ..models.positions import num_positions_at
 from ..values import option
 from .config import AESLSFTConfig
-from .session import check_finished, end_trackers, load_split, load_train_and_eval, model_init_kwargs, named_settings
+from .rehearsal import refusals_in_one_line, rehearse
+from .session import check_finished, end_trackers, load_split, load_train_and_eval, model_init_kwargs
 
 
 NAME = "aesl sft"
@@ -61,24 +69,53 @@ def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
     return train, evaluation, prompts
 
 
+def check_before_loading(
+    args: AESLSFTConfig, model: str, train, prompts: list[dict] | None, reward_funcs: list, access: dict
+) -> None:
+    """Refuse rows and held-out prompts that are too long for the model; warn of rewards that cannot be earned."""
+    processing_class = load_processing_class(model, **access)
+    if path := args.chat_template_path:  # as TRL does: a file, or another tokenizer with its tokens
+        is_file = path.endswith(".jinja")
+        processing_class = processing_class if is_file else load_processing_class(path, **access)
+        processing_class.chat_template = Path(path).read_text() if is_file else processing_class.chat_template
+    positions = num_positions_at(model, **access)
+    check_rows_fit(processing_class, positions, train, args.max_length, args.dataset_text_field)
+    unearnable = []
+    if prompts:
+        how = {"field": "the held-out prompts", "setting": "diversity_max_new_tokens"}
+        asked = args.diversity_max_new_tokens
+        unearnable = check_samples(processing_class, positions, prompts, reward_funcs, asked, **how)
+    if not unearnable:
+        warn_of_unrewarded(processing_class, train, reward_funcs, _training_template(processing_class, args))
+
+
+def _training_template(processing_class, args: AESLSFTConfig) -> str | None:
+    """Return the template of TRL that takes the place of the model's, where it does."""
+    if not args.assistant_only_loss or has_generation_markers(processing_class.chat_template):
+        return None
+    with suppress(ValueError):  # TRL has none for this template, and refuses it when the trainer is built
+        return get_training_chat_template(processing_class)
+
+
 def build_trainer(args: AESLSFTConfig, model_args: ModelConfig, train, evaluation, prompts, reward_funcs: list):
     """Build AESLSFTTrainer as TRL's script builds SFTTrainer."""
     from .trainer import AESLSFTTrainer
 
     args.model_init_kwargs = model_init_kwargs(model_args, args)
-    with named_settings():
+    model, evaluation = model_args.model_name_or_path, evaluation if args.eval_strategy != "no" else None
+    with refusals_in_one_line():
+        peft_config = list_as_written(get_peft_config(model_args))
+        rehearse(SFTTrainer, model, args, train, eval_rows=evaluation, peft_config=peft_config)
         trainer = AESLSFTTrainer(
-            model=model_args.model_name_or_path,
+            model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=evaluation if args.eval_strategy != "no" else None,
+            eval_dataset=evaluation,
             quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            peft_config=peft_config,
             diversity_prompts=prompts,
             reward_funcs=reward_funcs,
         )
-    num_embeddings = trainer.model.config.get_text_config().vocab_size
-    check_trainable(trainer.train_dataset, args.max_length, num_embeddings=num_embeddings)
     return trainer
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from . import __version__  # noqa: F401 (the floors above take it from here)
@@ -16,11 +17,13 @@ PACKAGES = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets",
 
 def package_versions() -> dict[str, str | None]:
     """Return the versions of [`PACKAGES`]; None stands for a package that is not installed."""
-    found = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
 
 
 def commit() -> str | None:

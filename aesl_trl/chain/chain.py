@@ -22,12 +22,24 @@ from ..diversity.selection import select_run
 from ..errors import UNFINISHED, InputError, tell
 from ..errors import say as complain
 from ..evaluation.figures import aligned
-from ..processes import Interrupts, check_in_child, end_orphans, exit_code, lock, run_process
+from ..processes import DRY_RUN, HERE, Interrupts, check_in_child, end_orphans, exit_code, lock, run_process
 from ..training.checkpoints import find_checkpoint, sweep
 from .config import read_config
 from .fingerprints import Inputs, walk
 from .old_fingerprints import renew
-from .stages import NAME, Chain, Stage, check_stages, is_whole, plan, portable, run_name, stage_env
+from .stages import (
+    ANYWHERE,
+    NAME,
+    Chain,
+    Stage,
+    check_stages,
+    is_whole,
+    plan,
+    portable,
+    run_name,
+    stage_env,
+    where_sft_lies,
+)
 from .vllm_server import wait_for_server
 
 
@@ -145,6 +157,7 @@ def _prepare_folder(chain: Chain, stage: Stage, inputs: Inputs) -> Path | None:
 def _select(chain: Chain, log: Path) -> int:
     chosen = select_run(chain.sft_dir, out=chain.run, **chain.selection)
     line = f"step {chosen['step']} by {chosen['applied']}: {chosen['reason']}"
+    line += f"; replaces {chosen['replaces']}" if chosen["replaces"] else ""
     say(line)
     files.write_text(log, line + "\n")
     return 0
@@ -173,12 +186,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="chain.yaml: the stages and their configs")
     parser.add_argument("--output_dir", metavar="DIR", help="run folder, in place of the config's")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of every stage, in place of the config's")
-    parser.add_argument("--dry_run", action="store_true", help="check all configs, print the commands, run nothing")
+    parser.add_argument("--dry_run", **DRY_RUN)
     given = parser.parse_args(argv)
     config = read_config(given.config, output_dir=given.output_dir, seed=given.seed)
     chain = Chain(config, Path(given.config).absolute())
     if given.dry_run:
-        check_stages(chain)
+        check_stages(chain, () if given.dry_run == HERE else ANYWHERE)
         tell(plan(chain))
         return
     with ExitStack() as stack:
@@ -190,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
         for folder in filter(None, (chain.run, chain.sft_dir, chain.run / files.GRPO_DIR)):
             end_orphans(folder, say, "chain")
         check_in_child("chain", argv)
+        for line in where_sft_lies(chain):
+            say(line)
         run_chain(chain, interrupts)
     tell(closing_table(chain))
     tell(str(chain.run / files.REPORT))

@@ -159,12 +159,13 @@ def select_run(
     Args:
         run: an SFT folder, or a chain's folder.
         out: where to write, by default `run`. Several chains can select from one SFT folder, each by its own rule.
-        rule, metric, patience, best_eval_metric: by default as recorded in the run's run.json. Without a record the
-            rule is "turning_point" on entropy with patience 3.
+        rule, metric, patience, best_eval_metric: by default as recorded in the run's run.json, by the config or by
+            DiversityCallback. Without a record the rule is "turning_point" on entropy with patience 3.
         step: take this candidate, by no rule.
 
     Returns:
-        The contents of selection.json; `path` is relative to its folder.
+        The contents of selection.json, whose `path` is relative to its folder. `weights` is that folder as seen from
+        here, and `replaces` says in words which other step an earlier selection had chosen, or is None.
 
     Raises:
         InputError: `run` is no run, it has no candidates or not the one asked for, or a file in it is unreadable.
@@ -200,8 +201,19 @@ def select_run(
     # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere
     files.replace_dir(folder.candidate(selection["step"]), out / files.SELECTED)
     selection["path"] = files.SELECTED
+    replaces = _replaced(out / files.SELECTION, selection["step"])
     files.write_json(out / files.SELECTION, selection)
-    return selection
+    return selection | {"weights": str(out / files.SELECTED), "replaces": replaces}
+
+
+def _replaced(path: Path, step: int) -> str | None:
+    """Say which step other than `step` the selection.json `path` names. A torn one names none."""
+    try:
+        before = files.read_object(path)
+    except InputError:
+        return None
+    is_other = before.get("step") not in (None, step)
+    return f"step {before['step']}, chosen by {before.get('applied')}" if is_other else None
 
 
 def _read_readiness(sft: Path) -> dict:
@@ -244,6 +256,9 @@ def _main(argv: Sequence[str] | None) -> None:
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)
     print(f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}")
+    if selection["replaces"]:
+        print(f"replaces {selection['replaces']}")
+    print(f"weights: {selection['weights']}")
 
 
 if __name__ == "__main__":

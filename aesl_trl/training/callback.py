@@ -1,7 +1,6 @@
 """The callbacks. They only wire: sampling, figures, the turning point, candidates and the selection live elsewhere."""
 
 import math
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +10,17 @@ from transformers import Trainer, TrainerCallback
 
 from .. import files
 from ..data.prompts import prompt_rows
+from ..data.rendered import check_rendered
 from ..diversity.selection import RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
 from ..errors import InputError
-from ..losses.rules import TOKEN_RULES
-from ..provenance import package_versions
+from ..models.chat import template_columns
 from ..sampling.backends import VLLMSettings
 from ..values import check_bound, check_choice
 from .candidates import Candidates
+from .hub import check_parts, push_parts
 from .measurement import Measurement, MeasurementSettings
+from .run_record import forget_after, write_log, write_record
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less
@@ -29,10 +30,10 @@ class DiversityCallback(TrainerCallback):
     """Measures the diversity of a model's samples during SFT, finds its turning point, keeps and selects candidates.
 
     Before step 1 and every `steps` steps the model completes a fixed set of held-out prompts. Each measurement adds a
-    line to `diversity.jsonl` and a file `samples/step-N.jsonl` in the output folder, and its figures go through
-    `Trainer.log` as `diversity/...`. The training stays bit for bit as it would be without measurements. The samples
-    are the model's own: TRL's `entropy` is that of the demonstrations under teacher forcing, which can fall while
-    diversity rises.
+    line to `diversity.jsonl` and a file `samples/step-N.jsonl`, and its figures go through `Trainer.log` as
+    `diversity/...`. The files lie in the output folder's `_aesl`, which `push_to_hub` leaves out. The training stays
+    bit for bit as it would be without measurements. The samples are the model's own: TRL's `entropy` is that of the
+    demonstrations under teacher forcing, which can fall while diversity rises.
 
     Args:
         trainer ([`~trl.SFTTrainer`]): the trainer it is added to; a callback is not given it otherwise.
@@ -45,6 +46,9 @@ class DiversityCallback(TrainerCallback):
         vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): its fields `diversity_vllm_...`.
         stop (`bool`): its field `stop_at_turning_point`.
         selection, best_eval_metric, max_candidates: as its fields; without a selection no candidates are kept.
+            `aesl select` repeats the rule that is given here.
+        hub_include (`list[str]`, *optional*): as its field.
+        chat_template_kwargs (`dict`, *optional*): as its field, for the prompts.
 
     Raises:
         InputError: a value out of range, no prompts, or a backend that cannot be used here.
@@ -70,6 +74,8 @@ class DiversityCallback(TrainerCallback):
         selection=None,
         best_eval_metric="eval_nll",
         max_candidates=5,
+        hub_include=(),
+        chat_template_kwargs=None,
     ):
         self.settings = MeasurementSettings(
             steps=steps,
@@ -86,6 +92,8 @@ class DiversityCallback(TrainerCallback):
         self.settings.check()
         check_bound("steps", steps, whole=True, at_least=1)
         check_choice("selection", selection, (None, *RULES))
+        check_parts(hub_include, trainer.args.push_to_hub)
+        self.hub_include = hub_include
         self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
         self.trainer, self.stop, self.selection = trainer, stop, selection
         plugin = trainer.accelerator.state.deepspeed_plugin
@@ -99,7 +107,8 @@ class DiversityCallback(TrainerCallback):
         rows = held_out_rows(prompts)
         if any(row.get(name) is not None for row in rows for name in ("image", "images")):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
-        self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []))
+        check_rendered(rows, trainer.processing_class, field="the held-out prompts", defaults=chat_template_kwargs)
+        self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []), chat_template_kwargs)
         self.rows = self.measurement.rows  # those that are measured
         self.stopped = False  # at the turning point
         self.seconds = 0.0  # wall time spent measuring
@@ -122,19 +131,23 @@ class DiversityCallback(TrainerCallback):
         if state.global_step == 0:
             self._measure(state.global_step)  # drops old files once the rewards have proved to work
         elif args.should_save:
-            self._forget_after(state.global_step)
+            forget_after(args.output_dir, state.global_step)
+        if args.should_save:
+            write_record(self.trainer, self.rule)
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the files of a former run in this folder behind `step`: they would be taken for this run's."""
-        path = self._folder / files.DIVERSITY
-        rows = files.read_jsonl(path) if path.exists() and step > 0 else []
-        files.write_jsonl(path, [row for row in rows if row["step"] <= step])
-        (self._folder / files.SELECTION).unlink(missing_ok=True)
-        (self._folder / files.READINESS).unlink(missing_ok=True)
-        for samples in (self._folder / files.SAMPLES).glob("step-*.jsonl"):
-            if int(samples.stem.removeprefix("step-")) > step:
-                samples.unlink()
-        self.candidates.forget_after(step)
+    @property
+    def rule(self) -> dict:
+        """What a selection goes by, as run.json names it."""
+        return {
+            "selection": self.selection,
+            "diversity_metric": self.settings.metric,
+            "diversity_patience": self.settings.patience,
+            "best_eval_metric": self.candidates.best_eval_metric,
+        }
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        """Upload the parts that `hub_include` names."""
+        push_parts(self.trainer, self.hub_include)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Measure where a measurement is due, keep a candidate, and stop at the turning point if asked to."""
@@ -157,11 +170,11 @@ class DiversityCallback(TrainerCallback):
         )
         if self.selection is None or not self.candidates.folder.exists():
             return
-        save_log(trainer)  # select_run reads log_history from the file
+        write_log(trainer)  # select_run reads log_history from the file
         if self.selection == "readiness":  # the candidates are probed by a process of its own, once this one is gone
             trainer.accelerator.print(
-                f"aesl_trl: candidates kept for selection by readiness: aesl probe {args.output_dir} --config FILE, then "
-                f"aesl select {args.output_dir} (aesl chain does both)"
+                "aesl_trl: candidates kept for selection by readiness: "
+                f"aesl probe {args.output_dir} --config FILE, then aesl select {args.output_dir} (or aesl chain)"
             )
         elif args.should_save:
             chosen = select_run(
@@ -171,7 +184,7 @@ class DiversityCallback(TrainerCallback):
                 patience=self.settings.patience,
                 best_eval_metric=self.candidates.best_eval_metric,
             )
-            print(f"aesl_trl: selected step {chosen['step']} ({chosen['reason']})")
+            print(f"aesl_trl: selected step {chosen['step']} ({chosen['reason']}); weights in {chosen['weights']}")
         trainer.accelerator.wait_for_everyone()
 
     def _measure(self, step: int) -> list[dict]:
@@ -192,10 +205,13 @@ class DiversityCallback(TrainerCallback):
     def _write(self, row: dict, groups: list | None, start: float) -> list[dict]:
         """Write the row and its samples, and return the rows so far; the measurement began at `start`."""
         if row["step"] == 0:
-            files.renew_own_folder(self.trainer.args.output_dir)
-            self._forget_after(0)
+            forget_after(self.trainer.args.output_dir, 0)
         if groups is not None:
-            samples = [{"prompt_index": index, **asdict(group)} for index, group in enumerate(groups)]
+            columns = [template_columns(row, self.measurement.sampling.chat_template_kwargs) for row in self.rows]
+            samples = [
+                {"prompt_index": index, **asdict(group), **own}
+                for index, (group, own) in enumerate(zip(groups, columns, strict=True))
+            ]
             files.write_jsonl(self._folder / files.SAMPLES / f"step-{row['step']}.jsonl", samples)
         now = time.perf_counter()
         row["seconds"] = now - start
@@ -222,16 +238,14 @@ def held_out_rows(prompts, num: int | None = None) -> list[dict]:
     return prompt_rows(prompts, num, field="diversity_prompts")
 
 
-def save_log(trainer) -> None:
-    """Write Trainer's state, which holds the log, to our own part of its folder."""
-    if trainer.is_world_process_zero():
-        path = files.own_folder(trainer.args.output_dir) / files.TRAINER_STATE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trainer.state.save_to_json(str(path))
+def monitor_of(trainer) -> DiversityCallback | None:
+    """Return the trainer's DiversityCallback, whoever added it, and of several the one that selects."""
+    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, DiversityCallback)]
+    return min(found, key=lambda each: each.selection is None, default=None)
 
 
 class RunCallback(TrainerCallback):
-    """Writes `run.json`, the description of the run, before the first step, and Trainer's own state after the last."""
+    """Writes run.json before the first step, and Trainer's log after the last."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -241,39 +255,21 @@ class RunCallback(TrainerCallback):
             self.trainer._total_train_tokens = state.num_input_tokens_seen
         if not args.should_save:
             return
-        if state.global_step == 0:
-            files.renew_own_folder(args.output_dir)
+        monitor = monitor_of(self.trainer)
+        if state.global_step == 0 and monitor is None:  # a monitor does so at its first measurement
+            forget_after(args.output_dir, 0)
         positions = files.own_folder(args.output_dir) / files.POSITIONS
         rows = files.read_jsonl(positions) if positions.exists() and state.global_step > 0 else []
         files.write_jsonl(positions, [row for row in rows if row["step"] <= state.global_step])
-        config = self.trainer.model.config
-        model, quantization = getattr(config, "_name_or_path", None), getattr(config, "quantization_config", None)
-        names = ["t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience"]
-        names += ["best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields]
-        described = {
-            "stage": "sft",
-            "cold_start_loss": args.cold_start_loss,
-            **{name: getattr(args, name) for name in names},
-            "selection": args.selection_rule if args.diversity_steps else None,
-            # A hub name stays; a local folder is named relative to the run, so that the record can move with it
-            "model": os.path.relpath(model, args.output_dir) if model and os.path.isdir(model) else model,
-            # The handoff merges into, or continues on, a base that is quantized as it was in training
-            "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
-            "model_type": config.model_type,
-            "seed": args.seed,
-            "num_processes": self.trainer.accelerator.num_processes,
-            "max_steps": state.max_steps,
-            "learning_rate": args.learning_rate,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "versions": package_versions(),
-        }
-        files.write_json(files.own_folder(args.output_dir) / files.RUN, described)
+        write_record(self.trainer, monitor and monitor.rule)
 
     def on_step_end(self, args, state, control, **kwargs):
         # TRL's count of tokens would restart on resume; Trainer saves its own, which is unused unless asked for
         if args.include_num_input_tokens_seen == "no":
             state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
 
+    def on_push_begin(self, args, state, control, **kwargs):
+        push_parts(self.trainer, args.hub_include)
+
     def on_train_end(self, args, state, control, **kwargs):
-        save_log(self.trainer)
+        write_log(self.trainer)

@@ -41,14 +41,6 @@ class Candidates:
                 shutil.rmtree(saved[dropped])
         self.trainer.accelerator.wait_for_everyone()
 
-    def forget_after(self, step: int) -> None:
-        """Drop the candidates of a former run in this folder that lie behind `step`, all of them at step 0."""
-        for candidate, path in _steps(self.folder).items():
-            if step == 0 or candidate > step:
-                shutil.rmtree(path)
-        for unfinished in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(unfinished)
-
     def _worth_keeping(self, saved: list[int], step: int, series: list[dict]) -> set[int]:
         """Return the last step, the best step by evaluation, and then the most diverse steps."""
         kept = {step}
@@ -64,6 +56,15 @@ class Candidates:
         others = [candidate for candidate in saved if candidate in diversity and candidate not in kept]
         others.sort(key=diversity.get, reverse=METRICS[self.metric] == "max")
         return kept.union(others[: self.max_candidates - len(kept)])
+
+
+def forget_candidates(folder: Path, step: int) -> None:
+    """Drop the candidates of a former run in this folder that lie behind `step`, all of them at step 0."""
+    for candidate, path in _steps(folder).items():
+        if step == 0 or candidate > step:
+            shutil.rmtree(path)
+    for unfinished in folder.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
 
 
 def _steps(folder: Path) -> dict[int, Path]:

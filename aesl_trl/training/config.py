@@ -10,6 +10,7 @@ from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
 from ..values import check_bounds, option
+from .hub import PARTS, check_parts
 from .measurement import MeasurementSettings, fit
 
 
@@ -81,9 +82,18 @@ class AESLSFTConfig(SFTConfig):
             readiness it is made in the chain, or by `aesl probe` and `aesl select` afterwards.
         best_eval_metric: metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on
             the diversity prompts.
+        packing_unverified: allow packing and padding_free, with a warning, where a small copy of the model cannot be
+            made or run (code of its own, say), and so cannot show that the documents of a row do not see each other.
         max_candidates: weights-only candidates kept on disk at a time; the last measurement and the best evaluation
             are always among them.
+        chat_template_kwargs: keywords for the chat template, as the field of this name in GRPOConfig, for the rows that
+            are trained and for the diversity prompts. Those of a row's column of this name come before them.
+        hub_include: parts of the run that `push_to_hub` uploads beside the model, to `_aesl` in its repository:
+            `"selected"`, `"selection"`, `"candidates"`, `"samples"`, `"diversity"`, `"positions"`, `"run"`, `"log"`.
+            By default none of them leaves this machine.
     """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     # TOKEN_RULES itself, no copy: a loss of a user's own may join it before the config is made
     cold_start_loss: str = option("aesl", "Loss of the cold start.", choices=TOKEN_RULES)
@@ -122,7 +132,15 @@ class AESLSFTConfig(SFTConfig):
     stop_at_turning_point: bool = option(False, "End the training once the turning point is confirmed.")
     selection: str | None = option(None, "Checkpoint for RL. Default: turning_point, for aesl last.", choices=RULES)
     best_eval_metric: str = option("eval_nll", "Metric by which selection best_eval chooses.", choices=EVAL_METRICS)
+    packing_unverified: bool = option(
+        False, "Allow packing and padding_free where no probe can show that documents do not see each other."
+    )
     max_candidates: int = option(5, "Weights-only candidates kept on disk at a time.")
+    hub_include: list[str] = option([], f"Parts of the run that push_to_hub uploads too: {', '.join(PARTS)}.")
+
+    chat_template_kwargs: dict | str | None = option(
+        None, "Keywords for the chat template, as GRPOConfig's, e.g. {\"enable_thinking\": false}."
+    )
 
     def __post_init__(self):
         if self.loss_type not in ("nll", "chunked_nll"):
@@ -131,6 +149,7 @@ class AESLSFTConfig(SFTConfig):
                 f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
             )
         check_bounds(self, bounds=BOUNDS)
+        check_parts(self.hub_include, self.push_to_hub)
         self.measurement.check("diversity_")
         self._check_loss_fields()
         if self.diversity_steps:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -17,16 +18,19 @@ from ..errors import InputError
 from ..losses.old_policy import OLD_LOG_PROBS, OldPolicy
 from ..losses.rules import TOKEN_RULES, TokenRule
 from ..losses.scoring import TokenScores, add_fused_head
+from ..models.peft_settings import check_peft_config, list_as_written, skeleton
 from ..models.positions import num_positions
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import stop_ids
-from .callback import DiversityCallback, RunCallback, held_out_rows
+from .callback import DiversityCallback, RunCallback, held_out_rows, monitor_of
 from .config import AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
+from .packing_probe import architecture_of, check_documents_apart, packed_rows_collator
+from .rows import RowsMixin
 from .token_sums import TokenSums
 
 
-class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
+class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
     """Trains as [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement
     Learning with Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
     [`compute_loss`] differs.
@@ -76,7 +80,13 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
     def __init__(self, model, args=None, *positional, diversity_prompts=None, reward_funcs=None, **kwargs):
         args = _convert_args(args, model)
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
-        _refuse_unsupported(model, args, given.get("compute_loss_func"), given.get("peft_config"))
+        _refuse_unsupported(model, args, given.get("compute_loss_func"))
+        if isinstance(peft_config := given.get("peft_config"), PeftConfig):
+            loading = {"revision": (args.model_init_kwargs or {}).get("revision") or "main"}
+            loading["trust_remote_code"] = args.trust_remote_code
+            network = skeleton(model, **loading) if isinstance(model, str) else model
+            check_peft_config(list_as_written(peft_config), network, prefix="peft_config.")
+        _refuse_rows_that_leak(model, args, given.get("peft_config"), given.get("data_collator"))
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
@@ -100,6 +110,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
                 self,
                 rows,
                 **vars(args.measurement),
+                chat_template_kwargs=args.chat_template_kwargs,
                 reward_funcs=reward_funcs,
                 stop=args.stop_at_turning_point,
                 selection=args.selection_rule,
@@ -211,7 +222,8 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
         config, path = self.args, Path(self.args.output_dir, "README.md")
         if not self.is_world_process_zero() or not path.exists():
             return
-        rule = config.selection_rule if config.diversity_steps else "none (diversity_steps is 0)"
+        monitor, chosen = monitor_of(self), files.read_object(files.own_folder(config.output_dir) / files.SELECTION)
+        rule = chosen.get("rule") or (monitor.selection if monitor else "none (diversity_steps is 0)")
         lines = [
             path.read_text(encoding="utf-8").rstrip("\n"),
             "",
@@ -224,9 +236,7 @@ class AESLSFTTrainer(FiniteStepsMixin, SFTTrainer):
             *(f"- {name}: {getattr(config, name)}" for name in TOKEN_RULES[config.cold_start_loss].fields),
             f"- selection: {rule}",
         ]
-        selection = files.own_folder(config.output_dir) / files.SELECTION
-        if selection.exists():
-            chosen = files.read_json(selection)
+        if chosen:
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -251,7 +261,22 @@ def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:
     return AESLSFTConfig(**values)
 
 
-def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_config) -> None:
+def _refuse_rows_that_leak(model, args: AESLSFTConfig, peft_config, collator) -> None:
+    """Refuse to put several documents into a row where they would see each other."""
+    packs = args.packing and args.packing_strategy != "wrapped"  # wrapped rows have no borders, and promise none
+    if packs or args.padding_free:
+        if not isinstance(model, str) and is_peft_model(model):
+            peft_config = model.active_peft_config
+        check_documents_apart(
+            architecture_of(model, args, peft_config),
+            packed_rows_collator(args) if collator is None else collator,
+            args.device,
+            setting="packing" if packs else "padding_free",
+            unverified=args.packing_unverified,
+        )
+
+
+def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func) -> None:
     """Refuse settings that would train with another loss than the one asked for, or with none."""
     _refuse_parallelism(args.parallelism_config)
     if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -260,7 +285,7 @@ def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_conf
         raise InputError("compute_loss_func would replace the cold-start loss: override compute_loss in a subclass")
     if value := args.label_smoothing_factor:
         raise InputError(f"label_smoothing_factor is {value}, but label smoothing is not supported: leave it at 0")
-    if args.eval_packing and not args.packing:
+    if args.eval_packing and not (args.packing or args.padding_free):
         # TRL's collator then builds a full attention mask, and the packed documents see each other
         raise InputError(
             "eval_packing=True with packing=False loses the borders of the packed sequences: leave eval_packing unset"
@@ -269,14 +294,6 @@ def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func, peft_conf
         raise InputError(
             "packing_strategy is 'wrapped', which loses the borders of the sequences that AESL averages over: "
             "use 'bfd' or 'bfd_split'"
-        )
-    if not isinstance(model, str) and is_peft_model(model):
-        peft_config = model.active_peft_config
-    if getattr(peft_config, "is_prompt_learning", False) and (args.packing or args.padding_free):
-        name = "packing" if args.packing else "padding_free"
-        raise InputError(
-            f"{name}=True with prompt learning ({peft_config.peft_type.value}) leaks between the documents of a row: "
-            f"set {name}=False"
         )
 
 

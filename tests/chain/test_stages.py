@@ -63,7 +63,7 @@ def test_probe_with_settings_of_its_own(project, tmp_path):
         assert stage.command[at - 1 : at + 3] == ["-m", "aesl_trl.cli", "probe", str(start)]
         assert flags_of(stage)["--config"] == str(tmp_path / "probe.yaml")
         assert (stage.config, stage.accelerate_config) == (str(tmp_path / "probe.yaml"), str(tmp_path / "cpu.yaml"))
-    assert build_candidates(chain).output == chain.sft_dir / "readiness.json"
+    assert build_candidates(chain).output == chain.sft_dir / files.OWN / "readiness.json"
 
 
 def test_who_selects_by_readiness(project, tmp_path):

@@ -128,7 +128,8 @@ def test_other_spellings_and_old_records_run_no_cell_again(project, fakes, tmp_p
     run(path, "--table_only")
     assert result(fakes)["cells"][0]["outdated"] is False
     assert run(path) == 0 and started(fakes) == before
-    renewed = [*files.read_json(home / files.CHAIN)["stages"].values(), files.read_json(chain.sft_dir / files.OWN / files.STAGE)]
+    sft = files.read_json(chain.sft_dir / files.OWN / files.STAGE)
+    renewed = [*files.read_json(home / files.CHAIN)["stages"].values(), sft]
     assert all("settings" in stage and stage["inputs"] != previous for stage in renewed)
 
 

@@ -387,7 +387,8 @@ def test_a_server_that_goes_is_a_gap_and_the_training_goes_on(
     rows = files.read_jsonl(tmp_path / files.OWN / files.DIVERSITY)
     assert [row.get("gap") for row in rows] == [None, "ConnectionError: Connection refused", None]
     assert rows[1]["entropy"] is None and rows[1]["self_bleu"] is None and "by_prompt" not in rows[1]
-    assert sorted(path.name for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()) == ["step-0.jsonl", "step-4.jsonl"]
+    samples = tmp_path / files.OWN / files.SAMPLES
+    assert sorted(path.name for path in samples.iterdir()) == ["step-0.jsonl", "step-4.jsonl"]
     assert files.read_json(tmp_path / files.OWN / files.SELECTION)["step"] == 4
     out = capsys.readouterr().out
     assert out.count("step 2 is a gap in diversity.jsonl: ConnectionError: Connection refused") == 1

@@ -64,7 +64,8 @@ def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenize
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(runs[1]).items())
     figures = [[row for row in run.state.log_history if "loss" in row] for run in runs]
     assert figures[0] == figures[1] and len(figures[0]) == 4
-    assert (tmp_path / "0" / files.OWN / files.POSITIONS).read_text() == (tmp_path / "1" / files.OWN / files.POSITIONS).read_text()
+    first, second = (tmp_path / name / files.OWN / files.POSITIONS for name in ("0", "1"))
+    assert first.read_text() == second.read_text()
 
 
 # ---- What it writes
@@ -278,7 +279,8 @@ def test_without_a_rule_nothing_is_saved(tokenizer, tmp_path):
     trainer.add_callback(DiversityCallback(trainer, PROMPTS, steps=2, samples=2, max_new_tokens=4))
     trainer.train()
     assert len(series(tmp_path)) == 3
-    assert not (tmp_path / files.OWN / files.CANDIDATES).exists() and not (tmp_path / files.OWN / files.SELECTION).exists()
+    own = tmp_path / files.OWN
+    assert not (own / files.CANDIDATES).exists() and not (own / files.SELECTION).exists()
 
 
 def test_lora(tokenizer, tmp_path, tiny_model_dir):
@@ -323,7 +325,8 @@ def test_goes_on_without_stop(tokenizer, tmp_path, monkeypatch):
 def test_by_readiness_the_selection_is_left_to_the_probe(tokenizer, tmp_path, capsys):
     files.write_json(tmp_path / files.OWN / files.READINESS, {"checkpoints": []})  # a former run's, in the same folder
     monitored_trainer(tokenizer, tmp_path, selection="readiness").train()
-    assert not (tmp_path / files.OWN / files.SELECTION).exists() and not (tmp_path / files.OWN / files.READINESS).exists()
+    own = tmp_path / files.OWN
+    assert not (own / files.SELECTION).exists() and not (own / files.READINESS).exists()
     assert {path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()} == {"step-2", "step-4"}
     assert f"aesl probe {tmp_path} --config FILE, then aesl select {tmp_path}" in capsys.readouterr().out
 
@@ -333,10 +336,11 @@ def test_selected_weights_load_and_are_those_of_their_step(tokenizer, tmp_path):
     trainer.train()
     chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)
     assert chosen["step"] == 4 and chosen["rule"] == chosen["applied"] == "last" and chosen["candidates"] == [2, 4]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / chosen["path"])
+    selected = tmp_path / files.OWN / chosen["path"]
+    loaded = AutoModelForCausalLM.from_pretrained(selected)
     assert all(torch.equal(weight, trained_weights(trainer)[name]) for name, weight in loaded.named_parameters())
-    assert AutoTokenizer.from_pretrained(tmp_path / files.OWN / files.SELECTED).chat_template == tokenizer.chat_template
-    names = {path.name for path in (tmp_path / files.OWN / files.SELECTED).iterdir()}
+    assert AutoTokenizer.from_pretrained(selected).chat_template == tokenizer.chat_template
+    names = {path.name for path in selected.iterdir()}
     assert not names & {"training_args.bin", "optimizer.pt", "scheduler.pt"}
     trainer.create_model_card()
     assert "selected step: 4" in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -347,9 +351,10 @@ def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
     monitored_trainer(tokenizer, tmp_path, max_steps=6, diversity_steps=3).train()
     (tmp_path / files.OWN / files.CANDIDATES / ".step-5.tmp").mkdir()
     monitored_trainer(tokenizer, tmp_path, max_steps=4).train()
-    assert sorted(path.name for path in (tmp_path / files.OWN / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
-    assert sorted(path.name for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
-    assert files.read_json(tmp_path / files.OWN / files.SELECTION)["candidates"] == [2, 4]
+    own = tmp_path / files.OWN
+    assert sorted(path.name for path in (own / files.CANDIDATES).iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (own / files.SAMPLES).iterdir()) == [f"step-{n}.jsonl" for n in (0, 2, 4)]
+    assert files.read_json(own / files.SELECTION)["candidates"] == [2, 4]
 
 
 def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):

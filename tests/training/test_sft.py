@@ -67,7 +67,8 @@ def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
     series = files.read_jsonl(out / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in series] == [0, 2, 4]
     assert all(0 <= row["pass@1"] <= 1 for row in series)
-    assert {path.name for path in (out / files.OWN / files.SAMPLES).iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
+    samples = out / files.OWN / files.SAMPLES
+    assert {path.name for path in samples.iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
     selection = files.read_json(out / files.OWN / files.SELECTION)
     assert (selection["rule"], selection["step"]) == ("last", 4)
     assert (out / selection["path"] / "model.safetensors").exists()

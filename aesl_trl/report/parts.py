@@ -15,6 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from ..diversity.intervals import with_interval
+from ..errors import visible
 
 
 # Variable of the page -> (light, dark): Okabe and Ito's hues, darkened or lightened until text in them is legible.
@@ -119,15 +120,9 @@ def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: i
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-# Control characters and lone surrogates, and marks that turn the direction of a text, would change how the page reads
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-VISIBLE |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
-VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
-
-
 def clip(text: str, limit: int) -> tuple[str, int]:
     """Return the first `limit` characters, control characters made visible, and how many characters are left out."""
-    return text[:limit].translate(VISIBLE), max(0, len(text) - limit)
+    return visible(text[:limit]), max(0, len(text) - limit)
 
 
 def shorten(name: str, width: int = 24) -> str:

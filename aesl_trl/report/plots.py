@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,6 +78,9 @@ TITLES = {
 }
 
 
+MAX_POINTS = 2000  # of a curve: a panel is some 500 pixels wide
+
+
 @dataclass
 class Curve:
     """A figure over steps, a line for each seed. Two arms share it where one SFT run served two selections."""
@@ -92,9 +95,11 @@ class Curve:
         shared = [words[0] for words in zip(*names, strict=False) if len(set(words)) == 1]
         return " ".join(shared) if shared else ", ".join(arm.label for arm in self.arms)
 
-    @property
+    @cached_property
     def mean(self) -> tuple[list[int], list[float]]:
         """Mean over the seeds at the steps that all of them have; the first seed where they share no step."""
+        if len(self.seeds) == 1:
+            return self.seeds[0]
         by_step = [dict(zip(*seed, strict=True)) for seed in self.seeds]
         steps = sorted(set.intersection(*map(set, by_step)))
         if not steps:
@@ -108,12 +113,19 @@ def curves(arms: list[Arm], rows: str, key: str) -> list[Curve]:
     for arm in arms:
         seeds = [series(getattr(run, rows), key) for run in arm.runs]
         seeds = [(steps, values) for steps, values in seeds if np.isfinite(values).any()]
-        same = next((curve for curve in found if repr(curve.seeds) == repr(seeds)), None)
+        same = next((curve for curve in found if _are_equal(curve.seeds, seeds)), None)
         if same:
             same.arms.append(arm)
         elif seeds:
             found.append(Curve([arm], seeds))
     return found
+
+
+def _are_equal(one: list[tuple], other: list[tuple]) -> bool:
+    """Say whether two arms' seeds have the same steps and values, a gap (nan) being like a gap."""
+    if [len(steps) for steps, _ in one] != [len(steps) for steps, _ in other]:
+        return False
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
 
 
 def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | None = None, k: int = 1) -> list[Panel]:
@@ -149,11 +161,11 @@ def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | Non
     faint = {"color": colour, "linewidth": 0.8, "alpha": 0.3, "zorder": 2}
     if len(curve.seeds) > 1:
         for seed in curve.seeds:
-            ax.plot(seed[0], running_mean(seed[1]), **faint)
+            ax.plot(*thinned(seed[0], running_mean(seed[1])), **faint)
     elif not behind:
-        ax.plot(steps, values, **faint)
+        ax.plot(*thinned(steps, values), **faint)
     dashed = {"linewidth": 1.6, "linestyle": (0, (3.2, 1.4)), "zorder": 2.5}
-    ax.plot(steps, smooth, color=colour, **(dashed if behind else {"linewidth": 2.2, "zorder": 3}))
+    ax.plot(*thinned(steps, smooth), color=colour, **(dashed if behind else {"linewidth": 2.2, "zorder": 3}))
     known = [(step, value) for step, value in zip(steps, smooth, strict=True) if math.isfinite(value)]
     for arm in curve.arms if marked else ():
         if (step := arm.runs[0].selection.get("step")) is not None:
@@ -165,11 +177,28 @@ def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | Non
 
 def running_mean(values: list[float]) -> list[float]:
     """Return a centred mean over about a fifteenth of the values; `values` itself when there are few."""
-    half = len(values) // 30
+    half, given = len(values) // 30, np.array(values)
     if half < 1:
         return values
-    windows = [np.array(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else math.nan for w in windows]
+    known = np.isfinite(given)
+    sums, counts = (np.concatenate([[0], np.cumsum(part)]) for part in (np.where(known, given, 0.0), known))
+    places = np.arange(len(values))
+    first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    number = counts[end] - counts[first]
+    return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), math.nan).tolist()
+
+
+def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Return at most [`MAX_POINTS`] points of a curve: the lowest and the highest of each stretch, and both ends."""
+    if len(values) <= MAX_POINTS:
+        return steps, values
+    given, kept = np.array(values), [0, len(values) - 1]
+    for stretch in np.array_split(np.arange(len(values)), MAX_POINTS // 2 - 1):
+        part = given[stretch]
+        some = np.isfinite(part).any()
+        kept += [stretch[np.nanargmin(part)], stretch[np.nanargmax(part)]] if some else [stretch[0]]
+    places = np.unique(kept)
+    return [steps[place] for place in places], given[places].tolist()
 
 
 def _step_axis(ax: Axes, last: float, turning_point: int | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..arguments import ArgumentParser
-from ..errors import exit_on_input_error
+from ..errors import exit_on_input_error, tell, visible
 from ..files import REPORT, RunFolder, write_bytes
 from .headline import story, warnings
 from .parts import PALETTE, Section, Table, markdown_table, png, svg
@@ -30,7 +30,7 @@ def _report(argv: list[str] | None) -> None:
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: the first RUN)")
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(argv)
-    print(write_report(given.runs, given.compare, output=given.output, title=given.title))
+    tell(str(write_report(given.runs, given.compare, output=given.output, title=given.title)))
 
 
 def write_report(
@@ -53,8 +53,8 @@ def write_report(
     for section in sections:
         if section.panels:
             write_bytes(folder / f"report_{section.id}.png", png(section.panels))
-    write_bytes(folder / "report.md", _markdown(title, arms, sections).encode("utf-8", "replace"))
-    write_bytes(folder / REPORT, _html(title, arms, sections).encode("utf-8", "replace"))
+    write_bytes(folder / "report.md", visible(_markdown(title, arms, sections)).encode())
+    write_bytes(folder / REPORT, visible(_html(title, arms, sections)).encode())
     return folder / REPORT
 
 

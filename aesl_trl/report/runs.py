@@ -16,7 +16,7 @@ from .. import files
 from ..diversity.figures import Group
 from ..diversity.series import by_step, turning_point_of
 from ..diversity.turning_point import Selection
-from ..errors import InputError
+from ..errors import InputError, visible
 
 
 # What the chapters rely on in each file: keys -> kinds. A plain key must be there; a pattern stands for keys that
@@ -198,7 +198,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return self.name.replace("_", " ")
+        return visible(self.name).replace("_", " ")
 
 
 def read_arms(runs: Iterable[str | Path], compare: Iterable[str | Path] = ()) -> list[Arm]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, in_one_line
 from .rows import nearest_column
+from .sharegpt import CONVERSATIONS, row_as_messages
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# The columns that make a demonstration, in the order in which TRL looks for them; `conversations` is from/value.
-DEMONSTRATIONS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
+# The columns that make a demonstration, in the order in which TRL looks for them.
+DEMONSTRATIONS = (("input_ids",), ("prompt", "completion"), ("messages",), (CONVERSATIONS,))
 STREAMED_ROWS = 64  # rows of a streaming dataset that are checked before training
 MAX_CHARACTERS = 2**22  # of one row: about a million tokens, longer than any context, take minutes to tokenize
 
@@ -33,6 +34,8 @@ def check_demonstrations(
     kind = next((columns for columns in kinds if all(column in first for column in columns)), None)
     if kind is None:
         raise InputError(f"{field} has no demonstrations: {_missing_columns(first, kinds)}")
+    if kind == (CONVERSATIONS,):
+        rows, kind = [row_as_messages(row, number, field) for number, row in enumerate(rows)], ("messages",)
     # TRL checks rows of token ids: it drops those without a trained token, and `check_trainable` sees the others.
     if kind != ("input_ids",):
         for number, row in enumerate(only_columns(rows, kind)):
@@ -63,38 +66,14 @@ def prompt_column(row: dict) -> str | None:
     return next((name for name in ("prompt", "messages") if name in row), None)
 
 
-def check_trainable(
-    dataset: Any, max_length: int | None, *, num_embeddings: int | None = None, field: str = "dataset_name"
-) -> None:
-    """Refuse a dataset, as TRL prepared it, in which no token is trained: `max_length` cut off every completion.
-
-    Refuse it too when the model has no embedding for one of its tokens: on a GPU a kernel's assertion would end the
-    run. A streaming dataset, or a dataset without `labels` (images), passes unchecked.
-    """
-    import pyarrow.compute
-
-    if not hasattr(dataset, "__len__") or (len(dataset) and "labels" not in dataset.column_names):
-        return
-    # Nothing predicts the first token of a row
-    if not any(label != -100 for row in dataset for label in row["labels"][1:]):
-        cause = f"max_length={max_length}: raise it, or set it to null" if max_length else "the masks of its rows"
-        raise InputError(f"{field} has nothing to learn: every row lost its completion to {cause}")
-    if num_embeddings is not None and "input_ids" in dataset.column_names:
-        batches = (batch["input_ids"] for batch in dataset.with_format("arrow").iter(1000))
-        highest = max(pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0 for ids in batches)
-        if highest >= num_embeddings:
-            raise InputError(
-                f"{field} has token {highest}, and the model {num_embeddings} embeddings: its tokenizer is another "
-                "model's, or was enlarged without model.resize_token_embeddings"
-            )
-
-
 def peek(dataset: Any, field: str) -> tuple[dict, Iterable[dict]]:
     """Return the first row, and the rows to check: all of them, or the first [`STREAMED_ROWS`] of a stream."""
     streaming = not hasattr(dataset, "__len__")
     try:
         rows = list(islice(dataset, STREAMED_ROWS)) if streaming else dataset
         first = next(iter(rows), None)
+    except InputError:
+        raise
     except (ValueError, OSError, UnicodeError) as error:
         raise InputError(f"{field} cannot be read: {in_one_line(error)}") from error
     if first is None:
@@ -123,9 +102,6 @@ def _demonstration_problem(row: dict, kind: tuple[str, ...]) -> str:
     value = row[column]
     if column == "messages":
         return _messages_problem(value, column)
-    if column == "conversations":
-        has_turns = isinstance(value, list) and value
-        return "" if has_turns else f"{column} is {_named_kind(value)}; it must be a list of messages"
     return _text_problem(value, column)
 
 

@@ -36,6 +36,8 @@ class Group:
             temperature 1. For samples drawn at temperature 1 its mean is the entropy.
         eos_prob: probability of ending where the answer is complete: that of the stop tokens at the position where the
             sample ended by itself, for a truncated sample the largest over its positions; None where unknown.
+        token_ids: tokens sampled, the end token included, from which `completions` were decoded. None where they were
+            not kept: in files of older runs, and in evaluations, whose samples are many.
     """
 
     prompt: str | list[dict]
@@ -46,6 +48,7 @@ class Group:
     rewards: list[list[float]] | None = None
     neg_log_prob: list[float] | None = None
     eos_prob: list[float | None] | None = None
+    token_ids: list[list[int]] | None = None
 
     @classmethod
     def from_row(cls, row: dict, where: str, needs: Collection[str] = ("prompt",)) -> "Group":

@@ -16,6 +16,7 @@ from .series import nearest_step, turning_point_of
 
 
 READY, COLLAPSED, NOT_ABLE, NEVER_STOPS, SOLVED = "ready", "collapsed", "not yet able", "never stops", "solved"
+UNREWARDED = "not rewarded"
 
 # Own-sample entropy in nats per token at temperature 1 below which SFT checkpoints were flagged (arXiv 2606.18487, two
 # code models of 3B and 6.7B). It says how spread the tokens are, not whether the rewards differ, and one of the two
@@ -120,23 +121,30 @@ class Verdict:
             NOT_ABLE: "more SFT",
             NEVER_STOPS: "fix eos",
             SOLVED: "harder prompts",
+            UNREWARDED: "change the reward or the template",
         }
         return f"{self.name}: {advice[self.name]}" if self.name in advice else self.name
 
 
 def judge(
-    figures: dict, ends: dict, *, group_size: int, history: History | None = None, temperature: float = 1.0
+    figures: dict,
+    ends: dict,
+    *,
+    group_size: int,
+    history: History | None = None,
+    temperature: float = 1.0,
+    unearnable: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict on a checkpoint's figures.
 
     In this order: "never stops" where at least half of the samples were cut off; "ready" where at least a tenth of the
-    groups differ in reward; and without that signal "solved" where pass@1 is above `1 - p*`, "collapsed" where it is
-    above p* (the prompts are split into always right and always wrong ones) or where an earlier step of the run had
-    signal, else "not yet able".
+    groups differ in reward; and without that signal "not rewarded" where a reward cannot be earned, "solved" where
+    pass@1 is above `1 - p*`, "collapsed" where it is above p* (the prompts are split into always right and always
+    wrong ones) or where an earlier step of the run had signal, else "not yet able".
 
     `figures` and `ends` are those of [`figures_of`], where None stands for unknown; `group_size` is the number of
     samples of a prompt, and `temperature` theirs (the entropy flag is for temperature 1). `history` is the run that
-    the checkpoint belongs to, if any.
+    the checkpoint belongs to, if any. `unearnable` says why rewards cannot be earned, whatever the model samples.
     """
     shown = {key: with_interval(figures.get(key), ends.get(key)) for key in figures}
     if figures["truncated"] >= MAX_TRUNCATED:
@@ -152,6 +160,8 @@ def judge(
     if (figures["signal"] or 0.0) >= MIN_SIGNAL:
         return Verdict(READY, [f"{signal}; {MIN_SIGNAL:g} or more is enough to learn from", *cautions])
     reasons = [f"{signal}, less than {MIN_SIGNAL:g}: the advantages of the others are zero"]
+    if unearnable:
+        return Verdict(UNREWARDED, [*reasons, *unearnable, *cautions])
     rate, least = figures.get("pass@1"), critical_rate(group_size)
     if is_number(rate) and rate > 1 - least:
         return Verdict(SOLVED, [*reasons, f"pass@1 {rate:.2f} leaves nothing to learn on these prompts", *cautions])
@@ -221,11 +231,13 @@ def entry(
     temperature: float = 1.0,
     step: int | None = None,
     history: History | None = None,
+    unearnable: Sequence[str] = (),
 ) -> dict:
     """Return the entry of one checkpoint in readiness.json, its `rl` left None."""
     figures, ends = figures_of(groups, success_threshold=success_threshold, reward_weights=reward_weights)
     size = max(len(group.completions) for group in groups)
-    verdict = judge(figures, ends, group_size=size, history=history, temperature=temperature)
+    how = {"group_size": size, "temperature": temperature}
+    verdict = judge(figures, ends, **how, history=history, unearnable=unearnable)
     return {
         "name": name,
         "step": step,

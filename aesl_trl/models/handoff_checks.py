@@ -6,7 +6,7 @@ import torch
 
 from ..errors import InputError
 from .source import Source
-from .tokens import CONVERSATION, Stops, left_pad, prompt_ids
+from .tokens import CONVERSATION, Stops, left_pad, row_prompt_ids, tokenizer_of
 
 
 # Largest difference in log-prob (nats) between a folder and its exact copy.
@@ -22,18 +22,30 @@ OWN_SAMPLES_LIMIT = 1.0
 MAX_PROMPTS, SAMPLES_PER_PROMPT, MAX_SCORED, MAX_LENGTH = 8, 4, 16, 2048
 
 
-def encode(tokenizer, samples: list[dict]) -> list[tuple[list[int], int]]:
+def recorded(row: dict) -> list[list[int]] | list[str]:
+    """Return the samples of a prompt: the tokens that were drawn, or the texts that are not blank in an older file.
+
+    A text is not what was drawn: special tokens are missing in it, and its tokens may have been others.
+    """
+    return row.get("token_ids") or [text for text in row["completions"] if text.strip()]
+
+
+def encode(processing_class, samples: list[dict], num_embeddings: int) -> list[tuple[list[int], int]]:
     """Return texts to score as (token ids, number of prompt tokens): the run's samples, else a short text."""
-    stride = max(1, sum(len(row["completions"]) for row in samples) // MAX_SCORED)
-    pairs = [(row["prompt"], text) for row in samples for text in row["completions"] if text.strip()]
-    pairs = pairs[::stride][:MAX_SCORED]
+    pairs = [(row, completion) for row in samples for completion in recorded(row)]
+    pairs = pairs[:: max(1, len(pairs) // MAX_SCORED)][:MAX_SCORED]
     if not pairs:
-        chat = (CONVERSATION[:1], CONVERSATION[1]["content"])
-        pairs = [chat if tokenizer.chat_template else ("Count: ", "one two three four")]
+        chat = ({"prompt": CONVERSATION[:1]}, CONVERSATION[1]["content"])
+        pairs = [chat if processing_class.chat_template else ({"prompt": "Count: "}, "one two three four")]
     texts = []
-    for prompt, completion in pairs:
-        before = prompt_ids(tokenizer, prompt)
-        ids = before + tokenizer(completion, add_special_tokens=False)["input_ids"]
+    for row, completion in pairs:
+        before = row_prompt_ids(processing_class, row)
+        ids = completion
+        if isinstance(completion, str):
+            ids = tokenizer_of(processing_class)(completion, add_special_tokens=False)["input_ids"]
+        elif not all(isinstance(index, int) and 0 <= index < num_embeddings for index in ids):
+            raise InputError(f"the run's samples hold a token that is none of the model's {num_embeddings}")
+        ids = before + ids
         texts.append((ids[:MAX_LENGTH], max(1, len(before))))
     return [text for text in texts if len(text[0]) > text[1]]
 
@@ -81,7 +93,7 @@ def check_own_samples(scores: list[torch.Tensor], source: Source) -> dict | None
     complaint, and is refused here.
     """
     rows = [row for row in source.samples if row["comparable"] and row.get("entropy")]
-    if not any(text.strip() for row in rows for text in row["completions"]):
+    if not any(map(recorded, rows)):
         return None  # nothing of empty samples was scored
     pairs = [pair for row in rows for pair in zip(row["entropy"], row["num_tokens"], strict=True)]
     pairs = [(value, tokens) for value, tokens in pairs if value is not None]
@@ -100,9 +112,11 @@ def check_own_samples(scores: list[torch.Tensor], source: Source) -> dict | None
 
 
 @torch.no_grad()
-def check_stops(model, tokenizer, source: Source, stops: Stops) -> dict:
+def check_stops(model, processing_class, source: Source, stops: Stops) -> dict:
     """Sample from the run's prompts with the files as written, and refuse a model none of whose samples stops."""
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in source.samples[:MAX_PROMPTS]]
+    tokenizer = tokenizer_of(processing_class)
+    rows = source.samples[:MAX_PROMPTS]
+    prompts = [row_prompt_ids(processing_class, row) for row in rows]
     if not prompts:
         return {"num": 0, "stopped": 0, "max_new_tokens": source.max_new_tokens}
     ids_NP, mask_NP = left_pad(prompts, stops.pad, model.device)

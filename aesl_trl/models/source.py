@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..diversity.figures import Group
 from ..errors import InputError
 from ..files import (
     CHAIN,
@@ -109,7 +108,10 @@ def _samples(run: RunFolder | None, step: int | None) -> tuple[list[dict], int]:
     figures = next((row for row in run.rows(DIVERSITY) if row.get("step") == measured), {})
     samples = read_rows(files[measured], needs=("prompt", "completions"))
     for number, sample in enumerate(samples, 1):
-        Group.from_row(sample, f"{files[measured]}, row {number}")
+        ids = sample.get("token_ids")
+        if ids is not None and not (isinstance(ids, list) and all(isinstance(each, list) for each in ids)):
+            where = f"{files[measured]}, row {number}"
+            raise InputError(f"{where}: 'token_ids' is not one list of ids for each completion")
         # Entropy is the model's own only at temperature 1 and at its own step.
         sample["comparable"] = measured == step and figures.get("temperature") == 1.0
     return samples, figures.get("max_new_tokens") or DEFAULT_NEW_TOKENS

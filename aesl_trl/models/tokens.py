@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .chat import ChatWriter
+from .chat import ChatWriter, template_kwargs, without_none
 from .folder import CONFIG, GENERATION_CONFIG
 
 
@@ -44,6 +44,11 @@ def prompt_ids(processing_class, prompt: str | list[dict], **kwargs) -> list[int
         prompt, tokenize=False, add_generation_prompt=True, **kwargs
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def row_prompt_ids(processing_class, row: dict, defaults: dict | None = None) -> list[int]:
+    """Encode the prompt of a row with what the row says of its template, and `defaults` where it says nothing."""
+    return prompt_ids(processing_class, without_none(row["prompt"]), **template_kwargs(row, defaults))
 
 
 def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from typing import Any
 from ..arguments import import_function, load_function
 from ..errors import InputError, nearest
 from ..processes import STOP_SIGNALS
-from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders
+from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders, check_grading
 from .maths import math_reward
 
 
@@ -130,7 +130,7 @@ def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *
     A function that gives None for a sample gives nan here, as in TRL. The functions get all completions in one call
     each, by keyword: `prompts`, `completions` (a list of one assistant message where the prompt is a list of messages,
     else text), the columns, `trainer_state`, and `log_extra` and `log_metric` that drop what they are given.
-    `completion_ids` is absent, because saved samples are text.
+    `completion_ids` is absent where the groups do not hold them.
 
     Args:
         groups: [`~aesl_trl.diversity.figures.Group`]s; `groups[i]` was sampled from `rows[i]`.
@@ -150,10 +150,13 @@ def score_groups(groups: list, rows: list[dict], reward_funcs: list[Callable], *
     from transformers import TrainerState
 
     columns = [key for key in rows[0] if key not in NOT_PASSED_ON]
-    check_columns(reward_funcs, columns, where="scoring samples", absent=("completion_ids",))
+    has_ids = all(group.token_ids is not None for group in groups)
+    check_columns(reward_funcs, columns, where="scoring samples", absent=() if has_ids else ("completion_ids",))
     pairs = [(row, text) for group, row in zip(groups, rows, strict=True) for text in group.completions]
     keywords = {key: [row[key] for row, _ in pairs] for key in columns}
     keywords["prompts"] = [row["prompt"] for row, _ in pairs]
+    if has_ids:
+        keywords["completion_ids"] = [ids for group in groups for ids in group.token_ids]
     keywords["completions"] = [
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in pairs
     ]
@@ -249,7 +252,8 @@ def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
         ("trl.rewards", math_reward.__module__)
     ):
         if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
-            raise InputError(f"reward_funcs: {name} needs math-verify; install aesl-trl[math] or math-verify")
+            raise InputError(f"reward_funcs: {name} needs math-verify: pip install math-verify")
+        check_grading(f"reward_funcs: {name}")
         return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)
     inner = _unwrapped(function)
     if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__):  # as TRL decides it

@@ -14,7 +14,7 @@ from ..errors import InputError
 
 OFFLINE_BACKENDS = ("auto", "vllm", "transformers")  # of `aesl eval` and `aesl data`
 TRAINING_BACKENDS = ("auto", "vllm_colocate", "vllm_server", "generate")  # of diversity monitoring
-INSTALL = "pip install 'aesl_trl[vllm]'"
+INSTALL = "pip install 'vllm>=0.31'"
 
 
 @dataclass(frozen=True)

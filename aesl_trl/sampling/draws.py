@@ -16,7 +16,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are sampled. The last four fields are for engines that load a model."""
+    """How completions are sampled. Four fields are for engines that load a model."""
 
     samples: int  # completions of each prompt
     temperature: float  # positive; the recorded figures are at temperature 1 nevertheless
@@ -27,6 +27,7 @@ class SamplingSettings:
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     trust_remote_code: bool = False  # run code that lies beside the model
+    chat_template_kwargs: dict | None = None  # keywords for the chat template; those of a row come before them
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from ..diversity.figures import Group
 from ..models.loading import release_memory
-from ..models.tokens import prompt_ids
+from ..models.tokens import row_prompt_ids
 from .draws import Engine, Piece, SamplingSettings, split_over_ranks
 from .generate import GenerateEngine
 
@@ -69,7 +69,7 @@ def sample_groups(
     engine = engine or GenerateEngine(settings.batch_size)
     piece = piece or Piece(0, len(rows), 0, settings.samples)
     request = split_over_ranks(
-        [prompt_ids(processing_class, row["prompt"]) for row in rows],
+        [row_prompt_ids(processing_class, row, settings.chat_template_kwargs) for row in rows],
         accelerator,
         settings=settings,
         piece=piece,
@@ -97,6 +97,7 @@ def sample_groups(
             entropy=[sample.entropy for sample in samples],
             neg_log_prob=[sample.neg_log_prob for sample in samples],
             eos_prob=[sample.eos_prob for sample in samples],
+            token_ids=[sample.ids for sample in samples],
         )
         groups.append((index, group))
     if accelerator is not None and accelerator.num_processes > 1:

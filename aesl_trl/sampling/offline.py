@@ -7,12 +7,13 @@ sampled by transformers), no data parallelism over processes, and no exact entro
 """
 
 import math
+from dataclasses import replace
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..diversity.figures import Group
 from ..models.folder import ModelFolder
-from ..models.loading import load_model, put_adapter, release_memory
+from ..models.loading import load_model, load_processing_class, put_adapter, release_memory
 from ..models.tokens import stop_ids
 from .draws import Draw, Piece, Request, SamplingSettings, draw_seed
 from .generate import GenerateEngine
@@ -29,9 +30,10 @@ class OfflineEngine:
         self.accelerator = accelerator
 
     def sample(self, rows: list[dict], piece: Piece) -> list[Group]:
-        """Return the groups of `rows`, the problems of `piece`, on every process."""
+        """Return the groups of `rows`, the problems of `piece`, on every process; their token ids are not kept."""
         how = {"engine": self, "piece": piece, "accelerator": self.accelerator}
-        return sample_groups(self.model, self.tokenizer, rows, self.settings, **how)
+        groups = sample_groups(self.model, self.tokenizer, rows, self.settings, **how)
+        return [replace(group, token_ids=None) for group in groups]
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -127,6 +129,6 @@ class OfflineVLLM(OfflineEngine):
 def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
     """Return model and tokenizer at `path`; an adapter comes on the base that it names, with the files beside it."""
     found = ModelFolder.find(path)
-    tokenizer = AutoTokenizer.from_pretrained(found.tokenizer_at, trust_remote_code=trust_remote_code)
+    tokenizer = load_processing_class(found.tokenizer_at, trust_remote_code=trust_remote_code)
     model = load_model(found.config_at, device=device, trust_remote_code=trust_remote_code)
     return put_adapter(model, path, found.base).eval() if found.is_adapter else model, tokenizer

@@ -9,9 +9,11 @@ from accelerate.utils import is_peft_model
 from .. import files
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from ..diversity.selection import METRICS
-from ..diversity.series import base_completions, check_settings
-from ..errors import InputError
+from ..diversity.series import base_completions, check_prompts, check_settings, prompts_digest
+from ..errors import InputError, visible
 from ..losses.scoring import has_fused_head
+from ..models.positions import check_room, num_positions
+from ..models.tokens import row_prompt_ids
 from ..rewards.functions import score_groups
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, choose_backend
 from ..sampling.draws import SamplingFailed, SamplingSettings, failure_on_any_rank
@@ -78,7 +80,7 @@ class Measurement:
     A backend that cannot be used here, and a budget below the smallest measurement, are refused.
     """
 
-    def __init__(self, trainer, rows: list[dict], settings: MeasurementSettings, reward_funcs: list):
+    def __init__(self, trainer, rows: list[dict], settings: MeasurementSettings, reward_funcs: list, template=None):
         self.trainer = trainer
         self.reward_funcs = reward_funcs
         obstacle = _vllm_obstacle(trainer.model, settings.temperature)
@@ -91,8 +93,13 @@ class Measurement:
         self.asked = settings.size(len(rows))
         self.size = size = fit(self.asked, self.token_budget)
         self.rows = rows[: size.num_prompts]
+        if (positions := num_positions(trainer.model)) is not None:
+            prompts = [row_prompt_ids(trainer.processing_class, row, template) for row in self.rows]
+            where = {"field": "diversity_prompts", "setting": "max_new_tokens"}
+            check_room(positions, prompts, settings.max_new_tokens, **where)
         seed = trainer.args.seed
-        self.sampling = SamplingSettings(size.num_samples, settings.temperature, size.max_new_tokens, seed=seed)
+        how = {"seed": seed, "chat_template_kwargs": template}
+        self.sampling = SamplingSettings(size.num_samples, settings.temperature, size.max_new_tokens, **how)
 
     def announce(self) -> None:
         """Say which engine samples, and what the budget has changed."""
@@ -112,6 +119,7 @@ class Measurement:
             "temperature": self.sampling.temperature,
             "max_new_tokens": self.size.max_new_tokens,
             "backend": self.backend,
+            "prompts": prompts_digest(self.rows),
             "seed": self.sampling.seed,
             "token_budget": self.token_budget,
             **({"asked": asdict(self.asked)} if self.asked != self.size else {}),
@@ -123,7 +131,9 @@ class Measurement:
         if self.trainer.args.should_save and step > 0 and path.exists():
             before = [row for row in files.read_jsonl(path) if row["step"] <= step]
             try:
-                check_settings([*before, {"step": step, **self.recorded_settings()}], path)
+                now = self.recorded_settings()
+                check_settings([*before, {"step": step, **now, "prompts": None}], path)
+                check_prompts(folder, step, self.rows)
             except InputError as refused:
                 error = refused
         failure_on_any_rank(error, self.trainer.accelerator)
@@ -154,7 +164,7 @@ class Measurement:
             base = base_completions(folder, [group.prompt for group in groups]) if step > 0 else None
             figures = _figures(groups, base)
         if "gap" in figures:
-            trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {figures['gap']}")
+            trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {visible(figures['gap'])}")
         row = {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
         return row, groups
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from aesl_trl.data.checks import check_demonstrations, check_prompts, check_trainable
+from aesl_trl.data.checks import check_demonstrations, check_prompts
 
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -108,25 +108,3 @@ def test_prompts():
     refused(["row 1", "prompt is empty"], check_prompts, Dataset.from_list([{"prompt": "p"}, {"prompt": ""}]))
 
 
-def test_trainable():
-    check_trainable(Dataset.from_list([{"labels": [-100, -100]}, {"labels": [-100, 5]}]), 2)
-    lost = Dataset.from_list([{"labels": [-100, -100]}, {"labels": [7, -100]}])
-    refused(["every row lost its completion to max_length=2"], check_trainable, lost, 2)
-    refused(["max_length=2"], check_trainable, lost.select([]), 2)
-    refused(["masks"], check_trainable, lost, None)
-
-
-def test_a_token_without_an_embedding():
-    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 9], "labels": [3, 9]}])
-    check_trainable(rows, None, num_embeddings=10)
-    check_trainable(rows.select([0]), None, num_embeddings=3)
-    refused(["token 9", "the model 9 embeddings"], check_trainable, rows, None, num_embeddings=9)
-
-
-def test_all_rows_truncated_by_trl(tiny_model_dir, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=2, report_to="none")
-    rows = Dataset.from_list([{"prompt": "a long prompt", "completion": "c"}] * 3)
-    trainer = SFTTrainer(str(tiny_model_dir), args=args, train_dataset=rows)
-    refused(["max_length=2"], check_trainable, trainer.train_dataset, args.max_length)

@@ -178,6 +178,13 @@ def test_verdicts(changes, history, name, text, part):
     assert any(part in reason for reason in verdict.reasons), verdict.reasons
 
 
+def test_a_reward_that_cannot_be_earned_is_no_matter_of_more_sft():
+    why = ["reward 'think_format_reward' cannot be earned"]
+    verdict = judge(figures(signal=0.0, pass1=0.0), {}, group_size=8, unearnable=why)
+    assert verdict.text == "not rewarded: change the reward or the template" and why[0] in verdict.reasons
+    assert judge(figures(), {}, group_size=8, unearnable=why).name == READY  # other rewards differ
+
+
 def test_cautions():
     ends = {"signal": [0.05, 0.2]}
     reasons = judge(figures(signal=0.12, groups_mixed=0.02), ends, group_size=8).reasons

@@ -139,6 +139,29 @@ def test_samples_that_are_all_empty_are_no_evidence(tmp_path, full_run):
     assert hand_off(full_run)["checks"]["own_samples"] is None
 
 
+def rewrite_samples(run: Path, **changes) -> None:
+    path = run / "samples" / "step-4.jsonl"
+    write_jsonl(path, [{**json.loads(line), **changes} for line in path.read_text().splitlines()])
+
+
+def test_the_tokens_that_were_drawn_are_compared_not_their_text(full_run):
+    """Decoding drops special tokens, as `<think>` in some tokenizers: the text is not what the model said."""
+    own = hand_off(full_run)["checks"]["own_samples"]
+    rewrite_samples(full_run, completions=["zzzzzzzzzz"] * 4)
+    assert hand_off(full_run)["checks"]["own_samples"] == own
+    rewrite_samples(full_run, token_ids=None)  # an older run's: its text is all there is
+    assert hand_off(full_run)["checks"]["own_samples"]["nll"] != own["nll"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([[999]] * 4, "a token that is none of the model's 259"), ([5] * 4, "not one list of ids")]
+)
+def test_tokens_that_the_model_cannot_have_drawn_are_refused(full_run, ids, message):
+    rewrite_samples(full_run, token_ids=ids)
+    with pytest.raises(InputError, match=message):
+        hand_off(full_run)
+
+
 # ---- Adapters
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +191,12 @@ def test_a_function_that_needs_token_ids_cannot_score_saved_text():
         score_groups(GROUPS, ROWS, functions)
 
 
+def test_a_function_that_needs_token_ids_scores_samples_that_keep_them():
+    functions = load_reward_funcs(["get_soft_overlong_punishment"])
+    kept = [replace(group, token_ids=[[1] * 1152, [1]]) for group in GROUPS]
+    assert [group.rewards for group in score_groups(kept, ROWS, functions)] == [[[-0.5], [0.0]]] * 2
+
+
 def test_async_functions_and_scalars_of_torch_are_taken():
     async def later(completions, **kwargs):
         return torch.arange(len(completions))
@@ -236,7 +243,7 @@ def test_rewards_by_name_without_math_verify(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
     load_reward_funcs(["think_format_reward"])
-    with pytest.raises(InputError, match=r"accuracy_reward needs math-verify; install aesl-trl\[math\]"):
+    with pytest.raises(InputError, match="accuracy_reward needs math-verify: pip install math-verify"):
         load_reward_funcs(["accuracy_reward"])
 
 

@@ -98,7 +98,7 @@ def test_files_and_logs(tokenizer, tmp_path):
         assert all(
             len(sample[key]) == 3
             for sample in samples
-            for key in ("completions", "num_tokens", "truncated", "entropy")
+            for key in ("completions", "num_tokens", "truncated", "entropy", "token_ids")
         )
         assert all(sample["rewards"] is None for sample in samples)
     logged = [row for row in trainer.state.log_history if "diversity/entropy" in row]

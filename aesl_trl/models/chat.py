@@ -36,6 +36,13 @@ def template_kwargs(row: dict, defaults: dict | None = None) -> dict:
     return {"tools": tools, **(defaults or {}), **without_none(row.get("chat_template_kwargs") or {})}
 
 
+def template_columns(row: dict, defaults: dict | None = None) -> dict:
+    """Return the columns of `row` from which [`template_kwargs`] makes the same keywords without the defaults."""
+    kwargs = template_kwargs(row, defaults)
+    found = {"tools": kwargs.pop("tools"), "chat_template_kwargs": kwargs}
+    return {column: value for column, value in found.items() if value}
+
+
 def arguments_of(call: dict) -> Any:
     """Return the arguments of a tool call: a mapping, or the text as it stands where it is not JSON of a mapping."""
     arguments = call.get("function", call).get("arguments") or {}

@@ -14,11 +14,23 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoProcessor, GenerationConfig
 
 from ..arguments import check_replaceable, parse, positionals
-from ..errors import InputError, exit_on_input_error
-from ..files import CHAIN, HANDOFF, HANDOFF_DIR, SELECTION, RunFolder, link_or_copy, read_json, swapped, write_json
+from ..errors import InputError, exit_on_input_error, tell
+from ..files import (
+    CHAIN,
+    HANDOFF,
+    HANDOFF_DIR,
+    OWN,
+    SELECTION,
+    RunFolder,
+    link_or_copy,
+    read_json,
+    swapped,
+    write_json,
+)
 from ..values import check_choice
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
@@ -48,7 +60,10 @@ class HandoffArguments:
         },
     )
     base: str | None = field(default=None, metadata={"help": "Base of the adapter; by default the adapter names it."})
-    output: str | None = field(default=None, metadata={"help": f"Folder to write, by default RUN/{HANDOFF_DIR}."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": f"Folder to write. Default: RUN/{HANDOFF_DIR}, for an SFT folder RUN/{OWN}/{HANDOFF_DIR}."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
 
 
@@ -62,10 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     result = hand_off(args.run, **settings)
     samples, eos = result["samples"], ", ".join(map(str, result["eos_token_id"]))
     stopped = f"{samples['stopped']} of {samples['num']} samples stopped"
-    print(
+    tell(
         f"{result['mode']}: log-probs within {result['log_probs_max_difference']:.2g} nats, "
         f"{stopped if samples['num'] else 'no prompts to sample from'}, eos {eos}"
     )
+    tell(f"RL starts from {find_target(args.run, args.output)}")
 
 
 def hand_off(
@@ -76,7 +92,9 @@ def hand_off(
     output: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict:
-    """Write the folder `output` (default `run`/handoff) with a handoff.json, which a run gets too. Return its content.
+    """Write the folder `output` with a handoff.json, which a run gets too. Return its content.
+
+    By default the folder is `handoff` in a chain's run or a model's folder, and `_aesl/handoff` in a training's.
 
     Raises:
         InputError: nothing to hand over, a base that does not fit, files that cannot be made to agree, log-probs that
@@ -85,8 +103,7 @@ def hand_off(
     run = Path(run)
     source = find_source(run, base, trust_remote_code)
     mode = choose_mode(mode, source)
-    own = RunFolder(run).own
-    target = Path(output) if output else own / HANDOFF_DIR
+    own, target = RunFolder(run).own, find_target(run, output)
     check_replaceable("output", target, HANDOFF, [source.folder, run])
     field = f"the base of {source.weights}" if source.is_adapter else "run"
     check_model(source.config_at, field, trust_remote_code=trust_remote_code)
@@ -98,6 +115,11 @@ def hand_off(
     if output is None or any((own / name).exists() for name in (SELECTION, CHAIN)):  # a run, not somebody's model
         write_json(own / HANDOFF, result)
     return result
+
+
+def find_target(run: str | Path, output: str | Path | None) -> Path:
+    """Return the folder that a handoff of `run` writes."""
+    return Path(output) if output else RunFolder(run).own / HANDOFF_DIR
 
 
 def choose_mode(asked: str, source: Source) -> str:
@@ -194,6 +216,9 @@ def write_merged(source: Source, folder: Path, texts: list) -> tuple:
         model = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"{source.weights} cannot be merged: {error}; use --mode continue") from None
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):  # it was under another wrapper, which alone PEFT takes off
+        model.set_output_embeddings(head.modules_to_save[head.active_adapters[0]])
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if head is not inputs and not torch.equal(head, inputs):
         for config in (model.config, model.config.get_text_config()):

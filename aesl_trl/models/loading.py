@@ -2,16 +2,16 @@
 
 import gc
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
-from .chat import without_none
+from .chat import REFUSALS, without_none
 from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, ModelFolder, check_weights, open_tensors
 from .tokens import check_ids, prompt_ids, tokenizer_of, turn_end_id
 from .vocabulary import ResizedBase, let_head_run, num_embeddings
@@ -71,8 +71,7 @@ def check_tokenizer(
         settings: an SFTConfig, whose `eos_token` and `chat_template_path` add what the tokenizer lacks.
 
     Raises:
-        InputError: no chat template for conversations, one that refuses them, no eos token, or a token without
-            embedding.
+        InputError: no chat template for conversations, no eos token, or a token without embedding.
     """
     kwargs, tokenizer_name = {"revision": revision, "trust_remote_code": trust_remote_code}, model.tokenizer_at
     processing_class = load_processing_class(tokenizer_name, **kwargs)
@@ -89,12 +88,9 @@ def check_tokenizer(
         )
     _check_eos(tokenizer, f"{field}: the tokenizer of {tokenizer_name}", tokenizer_name, settings)
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    try:
-        ids.update(*(prompt_ids(processing_class, prompt) for prompt in prompts if prompt))
-    except (TemplateError, TypeError) as error:
-        raise InputError(
-            f"{field}: the chat template of {tokenizer_name} refuses a prompt: {in_one_line(error)}"
-        ) from None
+    for prompt in filter(None, prompts):
+        with suppress(*REFUSALS):  # data/rendered.py names the row that the template refuses
+            ids.update(prompt_ids(processing_class, prompt))
     check_ids(tokenizer, ids, num_embeddings(model, **kwargs), f"{field}: {tokenizer_name}: ")
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
     rank 0 prints at once. The others wait [`OTHER_RANK_S`] seconds: if all failed, the launcher has ended them by
     then; if only this one failed, its line still appears.
     """
+    form = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **options: visible(form(*given, **options))
     try:
         main()
     except Exception as error:
@@ -67,6 +70,8 @@ def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
             time.sleep(OTHER_RANK_S)
         say(f"{command}: {' '.join(_said(error).split())}" + (f" (local rank {rank})" if rank != "0" else ""))
         sys.exit(code)
+    finally:
+        warnings.formatwarning = form
 
 
 def _exit_code(error: Exception) -> int | None:

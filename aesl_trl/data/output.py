@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, tell
 from ..files import read_json, write_json, write_jsonl
 from ..provenance import package_versions
 from .checks import check_demonstrations, check_prompts
@@ -39,7 +39,7 @@ class Output:
 
 def progress(line: str) -> None:
     """Print a line while the command works."""
-    print(f"aesl data: {line}", flush=True)
+    tell(f"aesl data: {line}")
 
 
 def settings_of(args: Any) -> dict:

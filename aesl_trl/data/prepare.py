@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import parse
-from ..errors import InputError, exit_on_input_error, in_one_line, nearest
+from ..errors import InputError, exit_on_input_error, in_one_line, nearest, tell
+from ..models.folder import ModelFolder
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from ..processes import lock
 from ..rewards.functions import check_columns, load_reward_funcs, reward_name
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     with lock(Path(args.output_dir) / LOCK, f"another aesl data is at work in {args.output_dir}"):
         output = prepare(args, rewards[0], benchmarks, known_rates)
         for line in write(output, args):
-            print(line)
+            tell(line)
 
 
 def prepare(
@@ -141,7 +142,7 @@ def load_tokenizer(args: DataArguments, problems: list[Problem]) -> Any:
     name, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     prompts = [{"prompt": args.prompt_of(problem)} for problem in problems]
     try:
-        check_tokenizer(name, name, prompts, field="model_name_or_path", **trust)
+        check_tokenizer(ModelFolder(name), prompts, field="model_name_or_path", **trust)
     except InputError:
         raise
     except (OSError, ValueError) as error:

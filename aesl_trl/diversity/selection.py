@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import files
 from ..arguments import ArgumentParser
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, tell
 from ..files import RunFolder
 from ..provenance import __version__
 from ..values import check_choice
@@ -158,7 +158,8 @@ def select_run(
 
     Args:
         run: an SFT folder, or a chain's folder.
-        out: where to write, by default `run`. Several chains can select from one SFT folder, each by its own rule.
+        out: where to write, by default [`~files.RunFolder.own`] of `run`. Several chains can select from one SFT
+            folder, each by its own rule.
         rule, metric, patience, best_eval_metric: by default as recorded in the run's run.json, by the config or by
             DiversityCallback. Without a record the rule is "turning_point" on entropy with patience 3.
         step: take this candidate, by no rule.
@@ -247,18 +248,18 @@ def _main(argv: Sequence[str] | None) -> None:
         "Choose which saved candidate of a cold start goes to RL; write selection.json and selected/.",
     )
     parser.add_argument("run", metavar="RUN", help="an SFT output folder, or a chain's folder")
-    parser.add_argument("--rule", help=f"{', '.join(RULES)}; default: as the run was configured")
+    parser.add_argument("--rule", help=f"{', '.join(RULES)}; default: that of the run's config or DiversityCallback")
     parser.add_argument("--metric", help=f"the figure whose turning point counts: {', '.join(METRICS)}")
     parser.add_argument("--patience", type=int, help="number of measurements that must follow the peak")
     parser.add_argument("--step", type=int, help="take this candidate, by no rule")
     parser.add_argument("--best_eval_metric", help=f"the figure that best_eval compares: {', '.join(EVAL_METRICS)}")
-    parser.add_argument("--out", help="folder to write to (default: RUN)")
+    parser.add_argument("--out", help=f"folder to write to (default: RUN, for an SFT folder RUN/{files.OWN})")
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)
-    print(f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}")
+    tell(f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}")
     if selection["replaces"]:
-        print(f"replaces {selection['replaces']}")
-    print(f"weights: {selection['weights']}")
+        tell(f"replaces {selection['replaces']}")
+    tell(f"weights: {selection['weights']}")
 
 
 if __name__ == "__main__":

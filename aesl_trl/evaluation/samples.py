@@ -9,14 +9,13 @@ or length has another folder and never meets these samples.
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..diversity.figures import Group
-from ..errors import InputError
-from ..files import append_jsonl, read_jsonl, write_json
+from ..errors import InputError, say
+from ..files import append_jsonl, in_place, read_jsonl, write_json
 from ..sampling.draws import Piece
 
 
@@ -81,11 +80,11 @@ class SamplesFile:
         append_jsonl(self.path, {"piece": list(piece), "groups": [group.to_row() for group in groups]})
 
     def _drop_torn_line(self) -> None:
-        with open(self.path, "rb+") as file:
+        with open(self.path, "rb+", opener=in_place) as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
-                print(f"aesl eval: {self.path} ends in half a line, which is removed and drawn again", file=sys.stderr)
+                say(f"aesl eval: {self.path} ends in half a line, which is removed and drawn again")
                 file.truncate(whole)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..arguments import check_replaceable, parse, positionals
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, tell
 from ..files import read_json, swapped, write_json
 from ..provenance import package_versions
 from .folder import ADAPTER_CONFIG, CONFIG, INDEX, TOKENIZER_CONFIG, open_tensors
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is None:
         raise InputError("output: where to? aesl interpolate A B --weight W --output DIR")
     kind = interpolate(args.first, args.second, args.output, weight=args.weight)["kind"]
-    print(f"{args.output}: {1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})")
+    tell(f"{args.output}: {1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})")
 
 
 def interpolate(first: str | Path, second: str | Path, output: str | Path, *, weight: float = 0.5) -> dict:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..arguments import ArgumentParser
-from ..errors import InputError
+from ..errors import InputError, tell
 from .facts import first_comment
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         from .check import check_config, find_configs, report
 
         cases = [check_config(path) for path in find_configs(given.paths or [recipes_dir()])]
-        print(report(cases, verbose=not given.brief))
+        tell(report(cases, verbose=not given.brief))
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()
     if given.command == "copy":
@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{given.target} exists; name a new folder, e.g. {given.target}-aesl")
         # The copies work as they are, since the paths in them are relative
         folder = shutil.copytree(folder, given.target, ignore=shutil.ignore_patterns("__pycache__"))
-    print("\n".join([f"{folder}:", *list_configs(folder)]))
+    tell("\n".join([f"{folder}:", *list_configs(folder)]))

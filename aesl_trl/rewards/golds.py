@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, tell
 from .functions import GradedReward
 from .grading import Answer
 from .maths import right_answer
@@ -68,7 +68,7 @@ def say_lost(reward: Any, lost: list[str | None], num: int, *, where: str) -> No
     name = reward.__name__
     line = f"{where}: {len(lost)} of {num} golds ({len(lost) / num:.1%}) cannot be earned with {name}"
     if not lost:
-        print(line, flush=True)
+        tell(line)
         return
     examples = (textwrap.shorten(gold, 60, placeholder="...") if gold else "(empty)" for gold in dict.fromkeys(lost))
     line += f", whatever the answer, such as {'; '.join(islice(examples, 3))}"

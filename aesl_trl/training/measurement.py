@@ -164,7 +164,9 @@ class Measurement:
             base = base_completions(folder, [group.prompt for group in groups]) if step > 0 else None
             figures = _figures(groups, base)
         if "gap" in figures:
-            trainer.accelerator.print(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {visible(figures['gap'])}")
+            trainer.accelerator.print(
+                f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {visible(figures['gap'])}"
+            )
         row = {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
         return row, groups
 

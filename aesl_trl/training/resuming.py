@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..errors import tell
 from . import checkpoints
 from .token_sums import TokenSums
 
@@ -56,7 +57,7 @@ class CheckpointCallback(TrainerCallback):
         for path in checkpoints.numbered(Path(args.output_dir)):
             if checkpoints.step_of(path) > step:
                 if checkpoints.is_whole(path):
-                    print(f"aesl_trl: {path} is of a former run, this one starts at step {step}: marked, not used")
+                    tell(f"aesl_trl: {path} is of a former run, this one starts at step {step}: marked, not used")
                 checkpoints.mark_incomplete(path, f"of a former run; another one started here at step {step}")
 
     def _evaluation_was_cut_off(self, args, state) -> bool:

@@ -1,12 +1,10 @@
 """`aesl data`: what is kept, what is dropped and why, that nothing is in two files, and one line for what is wrong."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from datasets import Dataset
@@ -313,9 +311,7 @@ def test_models_that_do_not_exist(run):
 
 
 def aesl(*argv):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "aesl_trl.cli", "data", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return preloaded.run(["-m", "aesl_trl.cli", "data", *argv], timeout=240)
 
 
 def test_the_command(tmp_path, tiny_model_dir):

@@ -142,6 +142,23 @@ def test_main_prints_where_the_page_is(tmp_path, capsys, undrawn):
     assert "<h1>A &amp; B</h1>" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("benchmarks", "message"),
+    [
+        ([], "'benchmarks' is [], not an object"),
+        ({"AIME24": 1}, "'benchmarks': 'AIME24' is 1, not an object"),
+        ({"AIME24": {"models": []}}, "'AIME24': 'models' is [], not an object"),
+        ({"AIME24": {"models": {"m": {"maj@8": "x"}}}}, "'m': 'maj@8' is \"x\", not a number"),
+        ({"AIME24": {"models": {"m": {"maj@8_interval": 1}}}}, "'maj@8_interval' is 1, not a pair of numbers"),
+    ],
+)
+def test_a_report_of_a_broken_evaluation_is_one_line(tmp_path, capsys, benchmarks, message):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"models": {}, "benchmarks": benchmarks}))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
 def test_report_loads_neither_torch_nor_trl():
     code = (
         "import aesl_trl.report.report, sys; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"

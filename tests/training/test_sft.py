@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import datasets
+import preloaded
 import pytest
 import yaml
 from transformers import PreTrainedModel
@@ -52,16 +53,19 @@ def config(tmp_path, tiny_model_dir):
     }
 
 
-def run_sft(tmp_path, config, *flags, launcher=(sys.executable, "-m"), **env):
+def run_sft(tmp_path, config, *flags, launcher=(sys.executable,), **env):
+    """Run `LAUNCHER -m aesl_trl.sft` as a user does; without a launcher, by a process that has the libraries."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [*launcher, "aesl_trl.sft", "--config", str(path), *flags]
+    command = ["-m", "aesl_trl.sft", "--config", str(path), *flags]
+    if not launcher:
+        return preloaded.run(command, timeout=280)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=280)
 
 
 def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
-    done = run_sft(tmp_path, config, "--seed", "3")
+    done = run_sft(tmp_path, config, "--seed", "3", launcher=())
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     series = files.read_jsonl(out / files.OWN / files.DIVERSITY)
@@ -83,14 +87,9 @@ def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
 
 
 def test_two_processes(tmp_path, config):
-    launcher = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     config["per_device_train_batch_size"] = 2
-    done = run_sft(
-        tmp_path,
-        config,
-        launcher=(sys.executable, "-m", "torch.distributed.run", *launcher[1:]),
-        ACCELERATE_USE_CPU="true",
-    )
+    done = run_sft(tmp_path, config, launcher=launcher, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-2000:]
     assert files.read_json(tmp_path / "out" / files.OWN / files.RUN)["num_processes"] == 2
     series = files.read_jsonl(tmp_path / "out" / files.OWN / files.DIVERSITY)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import parse
+from ..chain.stages import ANYWHERE
 from ..errors import InputError
 from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
 from ..values import load_yaml
@@ -38,7 +39,6 @@ from .memory import Budget, budget, vllm_sequences
 from .stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
 
 
-ON_CPU = ("--use_cpu", "true")  # a machine without a GPU refuses bf16 otherwise
 BENCHMARK_PROMPT = 512  # tokens that memory is counted with; the benchmarks' problems are mostly shorter
 
 
@@ -126,7 +126,7 @@ def _quiet() -> Iterator[None]:
 def check_sft(case: Case) -> None:
     from ..training import sft
 
-    script, args, model_args = case.arguments(sft.ARGUMENT_TYPES, *ON_CPU)
+    script, args, model_args = case.arguments(sft.ARGUMENT_TYPES, *ANYWHERE)
     facts = case.facts(model_args.model_name_or_path)
     check_batch(case, args)
     data, prompt = case.promised.get(str(script.dataset_name)), case.prompt_of(script.diversity_dataset_name)
@@ -140,7 +140,6 @@ def check_sft(case: Case) -> None:
         check_context(case, facts, "max_length", args.max_length or 0)
     if args.diversity_steps:
         check_context(case, facts, "prompt and diversity_max_new_tokens", prompt + args.diversity_max_new_tokens)
-    check_stops(case, facts, facts.eos_token if args.eos_token is None else args.eos_token)
     check_weights(case, args, model_args)
     if case.hardware.gpus:
         run = training_of(shape_of(facts), case.launch, args, model_args, length=args.max_length or facts.context)
@@ -173,13 +172,12 @@ def check_grpo(case: Case) -> None:
         world_size = case.launch.processes
 
     kinds = tuple(Config if kind is GRPOConfig else kind for kind in grpo.ARGUMENT_TYPES)
-    script, args, model_args = case.arguments(kinds, *ON_CPU)
+    script, args, model_args = case.arguments(kinds, *ANYWHERE)
     facts, prompt = case.facts(model_args.model_name_or_path), case.prompt_of(script.dataset_name)
     length = prompt + args.max_completion_length
     check_batch(case, args)
     check_groups(case, args)
     check_context(case, facts, "prompt and max_completion_length", length)
-    check_stops(case, facts, rollout_end(facts, args.generation_kwargs))
     check_weights(case, args, model_args)
     if args.use_vllm and args.vllm_mode == "colocate":
         limit = args.vllm_max_model_length
@@ -196,22 +194,13 @@ def check_grpo(case: Case) -> None:
         case.show(budget(grpo_items(run, args, case.hardware, prompt), case.hardware.gpu_gb))
 
 
-def rollout_end(facts: Facts, generation_kwargs: Any) -> str | None:
-    """Return the token that ends a sample: the chat template's end of turn where any setting names it."""
-    kwargs = generation_kwargs if isinstance(generation_kwargs, dict) else {}
-    named = [kwargs.get("stop_token_ids"), kwargs.get("eos_token_id")]
-    ids = {item for value in named for item in (value if isinstance(value, list) else [value])}
-    return facts.turn_end_token if facts.turn_end_id in ids | facts.eos_ids else facts.eos_token
-
-
 def check_probe(case: Case) -> None:
     from ..evaluation import probe
 
-    script, args, model_args = case.arguments(probe.ARGUMENT_TYPES, *ON_CPU)
+    script, args, model_args = case.arguments(probe.ARGUMENT_TYPES, *ANYWHERE)
     facts, prompt = find_facts(case.path), case.prompt_of(script.eval_dataset_name or script.dataset_name)
     if facts is None:
         return
-    check_stops(case, facts, rollout_end(facts, args.generation_kwargs))
     check_context(case, facts, "prompt and max_completion_length", prompt + args.max_completion_length)
     if case.hardware.gpus:
         on_one_process = -(-script.num_prompts // case.launch.processes) * script.num_samples
@@ -308,15 +297,6 @@ def check_groups(case: Case, args: Any) -> None:
 def check_context(case: Case, facts: Facts, what: str, length: int) -> None:
     case.expect(
         length <= facts.context, f"{what}: {length} tokens, but the context of {facts.name} is {facts.context}"
-    )
-
-
-def check_stops(case: Case, facts: Facts, token: str | None) -> None:
-    """Note a sample that ends with another token than a turn of the chat template: such samples never stop."""
-    case.expect(
-        facts.turn_end_token in (None, token),
-        f"a sample ends with {token}, a turn of the chat template with {facts.turn_end_token} "
-        f"({facts.turn_end_id}): set eos_token in SFT, generation_kwargs in GRPO",
     )
 
 

@@ -63,7 +63,6 @@ SFT, GRPO = "sft/config_aesl_lora.yaml", "grpo/config_lora.yaml"
         ),
         (SFT, "use_peft: true", "use_peft: false", ["trains bf16 weights", "float32"]),
         (SFT, "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B", ["Qwen/Qwen2.5-3B is not here"]),
-        (SFT, "max_length: 1024", "eos_token: <|endoftext|>\nmax_length: 1024", ["ends with <|endoftext|>", "151645"]),
         (GRPO, "per_device_train_batch_size: 8", "per_device_train_batch_size: 6", ["global batch 128", "are 96"]),
         (GRPO, "num_generations: 8", "num_generations: 16", ["16 prompts x 8, a generation is 8 x 16"]),
         (GRPO, "max_completion_length: 512", "max_completion_length: 32768", ["33280 tokens, but the context"]),
@@ -115,17 +114,6 @@ def test_groups_are_those_of_all_processes(recipe):
     assert check_config(path).problems == []
 
 
-def test_a_base_model_needs_the_token_that_ends_a_turn(recipe):
-    of = "Qwen2.5-Math-7B"
-    sft = recipe("sft/config_aesl.yaml", "eos_token: <|im_end|>", "# eos", of=of)
-    assert (
-        "a sample ends with <|endoftext|>, a turn of the chat template with <|im_end|>"
-        in check_config(sft).problems[0]
-    )
-    grpo = recipe("grpo/config.yaml", "generation_kwargs:", "# ", of=of)
-    assert "generation_kwargs" in check_config(grpo).problems[0]
-
-
 def test_zero3_must_save_whole_weights_and_nothing_is_offloaded(recipe, tmp_path):
     path = recipe("sft/config_aesl.yaml", "fsdp2.yaml", "zero3.yaml", of="Qwen2.5-7B-Instruct")
     assert check_config(path).problems == []
@@ -139,13 +127,13 @@ def test_zero3_must_save_whole_weights_and_nothing_is_offloaded(recipe, tmp_path
     assert "zero3_save_16bit_model" in problems and "2604.23747" in problems
 
 
-def test_a_tokenizer_that_is_here_is_asked_itself(tmp_path):
-    """skills-tiny's base is here: the check reads its own template, and finds a config that would never stop."""
+def test_a_model_that_is_here_is_asked_itself(tmp_path):
+    """skills-tiny's base is here: the check reads its own context, and finds rows that are longer."""
     shutil.copytree(RECIPES / "skills-tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("results"))
     path = tmp_path / "tiny" / "sft" / "config_aesl.yaml"
     assert check_config(path).problems == []
-    path.write_text(path.read_text() + "eos_token: <|user|>\n")
-    assert "ends with <|user|>" in check_config(path).problems[0]
+    path.write_text(path.read_text() + "max_length: 99999\n")
+    assert "max_length: 99999 tokens, but the context" in check_config(path).problems[0]
 
 
 def test_the_split_for_a_server_leaves_it_its_gpus(recipe):

@@ -17,6 +17,13 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+# Types of PEFT whose forward pass wants more than token ids
+NEEDS_MORE = {
+    "MULTITASK_PROMPT_TUNING": "which wants the task of each row",
+    "POLY": "which wants the task of each row",
+    "SHADOW": "which runs a second model beside the first",
+    "XLORA": "which mixes adapters of other folders",
+}
 GIT_LFS = b"version https://git-lfs"
 
 
@@ -95,22 +102,45 @@ def base_of(adapter: str, field: str) -> str:
 
     `field` is the setting that names the adapter.
     """
-    from peft import PeftConfig
-
     if Path(adapter).is_dir():
         check_weights(Path(adapter))
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{field}: the adapter {adapter} cannot be read: {in_one_line(error)}") from None
+    base = adapter_config(adapter, field).base_model_name_or_path
     if not base:
         raise InputError(f"{field}: {adapter} does not name its base: add base_model_name_or_path to {ADAPTER_CONFIG}")
+    base = found_from(base, adapter)
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise InputError(
             f"{field}: the base of {adapter} is {base}, which is not there: put it there, or correct "
             f"base_model_name_or_path in {ADAPTER_CONFIG}"
         )
     return base
+
+
+def adapter_config(adapter: str, field: str) -> Any:
+    """Read PEFT's config of `adapter`; refuse a type that PEFT does not know, or that token ids alone cannot run."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except KeyError as error:
+        raise InputError(f"{field}: the adapter {adapter} is of type {error}, which this PEFT does not know") from None
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(f"{field}: the adapter {adapter} cannot be read: {in_one_line(error)}") from None
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind in NEEDS_MORE:
+        raise InputError(
+            f"{field}: the adapter {adapter} is of type {kind}, {NEEDS_MORE[kind]}: it cannot be used here"
+        )
+    return config
+
+
+def found_from(base: str, adapter: str) -> str:
+    """Return the folder `base`: a relative name counts from the current folder, else from one above the adapter.
+
+    The second holds where a project's folder was moved as a whole. Other names are returned as they are.
+    """
+    places = [Path(base), *(parent / base for parent in Path(adapter).resolve().parents)]
+    return next((str(place) for place in places if (place / CONFIG).is_file()), base)
 
 
 # ---- Weight files

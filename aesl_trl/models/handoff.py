@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoProcessor, GenerationConfig
@@ -28,11 +29,12 @@ from ..files import (
     RunFolder,
     link_or_copy,
     read_json,
+    read_object,
     swapped,
     write_json,
 )
 from ..values import check_choice
-from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder
+from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, adapter_config
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
 from .loading import check_model, load_model, load_processing_class, put_adapter, release_memory
 from .source import Source, find_source
@@ -75,13 +77,40 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("which run? aesl handoff RUN")
     settings = {name: getattr(args, name) for name in ("mode", "base", "output", "trust_remote_code")}
     result = hand_off(args.run, **settings)
-    samples, eos = result["samples"], ", ".join(map(str, result["eos_token_id"]))
+    tell(described(result, find_target(args.run, args.output)))
+
+
+def described(result: dict, folder: Path) -> str:
+    """Say in one line what a handoff wrote, how it was checked, and how RL starts from it."""
+    start = "" if result["step"] is None else f"step {result['step']}, "
+    samples, done = result["samples"], {"full": "copied", "merge": "merged", "continue": "adapter kept"}
     stopped = f"{samples['stopped']} of {samples['num']} samples stopped"
-    tell(
-        f"{result['mode']}: log-probs within {result['log_probs_max_difference']:.2g} nats, "
-        f"{stopped if samples['num'] else 'no prompts to sample from'}, eos {eos}"
+    checked = f"log-probs within {result['log_probs_max_difference']:.2g} nats, " + (
+        stopped if samples["num"] else "no prompts to sample from"
     )
-    tell(f"RL starts from {find_target(args.run, args.output)}")
+    following = f'GRPOTrainer(model="{folder}")'
+    if result["mode"] == "continue":
+        following = f'load_for_rl("{folder}"), or aesl grpo --adapter_name_or_path {folder}'
+        if result["quantization"]:
+            following += ", on the quantized base as in SFT"
+    return f"handoff: {start}{done[result['mode']]}, checked ({checked}) -> {folder}; next: {following}"
+
+
+def load_for_rl(folder: str | Path, *, trust_remote_code: bool = False) -> tuple:
+    """Load what GRPOTrainer starts from: (`model`, `processing_class`), of a handoff with or without an adapter.
+
+    An adapter comes on its base, trainable, so GRPOTrainer takes no `peft_config` beside it. The base is quantized as
+    in SFT, has the vocabulary that the adapter was trained with, and ends its samples as handoff.json says.
+    """
+    found, access = ModelFolder.find(folder), {"trust_remote_code": trust_remote_code}
+    processing_class = load_processing_class(found.tokenizer_at, **access)
+    quantization = None if found.is_quantized else read_object(found.folder / HANDOFF).get("quantization")
+    model = load_model(found.config_at, quantization, **access)
+    if found.is_adapter:
+        model = put_adapter(model, found.weights, found.base, is_trainable=True)
+    tokenizer = tokenizer_of(processing_class)
+    tokenizer.padding_side = tokenizer.truncation_side = "left"  # as GRPOTrainer loads it
+    return model, processing_class
 
 
 def hand_off(
@@ -130,6 +159,9 @@ def choose_mode(asked: str, source: Source) -> str:
             raise InputError(f"mode {asked} is for adapters, and {source.weights} holds full weights: use mode auto")
         return "full"
     mode = "merge" if asked == "auto" else asked
+    kind = adapter_config(source.weights, "run").peft_type
+    if mode == "merge" and not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload"):
+        raise InputError(f"{source.weights} is of type {kind.value}, which cannot be merged: use --mode continue")
     if mode == "merge" and source.is_quantized:
         raise InputError(
             f"{source.base} holds quantized weights, into which nothing can be merged: give the original with --base"
@@ -158,6 +190,7 @@ def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
     stopped = check_stops(model, AutoProcessor.from_pretrained(folder), source, stops)
     return {
         "mode": mode,
+        "step": source.step,
         "base": source.base,
         "quantization": source.quantization,
         "checks": {

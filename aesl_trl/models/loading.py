@@ -157,11 +157,14 @@ def put_adapter(base, adapter: str, name: str, **kwargs):
     resized = ResizedBase(base, adapter)
     try:
         model = PeftModel.from_pretrained(base, adapter, **kwargs)
-    except (RuntimeError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if "size mismatch" in line]
+    except (RuntimeError, ValueError, ImportError) as error:
+        lines = [
+            line for line in str(error).splitlines() if "size mismatch" in line or "not found in the base" in line
+        ]
         if isinstance(error, RuntimeError) and not lines:  # out of memory, say
             raise
-        raise InputError(f"{misfit}: {in_one_line(lines[0] if lines else error)}") from None
+        problem = misfit if lines else f"{adapter} cannot be put on {name}"
+        raise InputError(f"{problem}: {in_one_line(lines[0] if lines else error)}") from None
     if Path(adapter).is_dir():
         saved, placed = (
             {key for key in keys if "embed" not in key and "lm_head" not in key}

@@ -20,7 +20,15 @@ from ..files import (
     read_settings,
     stays_inside,
 )
-from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, check_weights, first_difference
+from .folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    ModelFolder,
+    adapter_config,
+    check_weights,
+    first_difference,
+    found_from,
+)
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -57,7 +65,8 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     rest = {"step": step, "samples": samples, "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
     if not is_adapter:
         return Source(str(folder), **rest)
-    recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    recorded = adapter_config(str(folder), "run").base_model_name_or_path
+    recorded = recorded and found_from(recorded, str(folder))
     base = check_base(base, recorded, folder)
     trained_on = recorded if recorded and ModelFolder(recorded).is_quantized else base
     if ModelFolder(trained_on).is_quantized:

@@ -99,7 +99,7 @@ class ResizedBase:
             raise InputError(
                 f"{adapter} was trained with {self.size} tokens, its base has {self.before}, and PEFT saved no new "
                 f"rows of {lost[0]}: save the adapter with save_embedding_layers=True and modules_to_save=['lm_head'],"
-                " or save the resized base and name that one with --base"
+                " or save the resized base and name that as base_model_name_or_path in adapter_config.json"
             )
         for each in self.embeddings:  # PEFT keeps the base's own rows beside those that were trained
             each.weight.data.nan_to_num_()

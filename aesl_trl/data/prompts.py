@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..models.chat import without_none
 from .checks import check_prompts, only_columns, peek, prompt_column
+from .sharegpt import row_as_messages
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def prompt_rows(
     Where a row holds `messages`, its prompt is the messages before the last turn of the assistant. A dataset that is
     empty, or has a row whose prompt cannot be used, is refused.
     """
-    rows = list(islice(dataset, num))
+    rows = [row_as_messages(row, number, field) for number, row in enumerate(islice(dataset, num))]
     if not rows:
         raise InputError(f"{field} is empty: it has no rows")
     check_prompts(rows, field=field)

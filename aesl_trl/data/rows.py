@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import load_function
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
 from ..models.folder import GIT_LFS
+from .sharegpt import as_messages
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def load_rows(
 ) -> "Dataset | IterableDataset":
     """Load the rows that `name` stands for; refuse a name or split that does not exist, or a file that is broken.
 
+    ShareGPT's `conversations` come as `messages`.
+
     `split` is `train` by default, and `config` the configuration of a hub name or folder; `file.py:function` has
     neither, and takes the `seed`. Relative paths start from `base_dir`, by default the current folder. With
     `streaming` an IterableDataset is returned. `field` is the setting that named the dataset, for messages.
@@ -46,14 +49,14 @@ def load_rows(
     base_dir = Path(base_dir or ".")
     file, colon, _ = name.rpartition(":")
     if colon and file.endswith(".py"):
-        return _function_rows(name, base_dir, seed, streaming, field)
+        return as_messages(_function_rows(name, base_dir, seed, streaming, field), field)
     path = base_dir / os.path.expanduser(name)
     if path.is_file():
-        return _file_rows(path, split or "train", streaming, field)
+        return as_messages(_file_rows(path, split or "train", streaming, field), field)
     if not path.is_dir() and (path.suffix in BUILDERS or name.startswith((".", "/", "~"))):
         raise InputError(f"{field}: {name} does not exist, looked for {path.absolute()}{nearest_sibling(path)}")
     source = str(path) if path.is_dir() else name
-    return _guarded(lambda: _named_rows(source, config, split or "train", streaming), field, name)
+    return as_messages(_guarded(lambda: _named_rows(source, config, split or "train", streaming), field, name), field)
 
 
 def _function_rows(name: str, base_dir: Path, seed: int, streaming: bool, field: str) -> "Dataset | IterableDataset":
@@ -75,12 +78,42 @@ def _function_rows(name: str, base_dir: Path, seed: int, streaming: bool, field:
     if isinstance(rows, list):
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{field}: {name} must return a dataset or a non-empty list of dicts")
-        rows = _guarded(lambda: Dataset.from_list(rows), field, name)
+        written = list(map(with_json_text, rows))
+        rows = _guarded(lambda: Dataset.from_list(written), field, name)
     if not isinstance(rows, Dataset | IterableDataset):
         raise InputError(
             f"{field}: {name} must return a dataset or a list of dicts, it returned {type(rows).__name__}"
         )
     return rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
+
+
+def with_json_text(row: dict) -> dict:
+    """Return `row` with its tools and the arguments of its tool calls as JSON text.
+
+    Arrow has one type for a column: it would add the arguments of every call, as None, to all others.
+    """
+    written = {key: _calls_as_text(value) if isinstance(value, list) else value for key, value in row.items()}
+    if isinstance(row.get("tools"), list) and all(isinstance(tool, dict) for tool in row["tools"]):
+        written["tools"] = json.dumps(row["tools"], ensure_ascii=False)
+    return written
+
+
+def _calls_as_text(messages: list) -> list:
+    has_calls = any(isinstance(message, dict) and message.get("tool_calls") for message in messages)
+    return [_message_as_text(message) for message in messages] if has_calls else messages
+
+
+def _message_as_text(message: Any) -> Any:
+    if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        place = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(place, dict) and isinstance(place.get("arguments"), dict):
+            place = {**place, "arguments": json.dumps(place["arguments"], ensure_ascii=False)}
+            call = {**call, "function": place} if "function" in call else place
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def _file_rows(path: Path, split: str, streaming: bool, field: str) -> "Dataset | IterableDataset":

@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..arguments import check_folder, parse, positionals
 from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
@@ -21,8 +22,9 @@ from ..data.prompts import prompt_rows
 from ..data.rows import load_rows
 from ..data.sampled import check_samples_of
 from ..diversity.figures import Group
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, tell
 from ..files import EVALUATION, write_json
+from ..models.chat import template_columns
 from ..models.folder import ModelFolder
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from ..processes import lock
@@ -88,6 +90,9 @@ class EvalArguments:
     max_model_len: int | None = option(
         None, "Longest prompt and answer together (vLLM), by default the model's own.", at_least=1
     )
+    chat_template_kwargs: dict | None = option(
+        None, "Keywords for the chat template, as GRPOConfig's, e.g. {enable_thinking: false}."
+    )
     seed: int = option(0, "Seed of the samples and of a dataset that a function builds.")
     start: str | None = option(None, "Model or adapter that RL began from.")
     final: str | None = option(None, "Model or adapter that RL ended with.")
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         field = "model" if name == path else name
         models[name] = check_model_and_tokenizer(path, field, tasks[0].rows, args.trust_remote_code)
     how = {"setting": "max_new_tokens", "access": {"trust_remote_code": args.trust_remote_code}}
+    how |= {"template_defaults": args.chat_template_kwargs}
     for task in tasks:
         where = task.name if task.source else "dataset_name"
         check_golds(task.reward_funcs, task.rows, where=where)
@@ -139,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     result = evaluate(models, tasks, args, target.parent / SAMPLES_DIR)
     if result is not None:
         write_json(target, result)
-        print("\n".join(summary_lines(result)))
+        tell("\n".join(summary_lines(result)))
 
 
 def check_model_and_tokenizer(path: str, field: str, rows: list[dict], trust_remote_code: bool = False) -> ModelFolder:
@@ -192,7 +198,7 @@ def evaluate(models: dict[str, ModelFolder], tasks: list[Task], args: EvalArgume
     for name, model in models.items():
         backends[name], why = choose_engine(args.backend, accelerator, is_adapter=model.is_adapter)
         if is_main:
-            print(f"{name}: sampled by {backends[name]} ({why})")
+            tell(f"{name}: sampled by {backends[name]} ({why})")
     figures = {task.name: {} for task in tasks}
     for name, model in models.items():
         samples = ModelSamples(name, model, backends[name], args, accelerator, parent)
@@ -223,6 +229,7 @@ class ModelSamples:
             "model": model.identity(),
             "backend": backend,
             **{key: getattr(args, key) for key in keys},
+            **({"chat_template_kwargs": template} if (template := args.chat_template_kwargs) else {}),
             "save_every": self._answers,
             "num_processes": accelerator.num_processes,
             "device": accelerator.device.type,
@@ -242,10 +249,10 @@ class ModelSamples:
 
         is_main = self._accelerator.is_main_process
         wanted = pieces(len(task.rows), self._sampling.samples, self._answers)
-        file = SamplesFile(self.folder, task.name, [row["prompt"] for row in task.rows], self._settings)
+        file = SamplesFile(self.folder, task.name, list(map(_prompt_of, task.rows)), self._settings)
         (found,) = broadcast_object_list([set(file.read(wanted)) if is_main else None])
         if found and is_main:
-            print(f"{self._name}: {task.name}: {len(found)} of {len(wanted)} pieces are drawn already ({file.path})")
+            tell(f"{self._name}: {task.name}: {len(found)} of {len(wanted)} pieces are drawn already ({file.path})")
 
         def draw(piece: Piece) -> list[Group]:
             if self._engine is None:
@@ -255,6 +262,12 @@ class ModelSamples:
 
         draw_missing(file, wanted, found, draw, is_main)
         return assemble(file.read(wanted), wanted) if is_main else []
+
+
+def _prompt_of(row: dict) -> Any:
+    """Return what the samples of a row depend on: its prompt, and what the row says of its chat template."""
+    columns = template_columns(row)
+    return [row["prompt"], columns] if columns else row["prompt"]
 
 
 if __name__ == "__main__":

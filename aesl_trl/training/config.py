@@ -86,8 +86,8 @@ class AESLSFTConfig(SFTConfig):
             made or run (code of its own, say), and so cannot show that the documents of a row do not see each other.
         max_candidates: weights-only candidates kept on disk at a time; the last measurement and the best evaluation
             are always among them.
-        chat_template_kwargs: keywords for the chat template, as the field of this name in GRPOConfig, for the rows that
-            are trained and for the diversity prompts. Those of a row's column of this name come before them.
+        chat_template_kwargs: keywords for the chat template, as GRPOConfig's, for the trained rows and the diversity
+            prompts. Those of a row's column of this name come before them.
         hub_include: parts of the run that `push_to_hub` uploads beside the model, to `_aesl` in its repository:
             `"selected"`, `"selection"`, `"candidates"`, `"samples"`, `"diversity"`, `"positions"`, `"run"`, `"log"`.
             By default none of them leaves this machine.

@@ -7,6 +7,7 @@ import ast
 import importlib.machinery
 import importlib.util
 import inspect
+import shutil
 import sys
 import types
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import build_tokenizer
+from transformers import GenerationConfig
 
 from aesl_trl.sampling import offline
 from aesl_trl.sampling.draws import Piece, SamplingSettings, draw_seed
@@ -154,6 +156,18 @@ def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
     assert (params.temperature, params.max_tokens, params.n) == (0.6, 32, 3)
     assert params.stop_token_ids == [tokenizer.eos_token_id]
     assert (params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+
+
+def test_a_base_models_samples_end_with_the_templates_turn(vllm, tiny_model_dir, tmp_path):
+    """Of texts too: the handoff writes down the same tokens, whatever the prompts are."""
+    base = build_tokenizer()
+    base.eos_token = "<|endoftext|>"
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    GenerationConfig(eos_token_id=base.eos_token_id).save_pretrained(tmp_path / "base")
+    OfflineVLLM(str(tmp_path / "base"), SamplingSettings(1, 1.0, 8)).sample([{"prompt": "2+2="}], Piece(0, 1, 0, 1))
+    params = LLM.made[0].requests[0][1]
+    assert params.stop_token_ids == base.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.5, 1.0]), (0.6, [None, None])])

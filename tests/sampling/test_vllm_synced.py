@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from small_draws import PROMPTS, STOPS, stopping_model
+from small_draws import PROMPTS, STOPS, ending_model, stopping_model
 from small_draws import draw as draw_on
 from small_runs import prompt_completion_rows, small_config, trained_weights
+from tiny_models import build_tokenizer
 from vllm_stand_in import StandIn
 
 from aesl_trl import AESLSFTTrainer, files
@@ -88,8 +89,17 @@ def test_constructor_of_a_colocated_engine(stand_in, tokenizer):
         "repetition_penalty": 1.0,
         "max_completion_length": 7,
         "logprobs": 0,
-        "generation_kwargs": {"stop_token_ids": sorted([*STOPS, tokenizer.eos_token_id])},
+        "generation_kwargs": {"stop_token_ids": [tokenizer.eos_token_id, *STOPS]},
     }
+
+
+def test_a_base_models_samples_end_with_the_templates_turn(stand_in):
+    base = build_tokenizer()
+    base.eos_token = "<|endoftext|>"
+    stops = base.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    groups = draw(ending_model(base, stops[1]), base, engine_of("vllm_colocate"))
+    assert stand_in.generation.generation_kwargs["stop_token_ids"] == stops
+    assert all(group.num_tokens == [1] * 4 and not any(group.truncated) for group in groups)
 
 
 def test_constructor_of_a_server(stand_in, tokenizer):
@@ -121,7 +131,7 @@ def test_a_seed_for_each_prompt_of_a_server(stand_in, tokenizer):
     seeds = sorted(call["generation_kwargs"]["seed"] for call in calls)
     assert np.diff(seeds).tolist() == [4, 4]  # sample i of a request takes the seed + i
     assert all(
-        call["generation_kwargs"]["stop_token_ids"] == sorted([*STOPS, tokenizer.eos_token_id]) for call in calls
+        call["generation_kwargs"]["stop_token_ids"] == [tokenizer.eos_token_id, *STOPS] for call in calls
     )
 
 

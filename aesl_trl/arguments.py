@@ -233,8 +233,19 @@ def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) 
     if target.exists() or str(target) in to_come:
         return f"{target}:{function}" if is_function else str(target)
     if is_function or value.startswith(("./", "../", "/", "~")) or value.endswith(DATA_SUFFIXES):
-        raise InputError(f"{name}: {value} does not exist, looked for {target}{nearest_sibling(target)}")
+        hint = nearest_sibling(target) or _made_by(target, folder)
+        raise InputError(f"{name}: {value} does not exist, looked for {target}{hint}")
     return value
+
+
+def _made_by(target: Path, folder: Path) -> str:
+    """Return the `aesl data` command for the missing `target`, where a data*.yaml in or above `folder` writes it."""
+    for path in (path for place in (folder, folder.parent) for path in sorted(place.glob("data*.yaml"))):
+        with suppress(InputError):
+            output = load_yaml(path).get("output_dir")
+            if isinstance(output, str) and resolve("output_dir", output, path.parent) == str(target.parent):
+                return f"; first make it: aesl data --config {os.path.relpath(path)}"
+    return ""
 
 
 def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str, Any]):

@@ -27,6 +27,7 @@ MARK = "AESL_STAGE_FOLDER"
 # Back to the line's start; the cursor off or on; colour, a line up, the rest of the line erased
 OF_PROGRESS_BARS = re.compile(r"(\r|\x1b\[(?:\?25[lh]|[0-9;]{0,16}[mAK]))")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process at once on SIGTERM
 
 
 @contextmanager
@@ -59,14 +60,15 @@ class Interrupts(ExitStack):
         if self.folder is None:
             sys.exit(128 + number)
         self.deadline = time.monotonic() + GRACE_S
-        self._send(number if len(self.received) == 1 else signal.SIGKILL)
+        self._send(number if len(self.received) == 1 else KILL)
 
     def _send(self, number: int) -> None:
         if self.process is None:  # it is just being started
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-        if number == signal.SIGKILL:
+        if hasattr(os, "killpg"):  # on Windows Ctrl-C reaches every process of the console, also the stage
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+        if number == KILL:
             end_processes(self.folder)
 
     def start(self, command: list[str], env: dict[str, str]) -> subprocess.Popen:
@@ -89,11 +91,11 @@ class Interrupts(ExitStack):
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)
             if time.monotonic() > self.deadline:
-                self._send(signal.SIGKILL)
+                self._send(KILL)
         # What the stage left behind (a server, a worker) would hold the pipe, and the GPU, for ever.
         reader.join(10)
         if reader.is_alive():
-            self._send(signal.SIGKILL)
+            self._send(KILL)
             reader.join()
         return process.returncode
 
@@ -161,12 +163,23 @@ def exit_code(returncode: int) -> int:
     return returncode if 1 <= returncode <= 125 else 1
 
 
+HERE = "here"
+# The option of a command that plans. A run checks itself by `--dry_run here`: then this machine must be able to.
+DRY_RUN = {
+    "nargs": "?",
+    "const": "anywhere",
+    "choices": ("anywhere", HERE),
+    "metavar": HERE,
+    "help": "check all configs, print the plan, run nothing; this needs no GPU, while `here` refuses what needs one",
+}
+
+
 def check_in_child(command: str, argv: list[str]) -> None:
-    """Run `aesl COMMAND ARGV --dry_run` in a child process, and leave with its exit code where it fails.
+    """Run `aesl COMMAND ARGV --dry_run here` in a child process, and leave with its exit code where it fails.
 
     The checks build TrainingArguments, which take hold of the GPU until their process ends.
     """
-    command_line = [sys.executable, "-m", "aesl_trl.cli", command, *argv, "--dry_run"]
+    command_line = [sys.executable, "-m", "aesl_trl.cli", command, *argv, "--dry_run", HERE]
     code = subprocess.run(command_line, env=child_env()).returncode
     if code != 0:
         sys.exit(exit_code(code))

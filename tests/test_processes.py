@@ -140,7 +140,7 @@ def test_a_check_runs_dry_in_a_child_and_its_refusal_is_the_exit_code(capfd):
     with pytest.raises(SystemExit) as leaving:
         processes.check_in_child("select", ["run"])
     assert leaving.value.code == 2
-    assert capfd.readouterr().err == "aesl select: unrecognized arguments: --dry_run (see aesl select --help)\n"
+    assert capfd.readouterr().err == "aesl select: unrecognized arguments: --dry_run here (see aesl select --help)\n"
 
 
 def test_output_goes_to_the_log_and_the_exit_code_comes_back(tmp_path, capsys):
@@ -174,3 +174,86 @@ def test_a_signal_reaches_the_stage_and_handlers_are_put_back(tmp_path):
     sender.join()
     assert interrupts.received == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- What a child imports, and what it prints
+
+
+def hostile_folder(folder):
+    """Write modules that note in `ran` that they were imported: our package's name, an optional one, the library's."""
+    for name in ("aesl_trl/__init__", "wandb", "h2", "random", "sitecustomize"):
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"open({str(folder / 'ran')!r}, 'a').write({name!r} + '\\n')\n")
+    return folder
+
+
+def test_a_child_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(hostile_folder(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'own'}:")  # an empty entry stands for the current folder
+    code = "import aesl_trl, random, sys, importlib.util; print(importlib.util.find_spec('h2')); print(sys.path)"
+    for command in (["-c", code], ["-m", "aesl_trl.cli", "--version"]):
+        done = subprocess.run([sys.executable, *command], env=processes.child_env(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "ran").exists()
+        if command[0] == "-c":
+            assert str(tmp_path / "own") in done.stdout  # what the user's PYTHONPATH names stays
+
+
+def test_the_checks_import_nothing_from_the_current_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(hostile_folder(tmp_path))
+    with pytest.raises(SystemExit) as leaving:
+        processes.check_in_child("select", ["run"])
+    assert leaving.value.code == 2 and "unrecognized arguments: --dry_run" in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_ranks_behind_accelerate_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    from aesl_trl.chain.stages import launch
+
+    monkeypatch.chdir(hostile_folder(tmp_path))
+    (tmp_path / "two.yaml").write_text("use_cpu: true\ndistributed_type: MULTI_CPU\nnum_processes: 2\n")
+    command = launch(str(tmp_path / "two.yaml"), "aesl_trl.cli", "--version")
+    done = subprocess.run(command, env=processes.child_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "aesl_trl 0" in done.stdout and not (tmp_path / "ran").exists()
+
+
+def test_a_stage_cannot_command_the_terminal(tmp_path, capsys):
+    """What colours and progress bars need passes; a title, a cleared screen and the clipboard's write do not."""
+    said = "\x1b[32m 5%|#\x1b[0m\r\x1b[A\x1b[K done\x1b]0;owned\x07\x1b[2J\x1b]52;c;eA==\x07\x9b2J\n"
+    command = [sys.executable, "-c", f"import sys; sys.stdout.write({said!r})"]
+    log = tmp_path / "stage.log"
+    assert processes.run_process(command, log, processes.Interrupts(), env=marked(tmp_path)) == 0
+    shown = "\x1b[32m 5%|#\x1b[0m\r\x1b[A\x1b[K done\u241b]0;owned\u2407\u241b[2J\u241b]52;c;eA==\u2407\ufffd2J\n"
+    assert capsys.readouterr().out == shown
+    assert log.read_bytes().decode() == shown
+
+
+# ---- Links
+
+
+def test_no_lock_and_no_log_follows_a_link(tmp_path, capsys):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    before = precious.stat().st_mtime_ns
+    for name in (".sft.lock", "stage.log"):
+        (tmp_path / name).symlink_to(precious)
+    with pytest.raises(InputError, match=r"\.sft\.lock is a symlink"), processes.lock(tmp_path / ".sft.lock", "held"):
+        pytest.fail("nothing is locked")
+    for append in (True, False):
+        with pytest.raises(InputError, match=r"stage\.log is a symlink"):
+            command = [sys.executable, "-c", "print('never started')"]
+            processes.run_process(
+                command, tmp_path / "stage.log", processes.Interrupts(), env=marked(tmp_path), append=append
+            )
+    assert precious.read_text() == "mine" and precious.stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lock_keeps_what_its_file_holds(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with processes.lock(tmp_path / ".lock", "held"):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"

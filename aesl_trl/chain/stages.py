@@ -18,6 +18,8 @@ from .config import ChainConfig, TrainingOptions
 
 
 NAME = "aesl chain"
+# A plan needs no GPU. Without one, transformers refuses the bf16 of a config.
+ANYWHERE = ("--use_cpu", "true")
 CLI = [sys.executable, "-m", "aesl_trl.cli"]
 # The module whose ARGUMENT_TYPES read a stage's config. TRL takes seconds to import, so we do it when we need them.
 READ_BY = {
@@ -261,27 +263,30 @@ def argument_types(name: str) -> tuple[type, ...]:
     return import_module(READ_BY[name]).ARGUMENT_TYPES if name in READ_BY else ()
 
 
-def check_stages(chain: Chain) -> None:
-    """Parse each stage's config as the stage will, so that a typing error in the last does not wait for the first."""
-    config, seed = chain.config, ["--seed", str(chain.config.seed)]
+def check_stages(chain: Chain, flags: Sequence[str] = ()) -> None:
+    """Parse each stage's config as the stage will, so that a typing error in the last does not wait for the first.
+
+    `flags` are added to the command line of each training, such as [`ANYWHERE`].
+    """
+    config, common = chain.config, ["--seed", str(chain.config.seed), *flags]
     for options in filter(None, (config.sft, config.grpo)):
         if options.accelerate_config:
             load_yaml(options.accelerate_config)
     if config.sft:
-        flags = ["--config", config.sft.config, "--output_dir", str(chain.sft_dir), *seed]
+        flags = ["--config", config.sft.config, "--output_dir", str(chain.sft_dir), *common]
         _, args, _ = parse(argument_types("sft"), flags, prog=NAME)
         if not args.diversity_steps:
             raise InputError(f"{config.sft.config}: diversity_steps is 0: the chain has no candidates to select from")
     else:
         base_model(config.grpo.config)
-    flags = ["--config", config.grpo.config, "--output_dir", str(chain.run / files.GRPO_DIR), *seed]
+    flags = ["--config", config.grpo.config, "--output_dir", str(chain.run / files.GRPO_DIR), *common]
     parsed = parse(argument_types("grpo"), flags, prog=NAME)
     uses_peft = any(getattr(part, "use_peft", False) for part in parsed)
     if config.sft and config.handoff.mode == "continue" and uses_peft:
         raise InputError(f"{config.grpo.config}: use_peft adds an adapter, handoff.mode: continue trains the old one")
     if config.probe:
         named = config.probe.config or config.grpo.config
-        _, args, _ = parse(argument_types("probe"), ["--config", named, *seed], prog=NAME)
+        _, args, _ = parse(argument_types("probe"), ["--config", named, *common], prog=NAME)
         if args.deepspeed:
             raise InputError(f"{named}: the probe does without deepspeed: give chain.yaml's probe a config of its own")
     elif chain.selects_by_readiness:
@@ -290,9 +295,16 @@ def check_stages(chain: Chain) -> None:
         load_config(config.eval.config, argument_types("eval"))
 
 
+def where_sft_lies(chain: Chain) -> list[str]:
+    """Return a line on an SFT run outside of the run folder, which several chains may share; none for one inside."""
+    if chain.sft_dir is None or chain.sft_dir.is_relative_to(chain.run):
+        return []
+    return [f"SFT runs in {chain.sft_dir}, as sft.output_dir of {chain.path.name} says, and not in the run folder"]
+
+
 def plan(chain: Chain) -> str:
     """Return every stage's command, as `--dry_run` prints it."""
-    lines = [f"{chain.path} -> {chain.run}, seed {chain.config.seed}"]
+    lines = [f"{chain.path} -> {chain.run}, seed {chain.config.seed}", *where_sft_lies(chain)]
     for number, name in enumerate(chain.names, 1):
         lines.append(f"{number}. {name}: {shlex.join(BUILDERS[name](chain).command)}")
     return "\n".join(lines)

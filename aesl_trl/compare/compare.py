@@ -18,11 +18,11 @@ from typing import Any
 
 from .. import files
 from ..arguments import ArgumentParser
-from ..chain.stages import CLI
+from ..chain.stages import ANYWHERE, CLI
 from ..diversity.selection import select_run
 from ..errors import InputError, nearest, tell
 from ..errors import say as complain
-from ..processes import MARK, check_in_child, child_env, end_orphans, lock
+from ..processes import DRY_RUN, HERE, MARK, check_in_child, child_env, end_orphans, lock
 from ..provenance import commit, hardware, package_versions
 from ..values import check_bound
 from .cells import CELL, CHAIN_CONFIG, Cell, chain_of, failure, has_ended, rows, table_cells, unfinished_groups
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time; they share the GPUs")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="run only these; the table has all there is")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="run only these seeds of the table")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, print plan and hours, run nothing")
+    parser.add_argument("--dry_run", **DRY_RUN)
     parser.add_argument("--table_only", action="store_true", help="tables and plots from the folders, run nothing")
     given = parser.parse_args(argv)
     config = read_config(given.config, output_dir=given.output_dir)
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.table_only:
         tell(write_results(comparison))
     elif given.dry_run:
-        check(config, path)
+        check(config, path, () if given.dry_run == HERE else ANYWHERE)
         chosen, _ = choose(config)
         tuning, cells = comparison.asked(planned(config)), comparison.asked(table_cells(config, chosen))
         open_rows = {cell.row for cell in cells if tuning and config.points(cell.method)} - chosen.keys()

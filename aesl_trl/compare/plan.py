@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ FIGURES = (
 ).split()
 
 
-def check(config: CompareConfig, path: Path) -> None:
-    """Check each method's chain as the chain itself would, in every setting and at every point of its grid."""
+def check(config: CompareConfig, path: Path, flags: Sequence[str] = ()) -> None:
+    """Check each method's chain as [`check_stages`] does, in every setting and at every point of its grid."""
     evaluation = load_yaml(config.chain["eval"]["config"])
     samples = evaluation.get("samples", 8)
     known = [*FIGURES, *(f"pass@{k}" for k in powers_of_two(samples))]
@@ -40,7 +40,7 @@ def check(config: CompareConfig, path: Path) -> None:
             cell.write_configs()
             try:
                 chain = chain_of(cell.home)
-                check_stages(chain)
+                check_stages(chain, flags)
                 _check_candidates(chain, path)
             except InputError as error:
                 raise InputError(_with_own_files(str(error), path, cell)) from None

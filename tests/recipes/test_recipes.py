@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from aesl_trl.data import prepare
 from aesl_trl.errors import InputError
 from aesl_trl.recipes import recipes
 from aesl_trl.recipes.check import find_configs
-from aesl_trl.recipes.facts import kind_of
+from aesl_trl.recipes.facts import kind_of, promised_files
 
 
 CONFIGS = find_configs([RECIPES])
+PLANNED = [path for path in CONFIGS if kind_of(path) in ("chain", "compare")]
 CHAINS = [(path.parent.name, path.name) for path in CONFIGS if kind_of(path) == "chain" and path.parent.name in MODELS]
 FIRST = ("Qwen2.5-1.5B-Instruct", "chain.yaml")
 
@@ -51,6 +53,54 @@ def test_a_recipe_has_what_is_promised_of_it(name):
     }
     losses = {yaml.safe_load(path.read_text())["cold_start_loss"] for path in (folder / "sft").iterdir()}
     assert losses == {"aesl", "nll"}
+
+
+# What plans fast enough for every run of the tests: the other comparisons have up to a hundred cells
+FAST = [
+    path
+    for path in CONFIGS
+    if kind_of(path) == "chain" or (path.name == "compare.yaml" and path.parent.name in MODELS)
+]
+
+
+def dry_run(path):
+    (chains if kind_of(path) == "chain" else compare).main(["--config", str(path), "--dry_run"])
+
+
+@pytest.fixture(scope="module")
+def all_recipes(tmp_path_factory):
+    """A copy of all recipes without their data, in a folder of its own."""
+    return Path(shutil.copytree(RECIPES, tmp_path_factory.mktemp("all") / "recipes"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_missing_data_name_the_command_that_makes_them(name, all_recipes, monkeypatch):
+    monkeypatch.chdir(all_recipes.parent)
+    for file in ("chain.yaml", "compare.yaml"):
+        with pytest.raises(
+            InputError, match=f"does not exist, .*; first make it: aesl data --config recipes/{name}/data"
+        ):
+            dry_run(all_recipes / name / file)
+
+
+def put_data(recipes):
+    for folder in (recipes / name for name in MODELS):
+        for path in map(Path, promised_files(folder)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=() if path in FAST else pytest.mark.slow, id=relative(path)) for path in PLANNED]
+)
+def test_a_dry_run_needs_no_gpu(path, all_recipes, capsys):
+    assert not torch.cuda.is_available()
+    put_data(all_recipes)
+    dry_run(all_recipes / relative(path))
+    said = capsys.readouterr().out
+    assert "to run: at most" in said if kind_of(path) == "compare" else "grpo: " in said
+    # A first line that promises hours
+    assert "see --dry_run for the hours" not in path.read_text() or "process-hours" in said
 
 
 ARMS = ("chain.yaml", "chain_base.yaml", "chain_nll_best_eval.yaml", "chain_nll_turning_point.yaml")

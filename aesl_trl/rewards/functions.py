@@ -42,18 +42,19 @@ HANG_S = 1800.0
 logger = logging.getLogger(__name__)
 
 
-def load_reward_funcs(names: Iterable[str] | None, base_dir: str | Path | None = None) -> list[Callable]:
+def load_reward_funcs(names: Iterable[str | Callable] | None, base_dir: str | Path | None = None) -> list[Callable]:
     """Return the reward functions that `names` stand for, in that order and [`guarded`].
 
     A name is `math_reward` ([`~aesl_trl.rewards.maths.math_reward`]), one of TRL's own (`accuracy_reward`,
     `reasoning_accuracy_reward`, `think_format_reward`, `get_soft_overlong_punishment` with the values of TRL's script:
     1280 and 256 tokens), a dotted import path, or `path/file.py:function`, relative to `base_dir` (default: the
-    current folder).
+    current folder). A function stands for itself.
 
     Raises:
         InputError: an unknown name, a name of no function, or two functions that TRL would log under one name.
     """
-    functions = [guarded(_load(name, Path(base_dir or os.getcwd()))) for name in names or ()]
+    place = Path(base_dir or os.getcwd())
+    functions = [guarded(_load(name, place) if isinstance(name, str) else name) for name in names or ()]
     labels = [reward_name(function) for function in functions]
     for label in labels:
         if labels.count(label) > 1:

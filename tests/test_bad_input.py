@@ -331,6 +331,11 @@ CHAINS = {
     ),
     "chain, split groups": (run_chain("--dry_run", grpo_changes={"num_generations": 3}), "grpo.yaml", "divisible by"),
     "chain, no candidates": (run_chain("--dry_run", sft_changes={"diversity_steps": 0}), "sft.yaml", "no candidates"),
+    "chain, uploaded": (
+        run_chain("--dry_run", sft={"config": "sft.yaml", "output_dir": "out"}, sft_changes={"push_to_hub": True}),
+        "chain.yaml: output_dir",
+        "lies in sft.output_dir, which push_to_hub uploads",
+    ),
     "chain, torn chain.json": (run_chain(write={"out/chain.json": '{"stages'}), "chain.json is not valid JSON"),
     "chain, output a file": (run_chain(output_dir="train.jsonl"), "chain.yaml: output_dir", "train.jsonl is a file"),
 }

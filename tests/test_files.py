@@ -154,6 +154,53 @@ def test_an_old_chains_run_is_read_by_its_chain_json(tmp_path):
     assert found.object(files.EVALUATION) == {}
 
 
+# ---- Where the files of a training lie
+
+
+def fill(own):
+    """Write what a monitored training leaves to `own`, its own part or, as version 0.1.0 did, its folder itself."""
+    sft_run(own, cold_start_loss="nll")
+    files.write_jsonl(own / files.DIVERSITY, [{"step": 0}, {"step": 5}])
+    files.write_jsonl(own / files.SAMPLES / "step-5.jsonl", [])
+    files.write_text(own / files.CANDIDATES / "step-5" / "config.json", "{}")
+    files.write_json(own / files.SELECTION, {"step": 5})
+    files.write_json(own / files.TRAINER_STATE, {"log_history": [{"step": 5}]})
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_training_is_read_where_its_version_left_it(is_old, tmp_path):
+    own = tmp_path if is_old else tmp_path / "_aesl"
+    fill(own)
+    (tmp_path / "_aesl").mkdir(exist_ok=True)  # the lock of a training that goes on lies there
+    run = files.RunFolder(tmp_path)
+    assert files.own_folder(tmp_path) == run.own == own and run.places == [own]
+    assert (run.settings["cold_start_loss"], run.log, len(run.rows(files.DIVERSITY))) == ("nll", [{"step": 5}], 2)
+    assert run.candidates == [5] and run.candidate(5).parent == own / files.CANDIDATES == run.candidates_folder
+    assert run.sample_files == {5: own / files.SAMPLES / "step-5.jsonl"}
+    assert run.object(files.SELECTION) == {"step": 5}
+    for weights in (run.candidate(5), own / files.SELECTED, own / files.HANDOFF_DIR, tmp_path / "checkpoint-5"):
+        assert files.run_of(weights) == tmp_path
+
+
+def test_what_a_command_makes_of_a_run_lies_in_its_own_part_or_in_the_chains_folder(tmp_path):
+    fill(tmp_path / "sft" / "_aesl")
+    assert files.RunFolder(tmp_path).own == tmp_path and files.RunFolder(tmp_path / "sft").own.name == "_aesl"
+    assert files.RunFolder(tmp_path).places == [tmp_path, tmp_path / "sft" / "_aesl"]
+    (tmp_path / "model").mkdir()
+    assert files.RunFolder(tmp_path / "model").own == tmp_path / "model"  # nobody's training
+
+
+def test_a_training_that_starts_anew_moves_what_an_older_version_left(tmp_path):
+    fill(tmp_path)
+    files.write_text(tmp_path / "model.safetensors", "weights")
+    files.write_text(tmp_path / "samples.txt", "somebody's own")
+    for _ in range(2):
+        files.renew_own_folder(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"_aesl", "model.safetensors", "samples.txt"}
+    run = files.RunFolder(tmp_path)
+    assert run.own == tmp_path / "_aesl" and run.candidates == [5] and run.object(files.SELECTION) == {"step": 5}
+
+
 def test_files_that_are_not_there_read_as_empty(tmp_path):
     found = files.RunFolder(sft_run(tmp_path))
     assert (found.chain, found.log, found.rows(files.DIVERSITY), found.sample_files) == ({}, [], [], {})
@@ -235,3 +282,27 @@ def test_candidates_and_samples_come_in_the_order_of_their_steps(tmp_path):
 )
 def test_a_name_that_leaves_its_folder_is_seen(name, is_inside):
     assert files.stays_inside(name) == is_inside
+
+
+# ---- Files that somebody made to do harm
+
+
+def test_no_line_is_added_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match="rows.jsonl is a symlink"):
+        files.append_jsonl(tmp_path / "rows.jsonl", {"step": 1})
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**5, "9" * 6000, '{"a": ' * 10**5, "\ufeff{}", "{"],
+    ids=["lists", "digits", "objects", "byte order mark", "cut off"],
+)
+def test_json_that_python_cannot_read_is_one_line(text, tmp_path):
+    for name, read in (("a.json", files.read_json), ("a.jsonl", files.read_jsonl)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=f"{name}.* is not valid JSON") as error:
+            read(tmp_path / name)
+        assert len(str(error.value)) < 300 + len(str(tmp_path))

@@ -277,6 +277,11 @@ def check_stages(chain: Chain, flags: Sequence[str] = ()) -> None:
         _, args, _ = parse(argument_types("sft"), flags, prog=NAME)
         if not args.diversity_steps:
             raise InputError(f"{config.sft.config}: diversity_steps is 0: the chain has no candidates to select from")
+        if args.push_to_hub and chain.run.resolve().is_relative_to(chain.sft_dir.resolve()):
+            raise InputError(
+                f"{chain.path}: output_dir {chain.run} lies in sft.output_dir, which push_to_hub uploads: all that "
+                "the chain writes would go along; name a folder outside of it"
+            )
     else:
         base_model(config.grpo.config)
     flags = ["--config", config.grpo.config, "--output_dir", str(chain.run / files.GRPO_DIR), *common]

@@ -256,10 +256,9 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", help=f"folder to write to (default: RUN, for an SFT folder RUN/{files.OWN})")
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)
-    tell(f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}")
-    if selection["replaces"]:
-        tell(f"replaces {selection['replaces']}")
-    tell(f"weights: {selection['weights']}")
+    replaces = f"; replaces {selection['replaces']}" if selection["replaces"] else ""
+    chosen = f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}{replaces}"
+    tell(f"{chosen} -> {selection['weights']}")
 
 
 if __name__ == "__main__":

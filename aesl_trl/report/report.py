@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..arguments import ArgumentParser
 from ..errors import exit_on_input_error, tell, visible
-from ..files import REPORT, RunFolder, write_bytes
+from ..files import OWN, REPORT, RunFolder, write_bytes
 from .headline import story, warnings
 from .parts import PALETTE, Section, Table, markdown_table, png, svg
 from .runs import Arm, read_arms
@@ -27,7 +27,8 @@ def _report(argv: list[str] | None) -> None:
     several = {"nargs": "+", "metavar": "RUN"}
     parser.add_argument("runs", **several, help="chain run folder, SFT folder or recorded run")
     parser.add_argument("--compare", **several, default=[], help="runs to lay beside it, labelled recorded")
-    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: the first RUN)")
+    where = f"where the report goes (default: the first RUN, in an SFT folder {OWN})"
+    parser.add_argument("--output", metavar="DIR", help=where)
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(argv)
     tell(str(write_report(given.runs, given.compare, output=given.output, title=given.title)))
@@ -40,8 +41,9 @@ def write_report(
     output: str | Path | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write report.html, report.md and report_*.png to `output`, by default the first run; return the page's path.
+    """Write report.html, report.md and report_*.png to `output`, and return the page's path.
 
+    By default they lie in the first run. In an SFT folder, which `push_to_hub` uploads, that is in `_aesl`.
     The report is about the first of `runs`; the runs of `compare` are laid beside it and labelled as recorded. Folders
     seed-N beside each other are one arm. A folder that is no run, or that holds a broken file, is an InputError.
     """

@@ -228,7 +228,8 @@ def test_select_run_writes_selection_and_weights(tmp_path):
     chosen = select_run(run)
     assert chosen["step"] == 20 and weights(run) == "weights of step 20"
     written = files.read_json(run / files.SELECTION)
-    assert written == json.loads(json.dumps(files.to_json(chosen)))
+    said = {"weights": str(run / files.SELECTED), "replaces": None}
+    assert {**written, **said} == json.loads(json.dumps(files.to_json(chosen)))
     assert (run / written["path"]).resolve() == run / files.SELECTED
 
 
@@ -236,8 +237,9 @@ def test_select_run_again_replaces(tmp_path):
     run = make_run(tmp_path)
     select_run(run)
     (run / files.SELECTED / "stale.txt").write_text("of an older selection")
-    assert select_run(run, rule="last")["step"] == 800
-    assert weights(run) == "weights of step 800"
+    again = select_run(run, rule="last")
+    assert (again["step"], again["replaces"]) == (800, "step 20, chosen by turning_point")
+    assert weights(run) == "weights of step 800" and select_run(run, rule="last")["replaces"] is None
     assert os.listdir(run / files.SELECTED) == ["model.safetensors"]
     assert (run / files.CANDIDATES / "step-20").exists()
 

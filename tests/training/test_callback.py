@@ -357,6 +357,37 @@ def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
     assert files.read_json(own / files.SELECTION)["candidates"] == [2, 4]
 
 
+def as_by_an_older_version(folder):
+    """Move what a training keeps in its own part to where version 0.1.0 kept it."""
+    for path in (folder / files.OWN).iterdir():
+        path.rename(folder / path.name)
+    (folder / files.OWN).rmdir()
+
+
+def test_a_run_of_an_older_version_goes_on_where_it_lies(tokenizer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    monitored_trainer(tokenizer, tmp_path, max_steps=2, **settings).train()
+    as_by_an_older_version(tmp_path)
+    monitored_trainer(tokenizer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [row["step"] for row in files.read_jsonl(tmp_path / files.DIVERSITY)] == [0, 2, 4]
+    assert files.read_json(tmp_path / files.SELECTION)["candidates"] == [2, 4] and (tmp_path / files.SELECTED).is_dir()
+    assert not (tmp_path / files.OWN).exists()
+
+
+@pytest.mark.parametrize("steps", [2, 0])
+def test_a_new_run_in_an_older_versions_folder_leaves_nothing_to_be_pushed(steps, tokenizer, tmp_path):
+    """Nor what a training without measurements would find of it: a candidate that is not its own."""
+    monitored_trainer(tokenizer, tmp_path).train()
+    as_by_an_older_version(tmp_path)
+    monitored_trainer(tokenizer, tmp_path, diversity_steps=steps, max_steps=2).train()
+    assert [path.name for path in tmp_path.iterdir()] == [files.OWN]
+    run = files.RunFolder(tmp_path)
+    assert [row["step"] for row in run.rows(files.DIVERSITY)] == ([0, 2] if steps else [])
+    assert list(run.sample_files) == ([0, 2] if steps else [])
+    assert (run.own / files.SELECTED).exists() == bool(steps)
+    assert [path.name for path in run.candidates_folder.glob("*")] == (["step-2"] if steps else [])
+
+
 def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     model = {"attention_dropout": 0.3}

@@ -113,8 +113,8 @@ def test_another_rule_says_what_it_replaces_and_the_card_agrees(tokenizer, tmp_p
     capsys.readouterr()
     main(["select", str(tmp_path), "--rule", "last"])
     out = capsys.readouterr().out
-    assert "selected step 6 by last" in out and "replaces step 2, chosen by turning_point\n" in out
-    assert f"weights: {tmp_path / files.OWN / files.SELECTED}\n" in out
+    assert "selected step 6 by last" in out and "; replaces step 2, chosen by turning_point -> " in out
+    assert out.endswith(f" -> {tmp_path / files.OWN / files.SELECTED}\n")
     main(["select", str(tmp_path)])  # the recorded rule, and its metric
     out = capsys.readouterr().out
-    assert "selected step 2 by turning_point: self_bleu" in out and "replaces step 6, chosen by last\n" in out
+    assert "selected step 2 by turning_point: self_bleu" in out and "; replaces step 6, chosen by last -> " in out

@@ -9,10 +9,20 @@ from itertools import islice
 
 from .arguments import parse
 from .errors import InputError, exit_on_input_error
+from .models.folder import ModelFolder
 from .models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from .rewards.functions import check_columns, load_reward_funcs
 from .training.session import check_quantization, guarded_training, resume_point, revision_and_trust, train
-from .training.sft import ARGUMENT_TYPES, MODEL, NAME, build_trainer, finish, load_datasets
+from .training.sft import (
+    ARGUMENT_TYPES,
+    MODEL,
+    NAME,
+    build_trainer,
+    check_before_loading,
+    check_resumed,
+    finish,
+    load_datasets,
+)
 from .training.signals import StopSignals
 
 
@@ -32,10 +42,13 @@ def main(argv: list[str] | None = None) -> None:
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
         train_rows, eval_rows, prompts = load_datasets(script_args, args)
         examples = [*islice(train_rows, CHECKED_ROWS), *(prompts or [])[:CHECKED_ROWS]]
-        check_tokenizer(model, model, examples, field=MODEL, settings=args, **access)
+        check_tokenizer(ModelFolder(model), examples, field=MODEL, settings=args, **access)
         if prompts is not None and reward_funcs:
             where = f"diversity prompts {script_args.diversity_dataset_name or ''}"
             check_columns(reward_funcs, prompts[0], where=where)
+        if checkpoint is not None:
+            check_resumed(args, model_args, train_rows, prompts, checkpoint)
+        check_before_loading(args, model, train_rows, eval_rows, prompts, reward_funcs, access)
         with guarded_training(args, signals):
             trainer = build_trainer(args, model_args, train_rows, eval_rows, prompts, reward_funcs)
             train(trainer, checkpoint, signals, trainer.diversity_callback)

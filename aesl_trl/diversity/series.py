@@ -1,7 +1,10 @@
 """diversity.jsonl as a series: its rows by step, their turning point, and the settings that all of them must share."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .. import files
 from ..errors import InputError
@@ -11,7 +14,7 @@ from .turning_point import Selection, find_turning_point
 # The figures whose turning point is looked for, and on which side of the figure diversity is highest.
 METRICS = {"entropy": "max", "self_bleu": "min"}
 # Rows that differ in one of these settings measure different things: their figures are no series.
-SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens", "backend", "entropy_estimator")
+SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens", "backend", "entropy_estimator", "prompts")
 # Keys of a row that are not logged as figures.
 NOT_FIGURES = ("step", "seed", "gap", "intervals", "by_prompt", "token_budget", "asked", "batch_size", *SETTINGS)
 
@@ -60,6 +63,53 @@ def check_settings(rows: Iterable[dict], where: str | Path = files.DIVERSITY) ->
                     f"{where}: {name} is {known!r} at step {step} and {value!r} at step {row['step']}: figures "
                     "measured in different ways are no series; measure all steps with the same settings"
                 )
+
+
+def prompts_digest(prompts: list[dict]) -> str:
+    """Return a hash of the prompts and the columns that rewards read. Keys without a value do not count."""
+    text = json.dumps(_without_none(prompts), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def check_prompts(folder: Path, step: int, prompts: list[dict]) -> None:
+    """Refuse to go on at `step` with other prompts than those that the series in `folder` was measured on.
+
+    Raises:
+        InputError: one line with the first prompt that differs.
+    """
+    path = folder / files.DIVERSITY
+    rows = [row for row in (files.read_jsonl(path) if path.exists() else []) if row["step"] <= step]
+    if not rows or "num_prompts" not in rows[-1]:
+        return
+    row, measured = rows[-1], prompts[: rows[-1]["num_prompts"]]
+    samples = folder / files.SAMPLES / f"step-{row['step']}.jsonl"
+    before = [sample["prompt"] for sample in files.read_jsonl(samples)] if samples.exists() else None
+    if row.get("prompts") == prompts_digest(measured) or (row.get("prompts") is None and before is None):
+        return
+    pairs = list(zip(before or [], [prompt["prompt"] for prompt in measured], strict=False))
+    place = next((place for place, (old, new) in enumerate(pairs) if old != new), None)
+    if place is not None:
+        old, new = (_last_words(prompt) for prompt in pairs[place])
+        problem = f"prompt {place} (from 0) is {new!r}, it was {old!r}"
+    elif row.get("prompts") is None:  # of an older version, and the prompts are the same
+        return
+    else:
+        problem = "their number, or a column beside the prompts, is another"
+    raise InputError(
+        f"{path}: the diversity of the steps so far was measured on other prompts: {problem}. Go on with the same "
+        "prompts, or train anew in another output_dir"
+    )
+
+
+def _last_words(prompt: str | list[dict], limit: int = 60) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return text if len(text) <= limit else f"...{text[-limit:]}"
 
 
 def nearest_step(step: int, saved: Iterable[int]) -> int:

@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from transformers import Trainer, TrainerCallback
 
 from .. import files
@@ -13,14 +13,17 @@ from ..data.prompts import prompt_rows
 from ..data.rendered import check_rendered
 from ..diversity.selection import RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
-from ..errors import InputError
+from ..errors import InputError, tell, visible
 from ..models.chat import template_columns
+from ..models.vocabulary import let_head_run
+from ..rewards.functions import load_reward_funcs
 from ..sampling.backends import VLLMSettings
 from ..values import check_bound, check_choice
 from .candidates import Candidates
 from .hub import check_parts, push_parts
 from .measurement import Measurement, MeasurementSettings
 from .run_record import forget_after, write_log, write_record
+from .trained_with import refuse_other_training
 
 
 FAIR_SHARE = 0.05  # of the time that monitoring may take before a line says how to make it less
@@ -39,8 +42,8 @@ class DiversityCallback(TrainerCallback):
         trainer ([`~trl.SFTTrainer`]): the trainer it is added to; a callback is not given it otherwise.
         prompts (`Dataset` or `list`): held-out prompts, or rows with a `"prompt"` and the columns that the rewards
             need.
-        reward_funcs (`list[Callable]`, *optional*): as for GRPOTrainer; the first one giving at least 1 makes a sample
-            right.
+        reward_funcs (`list`, *optional*): functions as for GRPOTrainer, or names as in a config, such as
+            `"math_reward"`; the first one giving at least 1 makes a sample right.
         steps, samples, temperature, max_new_tokens, backend, metric, patience, batch_size, token_budget:
             as the fields `diversity_...` of [`AESLSFTConfig`]; `steps` is at least 1.
         vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): its fields `diversity_vllm_...`.
@@ -96,6 +99,8 @@ class DiversityCallback(TrainerCallback):
         self.hub_include = hub_include
         self.candidates = Candidates(trainer, metric, best_eval_metric, max_candidates)
         self.trainer, self.stop, self.selection = trainer, stop, selection
+        if is_peft_model(trainer.model):
+            let_head_run(trainer.model)
         plugin = trainer.accelerator.state.deepspeed_plugin
         zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
         saves_parts = zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save")
@@ -108,7 +113,8 @@ class DiversityCallback(TrainerCallback):
         if any(row.get(name) is not None for row in rows for name in ("image", "images")):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
         check_rendered(rows, trainer.processing_class, field="the held-out prompts", defaults=chat_template_kwargs)
-        self.measurement = Measurement(trainer, rows, self.settings, list(reward_funcs or []), chat_template_kwargs)
+        rewards = load_reward_funcs(reward_funcs)
+        self.measurement = Measurement(trainer, rows, self.settings, rewards, chat_template_kwargs)
         self.rows = self.measurement.rows  # those that are measured
         self.stopped = False  # at the turning point
         self.seconds = 0.0  # wall time spent measuring
@@ -128,6 +134,10 @@ class DiversityCallback(TrainerCallback):
         self._began, self.seconds, self._measured = time.perf_counter(), 0.0, 0
         self.measurement.announce()
         self.measurement.refuse_other_series(self._folder, state.global_step)
+        if state.global_step > 0 and not hasattr(
+            type(self.trainer), "ingredients"
+        ):  # AESLSFTTrainer's were compared before
+            refuse_other_training(self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if state.global_step == 0:
             self._measure(state.global_step)  # drops old files once the rewards have proved to work
         elif args.should_save:
@@ -172,9 +182,10 @@ class DiversityCallback(TrainerCallback):
             return
         write_log(trainer)  # select_run reads log_history from the file
         if self.selection == "readiness":  # the candidates are probed by a process of its own, once this one is gone
+            folder = visible(args.output_dir)
             trainer.accelerator.print(
                 "aesl_trl: candidates kept for selection by readiness: "
-                f"aesl probe {args.output_dir} --config FILE, then aesl select {args.output_dir} (or aesl chain)"
+                f"aesl probe {folder} --config FILE, then aesl select {folder} (or aesl chain)"
             )
         elif args.should_save:
             chosen = select_run(
@@ -184,7 +195,7 @@ class DiversityCallback(TrainerCallback):
                 patience=self.settings.patience,
                 best_eval_metric=self.candidates.best_eval_metric,
             )
-            print(f"aesl_trl: selected step {chosen['step']} ({chosen['reason']}); weights in {chosen['weights']}")
+            tell(f"aesl_trl: selected step {chosen['step']} ({chosen['reason']}); weights in {chosen['weights']}")
         trainer.accelerator.wait_for_everyone()
 
     def _measure(self, step: int) -> list[dict]:

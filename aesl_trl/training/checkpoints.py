@@ -25,6 +25,7 @@ from ..provenance import package_versions
 MANIFEST = "manifest.json"
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' own name; the file marks a checkpoint that is being saved
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")  # Trainer, FSDP, FSDP sharded, DeepSpeed
+ON_WINDOWS = os.name == "nt"
 EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetensors' header, a zip's directory
 # Left by files.py (with its process id), or by `rotate`
 LEFTOVER = re.compile(r"\..+\.(\d+)\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
@@ -53,9 +54,12 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
 def find_checkpoint(asked: str | bool | None, folder: Path, say=lambda line: None) -> Path | None:
     """Return the checkpoint that the setting `resume_from_checkpoint` asks for; None is a start from step 0.
 
-    True asks for the last whole checkpoint of the output folder `folder`; a torn checkpoint asked for by name is
-    refused. `say` prints a line for each torn checkpoint that we pass over, and a line for where training goes on.
+    True asks for the last whole checkpoint of the output folder `folder`, and so does the text "true", which is what
+    TrlParser reads on a command line. A torn checkpoint asked for by name is refused. `say` prints a line for each
+    torn checkpoint that we pass over, and a line for where training goes on.
     """
+    if isinstance(asked, str):
+        asked = {"true": True, "false": False}.get(asked.lower(), asked)
     if not asked:
         return None
     last, torn = last_whole_checkpoint(folder)
@@ -175,7 +179,9 @@ def write_manifest(checkpoint: Path, **facts) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if ON_WINDOWS and path.is_dir():  # it opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)  # and syncs only what may be written
     try:
         os.fsync(descriptor)
     finally:

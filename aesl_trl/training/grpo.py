@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, set_seed
-from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, ModelConfig, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from ..data.checks import STREAMED_ROWS, check_prompts
@@ -17,13 +17,13 @@ from ..errors import InputError
 from ..files import RUN, own_folder, write_json
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
-from ..models.peft_settings import list_as_written
 from ..models.tokens import id_list, stop_ids
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..values import option
 from .finite_steps import FiniteStepsMixin
-from .rehearsal import refusals_in_one_line, rehearse
+from .rehearsal import peft_config_of, refusals_in_one_line, rehearse
+from .rows import RowTemplateMixin
 from .session import check_quantization, load_train_and_eval, model_init_kwargs, revision_and_trust
 
 
@@ -130,10 +130,10 @@ def check_rows(rows: Any, *, field: str, reward_funcs: list) -> None:
 
 
 def trainer_class() -> type:
-    """Return GRPOTrainer with a stop before a step whose gradient is not finite."""
+    """Return GRPOTrainer that reads rows' columns for the template, and stops before a gradient that is not finite."""
     from trl import GRPOTrainer
 
-    return type(GRPOTrainer.__name__, (FiniteStepsMixin, GRPOTrainer), {})
+    return type(GRPOTrainer.__name__, (FiniteStepsMixin, RowTemplateMixin, GRPOTrainer), {})
 
 
 def build_trainer(
@@ -150,8 +150,7 @@ def build_trainer(
     start, quantization = start_of(script_args, model_args), get_quantization_config(model_args)
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     common = {"reward_funcs": reward_funcs, "args": training_args, **datasets}
-    with refusals_in_one_line():
-        peft_config = list_as_written(get_peft_config(model_args))
+    peft_config = peft_config_of(model_args)
     if kind is None:  # a probe's settings are not the user's
         kind, scores = trainer_class(), [score if callable(score) else _no_reward for score in reward_funcs]
         told = {"eval_rows": eval_dataset, "peft_config": peft_config, "reward_funcs": scores}

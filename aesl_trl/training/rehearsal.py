@@ -16,9 +16,10 @@ from typing import Any
 import datasets
 from transformers import AutoProcessor
 from transformers.integrations.liger import apply_liger_kernel
+from trl import get_peft_config
 
 from ..errors import InputError, in_one_line
-from ..models.peft_settings import check_peft_config, skeleton
+from ..models.peft_settings import check_peft_config, list_as_written, skeleton
 
 
 ROWS = 8  # rows that the rehearsal prepares
@@ -114,6 +115,12 @@ def refusals_in_one_line() -> Iterator[None]:
         if library is None:
             raise
         raise InputError(f"{library} refuses this: {in_one_line(error, 2000)}") from error
+
+
+def peft_config_of(model_args: Any) -> Any:
+    """Return the PEFT config that TRL's ModelConfig asks for, as the user wrote it; None without `use_peft`."""
+    with refusals_in_one_line():
+        return list_as_written(get_peft_config(model_args))
 
 
 def _refused_by(error: Exception) -> str | None:

@@ -1,44 +1,46 @@
 """What a training says of itself in its run folder: run.json before the first step, the log after the last."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..losses.rules import TOKEN_RULES
 from ..provenance import package_versions
 from .candidates import forget_candidates
-from .config import AESLSFTConfig
+from .trained_with import ingredients_of
 
 
 def write_record(trainer: Any, rule: dict | None) -> None:
-    """Write run.json. `rule` is what DiversityCallback selects by, which `aesl select` repeats; None without one."""
+    """Write run.json. `rule` is what DiversityCallback selects by, which `aesl select` repeats; None without one.
+
+    A resumed training keeps, in the list `earlier`, what the steps before were trained with where it is another.
+    """
     args, config = trainer.args, trainer.model.config
-    model, quantization = getattr(config, "_name_or_path", None), getattr(config, "quantization_config", None)
-    loss = {}
-    if isinstance(args, AESLSFTConfig):
-        names = ["t_scaling", "min_temperature", "prefix_mode", "diversity_metric", "diversity_patience"]
-        names += ["best_eval_metric", *TOKEN_RULES[args.cold_start_loss].fields]
-        loss = {"cold_start_loss": args.cold_start_loss, **{name: getattr(args, name) for name in names}}
+    selecting = ("diversity_metric", "diversity_patience", "best_eval_metric")
     described = {
         "stage": "sft",
-        **loss,
+        **{name: getattr(args, name) for name in selecting if hasattr(args, name)},
         **(rule or {"selection": None}),
-        # A hub name stays; a local folder is named relative to the run, so that the record can move with it
-        "model": os.path.relpath(model, args.output_dir) if model and os.path.isdir(model) else model,
-        # The handoff merges into, or continues on, a base that is quantized as it was in training
-        "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+        # With the quantization: the handoff merges into, or continues on, a base that is quantized as in training
+        **ingredients_of(trainer),
         "model_type": config.model_type,
         "seed": args.seed,
         "num_processes": trainer.accelerator.num_processes,
         "max_steps": trainer.state.max_steps,
-        "learning_rate": args.learning_rate,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "versions": package_versions(),
     }
+    described["earlier"] = _earlier(described, files.read_settings(Path(args.output_dir)), trainer.state.global_step)
     files.write_json(files.own_folder(args.output_dir) / files.RUN, described)
+
+
+def _earlier(described: dict, before: dict, step: int) -> list[dict]:
+    """Return what the steps up to `step` were trained with, where `described` says something else of it."""
+    if step == 0:
+        return []
+    changed = {name: value for name, value in before.items() if name != "earlier" and value != described.get(name)}
+    return [*before.get("earlier", []), *([{"until_step": step, **changed}] if changed else [])]
 
 
 def write_log(trainer: Any) -> None:

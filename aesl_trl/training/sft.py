@@ -1,24 +1,24 @@
 """The cold start: its arguments, its datasets, the trainer with the diversity callback, and the end of a run."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from trl import ModelConfig, ScriptArguments, SFTTrainer, get_peft_config, get_quantization_config
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl import ModelConfig, ScriptArguments, SFTTrainer, get_quantization_config
 
 from ..data.checks import check_demonstrations
 from ..data.prompts import check_held_out, prompt_rows
 from ..data.sampled import check_rows_fit, check_samples, warn_of_unrewarded
-from ..errors import InputError
-from ..models.loading import load_processing_class
-from ..models.peft_settings import list_as_written
+from ..diversity.series import check_prompts
+from ..errors import InputError, visible
+from ..files import TRAINER_STATE, own_folder, read_object
 from ..models.positions import num_positions_at
 from ..values import option
 from .config import AESLSFTConfig
-from .rehearsal import refusals_in_one_line, rehearse
+from .rehearsal import peft_config_of, refusals_in_one_line, rehearse
+from .rows import RowsMixin, check_rows, processing_class_of, training_template
 from .session import check_finished, end_trackers, load_split, load_train_and_eval, model_init_kwargs
+from .trained_with import peft_settings, refuse_other_ingredients, trained_with
 
 
 NAME = "aesl sft"
@@ -70,31 +70,39 @@ def load_datasets(script_args: SFTScriptArguments, args: AESLSFTConfig):
 
 
 def check_before_loading(
-    args: AESLSFTConfig, model: str, train, prompts: list[dict] | None, reward_funcs: list, access: dict
+    args: AESLSFTConfig, model: str, train, evaluation, prompts: list[dict] | None, reward_funcs: list, access: dict
 ) -> None:
-    """Refuse rows and held-out prompts that are too long for the model; warn of rewards that cannot be earned."""
-    processing_class = load_processing_class(model, **access)
-    if path := args.chat_template_path:  # as TRL does: a file, or another tokenizer with its tokens
-        is_file = path.endswith(".jinja")
-        processing_class = processing_class if is_file else load_processing_class(path, **access)
-        processing_class.chat_template = Path(path).read_text() if is_file else processing_class.chat_template
+    """Refuse rows and held-out prompts that the template cannot write whole, or that are too long for the model.
+
+    Warn of rewards that cannot be earned.
+    """
+    processing_class = processing_class_of(model, args, **access)
+    check_rows(args, processing_class, {"dataset_name": train, "eval_dataset_name": evaluation})
     positions = num_positions_at(model, **access)
     check_rows_fit(processing_class, positions, train, args.max_length, args.dataset_text_field)
     unearnable = []
     if prompts:
         how = {"field": "the held-out prompts", "setting": "diversity_max_new_tokens"}
         asked = args.diversity_max_new_tokens
+        how |= {"template_defaults": args.chat_template_kwargs}
         unearnable = check_samples(processing_class, positions, prompts, reward_funcs, asked, **how)
     if not unearnable:
-        warn_of_unrewarded(processing_class, train, reward_funcs, _training_template(processing_class, args))
+        template = training_template(processing_class, args)
+        warn_of_unrewarded(processing_class, train, reward_funcs, template, args.chat_template_kwargs)
 
 
-def _training_template(processing_class, args: AESLSFTConfig) -> str | None:
-    """Return the template of TRL that takes the place of the model's, where it does."""
-    if not args.assistant_only_loss or has_generation_markers(processing_class.chat_template):
-        return None
-    with suppress(ValueError):  # TRL has none for this template, and refuses it when the trainer is built
-        return get_training_chat_template(processing_class)
+class RehearsedTrainer(RowsMixin, SFTTrainer):
+    """SFTTrainer whose rows are prepared as AESLSFTTrainer's are."""
+
+
+def check_resumed(args: AESLSFTConfig, model_args: ModelConfig, train, prompts: list | None, checkpoint: Path) -> None:
+    """Refuse to go on from `checkpoint` with something else than its steps were trained with and measured on."""
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    peft = peft_settings(peft_config_of(model_args))
+    refuse_other_ingredients(trained_with(args, model, peft, train, revision), checkpoint, args.output_dir)
+    if prompts:
+        step = read_object(checkpoint / TRAINER_STATE)["global_step"]
+        check_prompts(own_folder(checkpoint.absolute().parent), step, prompts)
 
 
 def build_trainer(args: AESLSFTConfig, model_args: ModelConfig, train, evaluation, prompts, reward_funcs: list):
@@ -104,8 +112,8 @@ def build_trainer(args: AESLSFTConfig, model_args: ModelConfig, train, evaluatio
     args.model_init_kwargs = model_init_kwargs(model_args, args)
     model, evaluation = model_args.model_name_or_path, evaluation if args.eval_strategy != "no" else None
     with refusals_in_one_line():
-        peft_config = list_as_written(get_peft_config(model_args))
-        rehearse(SFTTrainer, model, args, train, eval_rows=evaluation, peft_config=peft_config)
+        peft_config = peft_config_of(model_args)
+        rehearse(RehearsedTrainer, model, args, train, eval_rows=evaluation, peft_config=peft_config)
         trainer = AESLSFTTrainer(
             model=model,
             args=args,
@@ -126,7 +134,7 @@ def finish(trainer, script_args: SFTScriptArguments) -> None:
         check_finished(trainer, NAME)
     trainer.save_model(args.output_dir)
     steps = trainer.state.global_step
-    trainer.accelerator.print(f"{NAME}: trained {steps} steps; the last weights are in {args.output_dir}")
+    trainer.accelerator.print(f"{NAME}: trained {steps} steps; the last weights are in {visible(args.output_dir)}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     end_trackers(trainer)

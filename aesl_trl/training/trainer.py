@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,12 +23,15 @@ from ..models.peft_settings import check_peft_config, list_as_written, skeleton
 from ..models.positions import num_positions
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import stop_ids
+from ..models.vocabulary import let_head_run
 from .callback import DiversityCallback, RunCallback, held_out_rows, monitor_of
+from .checkpoints import find_checkpoint
 from .config import AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .packing_probe import architecture_of, check_documents_apart, packed_rows_collator
 from .rows import RowsMixin
 from .token_sums import TokenSums
+from .trained_with import peft_settings, refuse_other_training, trained_with
 
 
 class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
@@ -55,8 +59,8 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         diversity_prompts (`Dataset` or `list`, *optional*): held-out prompts whose completions are sampled when
             `args.diversity_steps > 0`: strings, message lists, or rows with a `"prompt"` and the columns that the
             reward functions need. Default: the prompts of `eval_dataset`.
-        reward_funcs (`list[Callable]`, *optional*): reward functions as for [`~trl.GRPOTrainer`], scored on the same
-            samples (pass@1, pass@k, group signal). A sample is right when the first one gives at least 1.
+        reward_funcs (`list`, *optional*): functions as for [`~trl.GRPOTrainer`], or names as in a config, scored on
+            the same samples (pass@1, pass@k, group signal). A sample is right when the first one gives at least 1.
 
     Raises:
         InputError: a setting that would silently train with another loss (see the README's table), by name and at
@@ -81,17 +85,24 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         args = _convert_args(args, model)
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
         _refuse_unsupported(model, args, given.get("compute_loss_func"))
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
         if isinstance(peft_config := given.get("peft_config"), PeftConfig):
-            loading = {"revision": (args.model_init_kwargs or {}).get("revision") or "main"}
-            loading["trust_remote_code"] = args.trust_remote_code
+            loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
             network = skeleton(model, **loading) if isinstance(model, str) else model
             check_peft_config(list_as_written(peft_config), network, prefix="peft_config.")
+        # Before TRL prepares the rows and completes PEFT's settings
+        is_name, has_adapter = isinstance(model, str), not isinstance(model, str) and is_peft_model(model)
+        peft = peft_settings(model.active_peft_config if has_adapter else peft_config)
+        name = model if is_name else getattr(model.config, "_name_or_path", None)
+        self._given = {"model": name, "peft": peft, "rows": given.get("train_dataset"), "revision": revision}
         _refuse_rows_that_leak(model, args, given.get("peft_config"), given.get("data_collator"))
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
         self._token_rule = self.create_token_rule()
         self._old_policy = OldPolicy(self, args.psft_refresh_steps) if self._token_rule.old_policy else None
+        if is_peft_model(self.model):
+            let_head_run(self.model)
         add_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._warn_if_prompts_are_trained()
         self._sums = {"train": None, "eval": None}
@@ -120,6 +131,22 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             self.add_callback(self.diversity_callback)
         # After the first measurement: until the rewards have proved to work, an earlier run's files stay as they are
         self.add_callback(RunCallback(self))
+
+    @cached_property
+    def ingredients(self) -> dict:
+        """What run.json records that this training is trained with, of the rows as they were given."""
+        return trained_with(self.args, **self._given)
+
+    def train(self, resume_from_checkpoint=None, *positional, **kwargs):
+        """Train, or go on from a checkpoint as `aesl sft` does: `True` and `"true"` ask for the last whole one.
+
+        With other data, another loss, model or PEFT config than the steps so far had, an [`InputError`] says which.
+        """
+        folder, say = Path(self.args.output_dir), self.accelerator.print
+        checkpoint = find_checkpoint(resume_from_checkpoint, folder, lambda line: say(f"aesl_trl: {line}"))
+        if checkpoint is not None:
+            refuse_other_training(self, checkpoint)
+        return super().train(None if checkpoint is None else str(checkpoint), *positional, **kwargs)
 
     def create_token_rule(self) -> TokenRule:
         """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py)."""
@@ -285,7 +312,7 @@ def _refuse_unsupported(model, args: AESLSFTConfig, compute_loss_func) -> None:
         raise InputError("compute_loss_func would replace the cold-start loss: override compute_loss in a subclass")
     if value := args.label_smoothing_factor:
         raise InputError(f"label_smoothing_factor is {value}, but label smoothing is not supported: leave it at 0")
-    if args.eval_packing and not (args.packing or args.padding_free):
+    if args.eval_packing and not args.packing:
         # TRL's collator then builds a full attention mask, and the packed documents see each other
         raise InputError(
             "eval_packing=True with packing=False loses the borders of the packed sequences: leave eval_packing unset"

@@ -174,9 +174,13 @@ def spearman_interval(
     """
     if len(clusters) < MIN_CLUSTERS:
         return math.nan, math.nan
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = generator.integers(len(clusters), size=len(clusters))
-        x, y = zip(*(point for index in drawn for point in clusters[index]), strict=True)
-        found.append(spearman(x, y))
-    return _percentiles(np.array(found), level)
+    of_cluster = np.repeat(np.arange(len(clusters)), [len(points) for points in clusters])
+    drawn = np.random.default_rng(seed).integers(len(clusters), size=(resamples, len(clusters)))
+    # How often each point is in each resample, [resample, point]
+    counts = (drawn[:, :, None] == np.arange(len(clusters))).sum(axis=1)[:, of_cluster].astype(float)
+    sides = np.array([point for points in clusters for point in points], dtype=float).T
+    # A point's rank, less the mean rank, is half the number of points below it less half the number above it
+    x, y = (counts @ np.sign(side[None, :] - side[:, None]) for side in sides)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (counts * x * y).sum(axis=1) / np.sqrt((counts * x * x).sum(axis=1) * (counts * y * y).sum(axis=1))
+    return _percentiles(found, level)

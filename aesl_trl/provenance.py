@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 from contextlib import suppress
@@ -40,13 +41,18 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def num_cores() -> int:
+    """Return the number of cores that this process may use; macOS and Windows know only those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> str:
     """Name the processor, the number of cores that this process may use, and the GPUs."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n") if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{models[0] if models else 'unknown processor'}, {cores} cores"]
+    model = models[0] if models else platform.processor() or "unknown processor"
+    parts = [f"{model}, {num_cores()} cores"]
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         parts += subprocess.run(command, capture_output=True, text=True).stdout.split("\n")

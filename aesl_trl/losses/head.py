@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers.utils import is_triton_available, logging
 
 from . import head_torch
+from .precision import at_home, in_float64, on_device
 from .rules import TokenRule, TokenStats
 
 
@@ -134,10 +135,10 @@ class _FusedHead(torch.autograd.Function):
         ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
         tokens, losses = run.tokens, task.rule.losses
         if losses is None:
-            loss_sum = -(tokens.weights.double() * tokens.log_probs.double()).sum()
+            loss_sum = -(in_float64(tokens.weights) * in_float64(tokens.log_probs)).sum()
         else:
-            loss_sum = losses(tokens.stats(slice(0, tokens.labels.numel()))).double().sum()
-        loss_sum = loss_sum.to(tokens.log_probs.dtype)
+            loss_sum = in_float64(losses(tokens.stats(slice(0, tokens.labels.numel())))).sum()
+        loss_sum = on_device(loss_sum, hidden.device).to(tokens.log_probs.dtype)
         outputs = (loss_sum, tokens.log_probs, tokens.entropy, tokens.is_top1, tokens.weights, tokens.temperatures)
         ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
         ctx.set_materialize_grads(False)
@@ -173,15 +174,15 @@ class _Tokens:
         if rule.temperatures is not None:
             self.temperatures, self.rest = torch.empty(2, count, dtype=dtype, device=device)
         self.statistic = None if rule.tile is None else torch.empty(count, dtype=dtype, device=device)
-        starts = torch.ones(count, dtype=torch.bool, device=device)
-        starts[1:] = task.sequence_ids[1:] != task.sequence_ids[:-1]
-        positions = torch.arange(count, device=device)
-        self.sequences = starts.cumsum(0) - 1
+        sequence_ids = at_home(task.sequence_ids)
+        starts = torch.ones(count, dtype=torch.bool, device=sequence_ids.device)
+        starts[1:] = sequence_ids[1:] != sequence_ids[:-1]
+        positions = torch.arange(count, device=sequence_ids.device)
+        self.sequences = (starts.cumsum(0) - 1).to(device)
         self.first = positions.where(starts, 0).cummax(0).values if count else positions
-        self.counts = (positions - self.first + 1).double()
-        # The sum of the log-probabilities of all earlier tokens. In float64: a float32 sum over 32k packed tokens is
-        # off by about 2e-3
-        self.before = torch.zeros(count + 1, dtype=torch.float64, device=device)
+        self.counts = on_device(in_float64(positions - self.first + 1), device)
+        # The sum of the log-probabilities of all earlier tokens
+        self.before = sequence_ids.new_zeros(count + 1, dtype=torch.float64)
 
     def stats(self, part: slice) -> TokenStats:
         through = self.before[part.start + 1 : part.stop + 1]
@@ -190,7 +191,7 @@ class _Tokens:
             entropy=self.entropy[part],
             is_top1=self.is_top1[part],
             sequences=self.sequences[part],
-            prefix_sums=through - self.before[self.first[part]],
+            prefix_sums=on_device(through - self.before[self.first[part]], self.log_probs.device),
             prefix_counts=self.counts[part],
             rest=None if self.rest is None else self.rest[part],
             statistic=None if self.statistic is None else self.statistic[part],
@@ -198,7 +199,7 @@ class _Tokens:
         )
 
     def scan(self, part: slice) -> None:
-        torch.cumsum(self.log_probs[part], 0, dtype=torch.float64, out=self.before[part.start + 1 : part.stop + 1])
+        torch.cumsum(in_float64(self.log_probs[part]), 0, out=self.before[part.start + 1 : part.stop + 1])
         self.before[part.start + 1 : part.stop + 1] += self.before[part.start]
 
 

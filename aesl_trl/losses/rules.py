@@ -27,8 +27,9 @@ class TokenStats:
     entropy: Tensor  # of softmax(logits), nats
     is_top1: Tensor  # bool: whether the label is the most likely token
     sequences: Tensor  # int64: the sequence that each token belongs to, counted from 0 over the batch
-    prefix_sums: Tensor  # float64: log_probs summed over the sequence up to and with the token
-    prefix_counts: Tensor  # float64: tokens of the sequence up to and with the token
+    # Both float64 (on Apple's GPUs float32, rounded from float64 sums), over the sequence up to and with the token
+    prefix_sums: Tensor  # of log_probs
+    prefix_counts: Tensor  # tokens
     rest: Tensor | None = None  # 1 - softmax(logits / T)[label]; only weights() of a rule with temperatures sees it
     statistic: Tensor | None = None  # the statistic that the rule's `tile` returned; weights() and losses() see it
     # of the labels under pi_old, nats. None where the model is its own old policy (in the first step after a refresh,

@@ -1,4 +1,4 @@
-"""Grade untrusted answers with `math_reward` and TRL's own reward functions, in child processes (Linux).
+"""Grade untrusted answers with `math_reward` and TRL's own reward functions, in child processes (Linux and macOS).
 
 A completion such as `5^(5^(5^(5^5)))` keeps sympy inside one long multiplication, where neither an alarm nor a thread
 can stop it; another takes all memory. Here an answer that hangs, crashes or eats memory costs only itself: it scores
@@ -10,14 +10,15 @@ processes, the network. A child dies with its parent, even inside a long multipl
 
 math-verify runs no text as code: sympy's `eval` sees only the parts of a completion that the grammar took for numbers.
 So this is a second fence, against a parser that changes, and no sandbox for code that is meant to run.
+
+macOS does not enforce a limit of memory, so there the parent looks at the memory of a child that grades. Windows has
+none of these limits: a graded reward is refused.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -29,13 +30,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from ..errors import InputError
 from ..processes import child_env
+from ..provenance import num_cores
 from .maths import math_answer, math_reward
 
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
 
 MATH_GRADERS = ("math_reward", "accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
 GRADERS = (*MATH_GRADERS, "think_format_reward")  # TRL's own, but for math_reward
@@ -47,6 +56,8 @@ MEMORY_MB = 512  # beyond the imports; ordinary answers take a few MB, most of i
 READS = ("os.listdir", "os.scandir")  # audit events that imports cause
 START_S = 300.0  # for the imports, which a slow disk delays
 START_TRIES = 3  # for one batch, where something kills a child before its imports are done
+KERNEL_LIMITS_MEMORY = sys.platform == "linux"
+LOOK_S = 0.1  # between two looks at a child's memory
 SELF_TEST = ("<think>\n1+1\n</think>\n\\boxed{2}", "$2$")  # worth 1.0 to every grader
 
 
@@ -63,6 +74,15 @@ class Grade(NamedTuple):
 
     reward: float | str | None  # text where an answer is extracted; None where the grader does not apply, as in TRL
     failure: str | None = None  # why there was no verdict: too long, timeout, memory, crash, an exception's name
+
+
+def check_grading(what: str) -> None:
+    """Refuse, on Windows, `what` needs child processes with limits."""
+    if resource is None:
+        raise InputError(
+            f"{what} needs child processes with limits of time and memory, which Windows does not have: use WSL, "
+            "Linux or macOS, or a reward of your own (path/file.py:function)"
+        )
 
 
 class Graders:
@@ -89,8 +109,9 @@ class Graders:
         """Return one grade per answer, in their order.
 
         Raises:
-            InputError: a child cannot start.
+            InputError: a child cannot start, or this is Windows.
         """
+        check_grading("grading answers")
         answers = list(answers)
         lengths = [max(len(answer.completion), len(answer.solution or "")) for answer in answers]
         grades = [Grade(0.0, "too long") if length > MAX_CHARS else None for length in lengths]
@@ -129,8 +150,12 @@ class Graders:
         with selectors.DefaultSelector() as selector:
             for child in waiting:
                 selector.register(child.socket, selectors.EVENT_READ, child)
-            patience = min(child.deadline for child in waiting) - time.monotonic()
-            heard = {key.data for key, _ in selector.select(max(patience, 0))}
+            patience = max(0, min(child.deadline for child in waiting) - time.monotonic())
+            patience = patience if KERNEL_LIMITS_MEMORY else min(patience, LOOK_S)
+            heard = {key.data for key, _ in selector.select(patience)}
+        if not KERNEL_LIMITS_MEMORY:
+            for child in waiting:
+                child.look_at_memory()
         now = time.monotonic()
         return [(child, child not in heard) for child in waiting if child in heard or child.deadline <= now]
 
@@ -147,7 +172,7 @@ class Graders:
 
 
 def _default_size() -> int:
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(cores, MAX_CHILDREN))
 
 
@@ -157,11 +182,14 @@ def _default_size() -> int:
 class _Child:
     """A grading process and the socket to it; it has one answer at a time."""
 
+    COMMAND = (sys.executable, "-m", "aesl_trl.rewards.grading")
+
     def __init__(self, memory_mb: int):
+        self.memory_mb, self._most_memory = memory_mb, math.inf
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aesl_trl.rewards.grading", str(memory_mb)],
+                [*self.COMMAND, str(memory_mb)],
                 stdin=theirs,
                 stdout=theirs,
                 env=child_env(),
@@ -170,7 +198,7 @@ class _Child:
         self._lines = self.socket.makefile("rb")
         self._index = None
         self.deadline = time.monotonic() + START_S
-        self.is_ready = self.is_spent = False
+        self.is_ready = self.is_spent = self.is_greedy = False
 
     @property
     def is_busy(self) -> bool:
@@ -187,23 +215,37 @@ class _Child:
             self.socket.sendall(json.dumps([*answer, deadline_s]).encode("ascii") + b"\n")
 
     def hear(self, is_late: bool) -> tuple[int | None, Grade | None]:
-        """Return the answer's index and grade, or two None of a child whose imports are done, or that did not start."""
+        """Return the answer's index and grade, or two None of a child that is ready now, or that did not start."""
         index, self._index = self._index, None
         line = b""
         with suppress(OSError):  # reset by a child that died before it had read its request
             line = b"" if is_late else self._lines.readline()
         if line and not self.is_ready:
             self.is_ready = True
+            self._most_memory = self._memory() + self.memory_mb * 2**20
             return None, None
         if line:
-            reward, failure, self.is_spent = json.loads(line)
+            reward, failure, is_last = json.loads(line)
+            self.is_spent = is_last or self.is_greedy
             return index, Grade(reward, failure)
         self.is_spent = True
         self.process.kill()
         code = self.process.wait()
         if not self.is_ready:
             return None, None
+        if self.is_greedy:
+            return index, Grade(0.0, "memory")
         return index, Grade(0.0, "timeout" if is_late or code == -signal.SIGXCPU else "crash")
+
+    def look_at_memory(self) -> None:
+        """Kill the child where it has taken more memory than it may; its answer's grade then says so."""
+        with suppress(psutil.Error):  # it is gone
+            if self.is_busy and self._memory() > self._most_memory:
+                self.is_greedy = True
+                self.process.kill()
+
+    def _memory(self) -> int:
+        return psutil.Process(self.process.pid).memory_info().rss
 
     def failed_start(self) -> InputError:
         """Return the error of a child that has ended before its imports were done."""
@@ -236,7 +278,8 @@ def _forget_all() -> None:
         graders._forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_forget_all)
 
 SHARED_GRADERS = Graders()  # of all rewards in this process; they start nothing before the first batch
 
@@ -256,7 +299,7 @@ def main() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     graders = _load()
     channel.sendall(b"ready\n")
-    full = _address_space() + memory_mb * 2**19  # half the margin: sympy's caches grow, and must not fail an answer
+    full = _memory() + memory_mb * 2**19  # half the margin: sympy's caches grow, and must not fail an answer
     _give_up(memory_mb)
     fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
     for line in requests:
@@ -265,7 +308,7 @@ def main() -> None:
         _die_with_parent(channel, True)
         reward, failure = _grade(graders[name], completion, solution)
         _die_with_parent(channel, False)
-        is_last = failure == "memory" or _address_space() > full
+        is_last = failure == "memory" or _memory() > full
         channel.sendall(json.dumps([reward, failure, is_last]).encode("ascii") + b"\n")
 
 
@@ -298,7 +341,8 @@ def _give_up(memory_mb: int) -> None:
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     sys.dont_write_bytecode = True
-    _cap(resource.RLIMIT_AS, _address_space() + memory_mb * 2**20)
+    if KERNEL_LIMITS_MEMORY:
+        _cap(resource.RLIMIT_AS, _memory() + memory_mb * 2**20)
     _cap(resource.RLIMIT_CORE, 0)
     _cap(resource.RLIMIT_FSIZE, 0)
     for ends in (signal.SIGXCPU, signal.SIGIO):  # by the kernel, in the middle of whatever Python does
@@ -336,9 +380,10 @@ def _die_with_parent(channel: socket.socket, is_on: bool) -> None:
     fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC if is_on else flags & ~os.O_ASYNC)
 
 
-def _address_space() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return int(pages) * resource.getpagesize()
+def _memory() -> int:
+    """Return the bytes that this process has: of address space where the kernel limits that, else in memory."""
+    found = psutil.Process().memory_info()
+    return found.vms if KERNEL_LIMITS_MEMORY else found.rss
 
 
 def accuracy_answer(completions: list[list[dict]], **kwargs) -> list[str | None]:

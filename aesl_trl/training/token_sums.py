@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses.definition import prefix_sums
+from ..losses.precision import at_home, in_float64
 from ..losses.scoring import TokenScores
 
 
@@ -37,26 +38,27 @@ class TokenSums:
     @classmethod
     def of_batch(cls, scores: TokenScores, eos_ids: list[int]) -> "TokenSums":
         """Sum over the trained tokens of a batch on this rank."""
-        mask, device = scores.label_mask, scores.label_mask.device
-        weights, log_probs = scores.weights.double(), scores.log_probs.detach().double()
-        temperatures = torch.zeros_like(weights) if scores.temperatures is None else scores.temperatures.double()
-        eos = mask & torch.isin(scores.labels.to(device), torch.tensor(eos_ids, device=device, dtype=torch.long))
+        mask, labels = at_home(scores.label_mask), at_home(scores.labels)
+        weights, log_probs = in_float64(scores.weights), in_float64(scores.log_probs.detach())
+        temperatures = torch.zeros_like(weights) if scores.temperatures is None else in_float64(scores.temperatures)
+        eos = mask & torch.isin(labels, torch.tensor(eos_ids, device=mask.device, dtype=torch.long))
         # 1-based position among the trained tokens of its sequence -> bin ceil(log2(position))
-        positions = prefix_sums(mask, scores.sequence_ids)[mask].clamp(min=1)
+        sequence_ids = None if scores.sequence_ids is None else at_home(scores.sequence_ids)
+        positions = prefix_sums(mask, sequence_ids)[mask].clamp(min=1)
         bins = positions.log2().ceil().long().clamp(max=POSITION_BINS - 1)
         sums = (
             mask.sum(),
             -log_probs.sum(),
             weights.sum(),
             (mask & (weights < LOW_WEIGHT)).sum(),
-            scores.entropy.double().sum(),
-            scores.is_top1.double().sum(),
+            in_float64(scores.entropy).sum(),
+            in_float64(scores.is_top1).sum(),
             temperatures.sum(),
             eos.sum(),
             weights[eos].sum(),
             log_probs[eos].exp().sum(),
             *(
-                torch.zeros(POSITION_BINS, dtype=torch.float64, device=device).scatter_add_(0, bins, values)
+                values.new_zeros(POSITION_BINS).scatter_add_(0, bins, values)
                 for values in (weights[mask], temperatures[mask], torch.ones_like(weights[mask]))
             ),
         )

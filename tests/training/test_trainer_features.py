@@ -28,7 +28,8 @@ from small_runs import (
     trainer_for,
     true_gradients,
 )
-from tiny_models import build_model, build_tokenizer, tiny_shape
+from tiny_models import build_model, tiny_shape
+from tiny_vision import vision_language_model
 from transformers import Trainer
 
 from aesl_trl import AESLSFTTrainer
@@ -177,55 +178,6 @@ def test_auxiliary_loss_off_is_off(tokenizer, tmp_path):
 
 # ---- Vision and language
 
-IMAGE_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{{- '<image>' }}{%- else %}{{- part['text'] }}{%- endif %}"
-    "{%- endfor %}{{- '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-
-
-def vision_language_model():
-    """A tiny LLaVA and its processor, which needs Pillow and not torchvision."""
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        Qwen2Config,
-    )
-
-    tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        tokenizer=tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=IMAGE_TEMPLATE,
-    )
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = Qwen2Config(
-        **shape,
-        vocab_size=len(tokenizer),
-        num_key_value_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=8, patch_size=4, projection_dim=16),
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config), processor
-
-
 def image_rows():
     from PIL import Image
 
@@ -360,10 +312,11 @@ def test_prompt_learning_scores_the_same_tokens(kind, cold_start_loss, tokenizer
     [({"packing": True, "max_length": 48}, "packing"), ({"padding_free": True, "max_length": None}, "padding_free")],
 )
 def test_prompt_learning_in_packed_rows_is_refused(kind, changes, name, tokenizer, tmp_path):
-    with pytest.raises(InputError, match=f"^{name}=True with prompt learning"):
+    message = f"^{name} on qwen2 with {PROMPT_LEARNING[kind]().peft_type.value} with sdpa attention: "
+    with pytest.raises(InputError, match=message):
         trainer_for(tokenizer, tmp_path, peft_config=PROMPT_LEARNING[kind](), **changes)
     loaded = get_peft_model(build_model(tokenizer), PROMPT_LEARNING[kind]())
-    with pytest.raises(InputError, match=f"^{name}=True with prompt learning"):
+    with pytest.raises(InputError, match=message):
         trainer_for(tokenizer, tmp_path, loaded, **changes)
 
 

@@ -20,7 +20,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .errors import InputError, in_one_line, nearest, nearest_sibling
+from .errors import InputError, in_one_line, is_by_signal, nearest, nearest_sibling
 from .values import (
     ALSO_BOOL,
     IN_METADATA,
@@ -344,6 +344,8 @@ def load_function(name: str, base_dir: str | Path | None = None, *, field: str) 
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # sys.exit(0) would pass for the end of the command
+        if is_by_signal(error):
+            raise
         raise InputError(f"{field}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return _function_of(module, function, f"{field}: {path}")
 
@@ -365,6 +367,8 @@ def import_function(name: str, base_dir: str | Path | None, *, field: str, known
     except ModuleNotFoundError as error:
         raise InputError(f"{field}: cannot import {name!r}: {error}{nearest(name, known)}") from None
     except (Exception, SystemExit) as error:
+        if is_by_signal(error):
+            raise
         raise InputError(f"{field}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     return _function_of(module, function, f"{field}: {module_name}")
 

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -87,6 +88,11 @@ def _said(error: Exception) -> str:
         return ": ".join(str(part) for part in (error.strerror, error.filename, error.filename2) if part)
     is_told = isinstance(error, InputError | Diverged)
     return str(error) if is_told else in_one_line(error)
+
+
+def is_by_signal(error: BaseException) -> bool:
+    """Say whether a signal ends this process, and the code that runs is only where it was."""
+    return isinstance(error, SystemExit) and error.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def is_write_error(error: BaseException) -> bool:

@@ -182,6 +182,13 @@ def test_a_training_is_read_where_its_version_left_it(is_old, tmp_path):
         assert files.run_of(weights) == tmp_path
 
 
+def test_another_programs_run_json_is_no_run_of_ours(tmp_path):
+    files.write_json(tmp_path / files.RUN, {"project": "somebody's own"})
+    assert files.own_folder(tmp_path) == tmp_path / "_aesl"
+    files.renew_own_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_what_a_command_makes_of_a_run_lies_in_its_own_part_or_in_the_chains_folder(tmp_path):
     fill(tmp_path / "sft" / "_aesl")
     assert files.RunFolder(tmp_path).own == tmp_path and files.RunFolder(tmp_path / "sft").own.name == "_aesl"

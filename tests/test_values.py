@@ -206,3 +206,58 @@ def test_a_dataclass_made_in_python_is_checked(given, bounds, message):
     with pytest.raises(InputError) as error:
         values.check_bounds(Inner(**given), "own_", bounds)
     assert str(error.value) == message
+
+
+# ---- Configs that somebody made to do harm
+
+
+def write_config(folder, text):
+    (folder / "config.yaml").write_text(text)
+    return folder / "config.yaml"
+
+
+def bomb(levels, name):
+    """Return a text of some 50 bytes a level, of which `name` holds ten to the power of `levels` values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join([*lines, f"{name}: *a{levels - 1}"]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (bomb(10, "output_dir"), "holds more than 100,000 values"),
+        ("a: &a [*a]\n", "holds more than 100,000 values"),
+        ("a: &a {b: *a}\n", "holds more than 100,000 values"),
+        ("a: " + "[" * 5000 + "]" * 5000, "too many levels"),
+        ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "too many levels"),
+        ("? [a, b]\n: 1\n", "line 1: a key must be a name"),
+        ("? {a: b}\n: 1\n", "line 1: a key must be a name"),
+        ("a: {? [a, b] : 1}\n", "line 1: a key must be a name"),
+        (f"a: {'9' * 5000}\n", "not YAML in UTF-8"),
+    ],
+    ids=["bomb", "list of itself", "mapping of itself", "brackets", "braces", "list", "mapping", "inner", "digits"],
+)
+def test_a_hostile_config_is_one_line(text, says, tmp_path):
+    with pytest.raises(InputError, match=says) as error:
+        values.load_yaml(write_config(tmp_path, text))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_aliases_of_a_sane_size_stay(tmp_path):
+    config = values.load_yaml(write_config(tmp_path, bomb(4, "b")))
+    assert config["b"] is config["a3"] and len(config["b"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["x" * 1000] * 1000, "the list ['xxx"),
+        ({"a": [[[[[[[[1]]]]]]]]}, "the dict {'a': "),
+        (16**5000, "the int of 20001 bits"),
+        ("x" * 10**6, "the str 'xxx"),
+    ],
+    ids=["list", "dict", "int", "str"],
+)
+def test_a_value_is_shown_in_a_few_words(value, text):
+    assert values.shown(value).startswith(text) and len(values.shown(value)) < 600

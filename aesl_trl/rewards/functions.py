@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import import_function, load_function
-from ..errors import InputError, nearest
-from ..processes import STOP_SIGNALS
+from ..errors import InputError, is_by_signal, nearest
 from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders, check_grading
 from .maths import math_reward
 
@@ -290,8 +289,8 @@ def _one_line(name: str, hang_s: float) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) would pass for the end of the training
-        if isinstance(error, SystemExit) and error.code in [128 + number for number in STOP_SIGNALS]:
-            raise  # a signal ends the training, and the function is only where it was
+        if is_by_signal(error):
+            raise
         where, text = _in_function(traceback.extract_tb(error.__traceback__)), textwrap.shorten(str(error), 300)
         raise InputError(
             f"reward {name!r} raised {type(error).__name__}{where}: {text}; correct it, or let it return None for a "

@@ -60,7 +60,10 @@ def said(done):
 
 @pytest.mark.parametrize(
     ("fails", "shown"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"), ("raise RuntimeError('boom')", "boom")],
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+        pytest.param("raise RuntimeError('boom')", "boom", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_dies_or_raises_ends_all(tmp_path, tiny_model_dir, fails, shown):
     moment = str(tmp_path / "moment")
@@ -78,7 +81,9 @@ def test_a_rank_that_dies_or_raises_ends_all(tmp_path, tiny_model_dir, fails, sh
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("rank", "suffix"), [("1", "(local rank 1)"), ("any", "'reward'")])
+@pytest.mark.parametrize(
+    ("rank", "suffix"), [("1", "(local rank 1)"), pytest.param("any", "'reward'", marks=pytest.mark.slow)]
+)
 def test_a_mistake_is_one_line_whichever_rank_finds_it(tmp_path, tiny_model_dir, rank, suffix):
     (tmp_path / "reward.py").write_text(REWARD.format(rank=rank, moment=str(tmp_path / "moment")), encoding="utf-8")
     rows = lines({"prompt": user(f"say {letter}")} for letter in "abcdefgh")

@@ -212,7 +212,16 @@ def own_folder(training: str | Path) -> Path:
 
 
 def _has_begun(folder: Path) -> bool:
-    return any((folder / name).exists() for name in BEGUN)
+    return any((folder / name).exists() and not (name == RUN and _is_foreign(folder / name)) for name in BEGUN)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Say whether somebody else wrote this run.json: ours names its stage."""
+    try:
+        found = read_json(path)
+    except InputError:  # torn: its reader says so
+        return False
+    return isinstance(found, dict) and "stage" not in found
 
 
 def renew_own_folder(training: str | Path) -> None:

@@ -9,9 +9,17 @@ import sys
 
 from .arguments import parse
 from .errors import exit_on_input_error
+from .rewards.golds import check_golds
 from .training import grpo
 from .training.grpo import ARGUMENT_TYPES, NAME
-from .training.session import check_finished, end_trackers, guarded_training, resume_point, train
+from .training.session import (
+    check_finished,
+    end_trackers,
+    guarded_training,
+    resume_point,
+    revision_and_trust,
+    train,
+)
 from .training.signals import StopSignals
 
 
@@ -28,6 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         reward_funcs = grpo.load_rewards(script_args)
         train_rows, eval_rows = grpo.load_datasets(script_args, args, reward_funcs)
         grpo.check_prompts_can_be_written(script_args, model_args, args, train_rows)
+        for setting, rows in (("dataset_name", train_rows), ("eval_dataset_name", eval_rows or [])):
+            check_golds(reward_funcs, rows, where=setting)
+            if rows:
+                how = {"field": setting, "access": revision_and_trust(model_args, args)}
+                grpo.check_rl_samples(grpo.start_of(script_args, model_args), rows, reward_funcs, args, **how)
         with guarded_training(args, signals):
             trainer = grpo.build_trainer(script_args, args, model_args, reward_funcs, train_rows, eval_rows)
             train(trainer, checkpoint, signals)

@@ -3,9 +3,9 @@
 
     python scripts/check_extras.py [--seconds 300]
 
-pip plans each set against the registry (`pip install --dry-run`) from the packages' metadata, without downloading
-them. The exit code is 1 where a set has no solution, or where pip still tries older versions when the time is up. A
-registry that does not answer is reported as `NOT CHECKED`, with exit code 0.
+pip plans each set against the registry (`pip install --dry-run`) from the packages' metadata; it downloads a package
+only where the registry does not serve them. The exit code is 1 where a set has no solution, or where pip still tries
+older versions when the time is up. A registry that does not answer is reported as `NOT CHECKED`, with exit code 0.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHOWN = ("torch", "transformers", "trl", "vllm", "math-verify", "bitsandbytes")
 # What pip prints where a set cannot be installed, and where it goes back through versions
 IMPOSSIBLE = ("ResolutionImpossible", "No matching distribution", "conflicting dependencies", "Invalid requirement")
 BACKTRACKS = ("looking at multiple versions", "taking longer than usual", "resolution-too-deep")
-SIDE_BY_SIDE = 2
+SIDE_BY_SIDE = 3
 
 
 def read_sets(path: Path) -> dict[str, list[str]]:
@@ -44,7 +44,6 @@ def resolve(python: Path, name: str, requirements: list[str], deadline: float) -
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder, "report.json"), Path(folder, "log")
         command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-input", "--report", report]
-        command += ["--use-feature", "fast-deps"]  # for a registry that does not serve metadata: the end of a wheel
         with open(log, "wb") as out:
             try:
                 code = subprocess.run(

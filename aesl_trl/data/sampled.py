@@ -42,7 +42,7 @@ def check_samples(
 ) -> list[str]:
     """Refuse prompts that the template cannot write, or that leave no room for an answer of `new_tokens`.
 
-    Warn of what no reward will see or give.
+    Warn of rewards that no sample can earn.
 
     Args:
         positions: of the model ([`~aesl_trl.models.positions.num_positions_at`]).
@@ -57,7 +57,6 @@ def check_samples(
     if positions is not None:
         prompts = [row_prompt_ids(processing_class, row, template_defaults) for row in rows]
         check_room(positions, prompts, new_tokens, field=field, setting=setting)
-    warn_of_stripped_tokens(tokenizer_of(processing_class))
     found = opened_by_template(processing_class, rows[0], reward_funcs, template_defaults)
     for line in found:
         warnings.warn(line, stacklevel=2)
@@ -90,8 +89,12 @@ def _num_tokens(processing_class: Any, row: dict, text_field: str) -> int:
 
 
 def check_samples_of(model: ModelFolder, *args, access: dict, **kwargs) -> list[str]:
-    """Call [`check_samples`] for the model in a folder; `access` says how its config and tokenizer are loaded."""
+    """Call [`check_samples`] for a trained model, and warn of special tokens in its answers that no reward will see.
+
+    `access` says how its config and tokenizer are loaded.
+    """
     processing_class = load_processing_class(model.tokenizer_at, **access)
+    warn_of_stripped_tokens(tokenizer_of(processing_class))
     return check_samples(processing_class, num_positions_at(model.config_at, **access), *args, **kwargs)
 
 

@@ -38,13 +38,20 @@ def needs_solution(completions, solution, **kwargs):
 
 
 def test_a_tag_that_the_template_writes_cannot_be_earned():
+    row = {"prompt": ASK}
+    asked = [says_yes, asks_for("plan"), asks_for("think"), needs_solution]
+    (line,) = opened_by_template(opening("plan"), row, asked)
+    assert "'reward' cannot be earned" in line and "ends with <plan>" in line
+    assert opened_by_template(build_tokenizer(), row, asked) == []
+
+
+@pytest.mark.slow
+def test_trls_format_reward_cannot_be_earned_where_the_template_opens_the_thought():
     from trl.rewards import think_format_reward
 
-    row = {"prompt": ASK}
-    (line,) = opened_by_template(opening("think"), row, [says_yes, think_format_reward, needs_solution])
-    assert "'think_format_reward' cannot be earned" in line and "ends with <think>" in line
-    assert len(opened_by_template(opening("plan"), row, [asks_for("plan"), asks_for("think")])) == 1
-    assert opened_by_template(build_tokenizer(), row, [think_format_reward, asks_for("plan")]) == []
+    (line,) = opened_by_template(opening("think"), {"prompt": ASK}, [think_format_reward])
+    assert "'think_format_reward' cannot be earned" in line
+    assert opened_by_template(build_tokenizer(), {"prompt": ASK}, [think_format_reward]) == []
 
 
 def test_samples_need_room_and_a_reward_that_they_can_earn():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from aesl_trl.errors import InputError
 from aesl_trl.files import write_json, write_jsonl
 from aesl_trl.models import handoff
 from aesl_trl.models.handoff import hand_off
-from aesl_trl.models.handoff_checks import check_differences, compare, log_probs
+from aesl_trl.models.handoff_checks import check_differences, compare, encode, log_probs
 from aesl_trl.models.loading import load_model
+from aesl_trl.models.tokens import prompt_ids
 from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 
@@ -146,11 +148,15 @@ def rewrite_samples(run: Path, **changes) -> None:
 
 def test_the_tokens_that_were_drawn_are_compared_not_their_text(full_run):
     """Decoding drops special tokens, as `<think>` in some tokenizers: the text is not what the model said."""
-    own = hand_off(full_run)["checks"]["own_samples"]
+    rows = [json.loads(line) for line in (full_run / "samples" / "step-4.jsonl").read_text().splitlines()]
+    assert [encode(build_tokenizer(), [row], 259)[0][0] for row in rows] == [
+        [*prompt_ids(build_tokenizer(), row["prompt"]), *row["token_ids"][0]] for row in rows
+    ]
     rewrite_samples(full_run, completions=["zzzzzzzzzz"] * 4)
-    assert hand_off(full_run)["checks"]["own_samples"] == own
-    rewrite_samples(full_run, token_ids=None)  # an older run's: its text is all there is
-    assert hand_off(full_run)["checks"]["own_samples"]["nll"] != own["nll"]
+    own = hand_off(full_run)["checks"]["own_samples"]
+    assert abs(own["nll"] - own["entropy"]) < 0.2
+    (old, *_) = encode(build_tokenizer(), [{**rows[0], "token_ids": None, "completions": ["zz"]}], 259)
+    assert old[0][old[1] :] == [build_tokenizer().convert_tokens_to_ids("z")] * 2  # an older run has nothing but text
 
 
 @pytest.mark.parametrize(
@@ -393,7 +399,12 @@ def test_a_folder_without_weights_is_refused(tmp_path, full_run):
 
 def test_main_takes_the_run_first(full_run, capsys):
     handoff.main([str(full_run), "--mode", "auto"])
-    assert capsys.readouterr().out.startswith("full: log-probs within 0 nats, ")
+    out, folder = capsys.readouterr().out, full_run / "handoff"
+    assert re.fullmatch(
+        rf"handoff: step 4, copied, checked \(log-probs within 0 nats, \d+ of 16 samples stopped\) -> {folder}; "
+        rf'next: GRPOTrainer\(model="{folder}"\)\n',
+        out,
+    )
     with pytest.raises(InputError, match="which run"):
         handoff.main([])
 

@@ -343,4 +343,5 @@ def test_command_runs_alone(tmp_path):
     run = make_run(tmp_path)
     command = [sys.executable, "-m", "aesl_trl.diversity.selection", str(run), "--rule", "last"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, "selected step 800 by last: the last candidate, step 800\n")
+    chosen = f"selected step 800 by last: the last candidate, step 800 -> {run / files.SELECTED}\n"
+    assert (result.returncode, result.stdout) == (0, chosen)

@@ -56,6 +56,7 @@ def test_defaults_are_the_documented_ones(tmp_path):
         "selection": None,
         "best_eval_metric": "eval_nll",
         "max_candidates": 5,
+        "hub_include": [],
     }
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,14 @@ ASKED = {
 }
 
 
+@cache
+def nodes():
+    """Return the syntax nodes of each file of the package."""
+    return {path: list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) for path in PACKAGE.rglob("*.py")}
+
+
 def posix_names(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes()[path]:
         if isinstance(node, ast.Import):
             yield from POSIX_MODULES & {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -46,15 +53,15 @@ def posix_names(path):
 
 
 def test_only_these_files_use_what_another_system_lacks():
-    found = {path.relative_to(PACKAGE).as_posix(): set(posix_names(path)) for path in PACKAGE.rglob("*.py")}
+    found = {path.relative_to(PACKAGE).as_posix(): set(posix_names(path)) for path in nodes()}
     assert {name: names for name, names in found.items() if names} == ASKED
 
 
 def test_text_files_are_utf_8_on_every_system():
     """Windows would read and write them in the user's code page. `files.write_text` writes UTF-8 always."""
     found = []
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, found_nodes in nodes().items():
+        for node in found_nodes:
             if isinstance(node, ast.Call) and _handles_text(node):
                 if all(keyword.arg != "encoding" for keyword in node.keywords):
                     found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
@@ -62,12 +69,11 @@ def test_text_files_are_utf_8_on_every_system():
 
 
 def _handles_text(call):
-    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    if owner:
-        return call.func.attr in ("read_text", "write_text") and owner != "files"
-    if not isinstance(call.func, ast.Name) or call.func.id != "open":
-        return False
-    return len(call.args) < 2 or not any('b"' in mode for mode in [ast.unparse(call.args[1]).replace("'", '"')])
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr in ("read_text", "write_text") and ast.unparse(call.func.value) != "files"
+    texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    is_binary = any("b" in text and set(text) <= set("rwaxb+") for text in texts)  # its mode
+    return isinstance(call.func, ast.Name) and call.func.id == "open" and not is_binary
 
 
 def test_cores_without_affinity(monkeypatch):

@@ -50,7 +50,7 @@ SIZES = {
 STATE_HEADS = (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand"))
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
-NOT_COPIED = ("architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
+NOT_COPIED = ("architectures", "dtype", "quantization_config", "transformers_version")
 INFERRED_BY_PEFT = ("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules")
 
 
@@ -91,12 +91,12 @@ def architecture_of(model, args, peft_config) -> Architecture:
         base = model.get_base_model() if is_peft_model(model) else model
         return Architecture(base.config, type(base), base.config._attn_implementation, peft_config)
     given = args.model_init_kwargs or {}
-    access = {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
-    config = AutoConfig.from_pretrained(model, **access)
+    trust = given.get("trust_remote_code", args.trust_remote_code)
+    config = AutoConfig.from_pretrained(model, revision=given.get("revision"), trust_remote_code=trust)
     named = getattr(transformers, (config.architectures or [""])[0], None)  # as TRL chooses the class
 
     def by_config(small: PreTrainedConfig) -> nn.Module:
-        return AutoModelForCausalLM.from_config(small, trust_remote_code=access.get("trust_remote_code", False))
+        return AutoModelForCausalLM.from_config(small, trust_remote_code=trust)
 
     return Architecture(config, named or by_config, given.get("attn_implementation"), peft_config)
 
@@ -106,31 +106,27 @@ def check_documents_apart(architecture: Architecture, collator, device: torch.de
 
     Where the probe cannot run, `unverified` lets the setting pass with a warning.
     """
-    family = architecture.config.model_type
-    off = f"set {setting}: false"
+    prompts = architecture.prompt_learning
+    what = f"{setting} on {architecture.config.model_type}"
+    what += "" if prompts is None else f" with {prompts.peft_type.value}"
     try:
         verdict = probe(architecture, collator, device)
     except Exception as error:  # custom code and new architectures may raise anything
         reason = f"{type(error).__name__}: {in_one_line(error, 120)}"
         if not unverified:
             raise InputError(
-                f"{setting} on {family}: whether the documents of a row see each other could not be tried on a small "
-                f"copy of the model ({reason}); {off}, or packing_unverified: true if you know that they do not"
+                f"{what}: whether the documents of a row see each other could not be tried on a small copy of the "
+                f"model ({reason}); set {setting}: false, or packing_unverified: true if you know that they do not"
             ) from None
-        warnings.warn(
-            f"{setting} on {family} is not verified ({reason}): the documents of a row may see each other",
-            stacklevel=4,
+        warnings.warn(f"{what} is not verified ({reason}): the documents of a row may see each other", stacklevel=4)
+        return
+    if verdict.problem is not None:
+        others = [name for name in _implementations(device) if _passes(architecture, name, collator, device)]
+        other = f", or attn_implementation: {others[0]}, with which they stay apart here" if others else ""
+        raise InputError(
+            f"{what} with {verdict.attention} attention: {verdict.problem}, as a small copy of the model on "
+            f"{device.type} shows; set {setting}: false{other}"
         )
-        return
-    if verdict.problem is None:
-        return
-    others = [name for name in _implementations(device) if _passes(architecture, name, collator, device)]
-    other = f", or attn_implementation: {others[0]}, with which they stay apart here" if others else ""
-    kind = "" if architecture.prompt_learning is None else f" with {architecture.prompt_learning.peft_type.value}"
-    raise InputError(
-        f"{setting} on {family}{kind} with {verdict.attention} attention: {verdict.problem}, as a small copy of the "
-        f"model on {device.type} shows; {off}{other}"
-    )
 
 
 def _implementations(device: torch.device) -> list[str]:
@@ -162,14 +158,13 @@ def probe(architecture: Architecture, collator, device: torch.device) -> Verdict
 
 
 def _key(architecture: Architecture, small: PreTrainedConfig, collator, device: torch.device) -> tuple:
-    prompts = architecture.prompt_learning
     return (
-        getattr(architecture.build, "__qualname__", ""),
+        architecture.build,
         architecture.attention,
         device.type,
         json.dumps(small.to_dict(), sort_keys=True, default=str),
         repr(collator),
-        None if prompts is None else repr(prompts),
+        repr(architecture.prompt_learning),
     )
 
 
@@ -221,6 +216,7 @@ def _fits(model: nn.Module) -> bool:
 def _config(architecture: Architecture, values: dict) -> PreTrainedConfig:
     config = type(architecture.config)(**copy.deepcopy(values))
     config._attn_implementation = architecture.attention
+    config.name_or_path = architecture.config.name_or_path  # where the model's own code lies
     return config
 
 
@@ -333,8 +329,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def packed_rows_collator(args, pad_token_id: int = 0) -> DataCollatorForLanguageModeling:
+def packed_rows_collator(args) -> DataCollatorForLanguageModeling:
     """Make TRL's collator as SFTTrainer will for these settings."""
     return DataCollatorForLanguageModeling(
-        pad_token_id=pad_token_id, padding_free=True, pad_to_multiple_of=args.pad_to_multiple_of
+        pad_token_id=0, padding_free=True, pad_to_multiple_of=args.pad_to_multiple_of
     )

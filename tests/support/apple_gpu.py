@@ -26,11 +26,12 @@ class _Device(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = self._tensors((args, kwargs or {}))
         out = function(*args, **(kwargs or {}))
-        from_host = [tensor in self.on_host for tensor in given]
+        from_host = any(tensor in self.on_host for tensor in given)
         for tensor in self._tensors(out):
-            if tensor.dtype == torch.float64 and not any(from_host):
+            if tensor.dtype == torch.float64 and not from_host:
                 raise TypeError(f"{function} made a float64 tensor: MPS doesn't support float64")
-            if tensor.dtype == torch.float64 or (from_host and all(from_host)):
+            # What is rounded to float32 goes back to the device
+            if from_host and (tensor.dtype == torch.float64 or not tensor.is_floating_point()):
                 self.on_host[tensor] = True
         return out
 

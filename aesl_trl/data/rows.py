@@ -163,7 +163,7 @@ def _guarded(load: Callable[[], Any], field: str, name: str | Path) -> Any:
         return load()
     except InputError:
         raise
-    except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
+    except (DatasetsError, ValueError, TypeError, OSError, StopIteration, RecursionError) as error:
         path = Path(name)
         if path.is_file() and path.suffix in BUILDERS:
             _check_file(path, field)
@@ -185,10 +185,13 @@ def _check_file(path: Path, field: str) -> None:
     if BUILDERS.get(path.suffix) != "json":
         return
     if start.lstrip().startswith(b"["):
+        text = _decoded(path.read_bytes(), f"{field}: {path}")
         try:
-            json.loads(_decoded(path.read_bytes(), f"{field}: {path}"))
+            json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{field}: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # too many digits, too many levels
+            raise InputError(f"{field}: {path} cannot be read: {error}") from None
         return
     is_empty = True
     with open(path, "rb") as file:
@@ -196,10 +199,13 @@ def _check_file(path: Path, field: str) -> None:
             if not text.strip():
                 continue
             is_empty, where = False, f"{field}: {path}, line {line}"
+            text = _decoded(text, where)
             try:
-                row = json.loads(_decoded(text, where))
+                row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise InputError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where} cannot be read: {error}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{where} must be a JSON object, got {type(row).__name__}")
     if is_empty:

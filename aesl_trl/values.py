@@ -279,3 +279,10 @@ def bounds_of(field: dataclasses.Field) -> dict[str, Any]:
 def _leaf_types(hint: Any) -> set:
     args = get_args(hint)
     return set().union(*map(_leaf_types, args)) if args else {hint}
+
+
+def without_none(value: Any) -> Any:
+    """Drop the keys that hold None from mappings at any depth: Arrow adds each key of one row to all others."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

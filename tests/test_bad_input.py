@@ -28,6 +28,7 @@ from bad_input import (
     train,
     user,
 )
+from tiny_models import CHAT_TEMPLATE
 from transformers import PreTrainedModel
 
 from aesl_trl import cli
@@ -46,6 +47,15 @@ MEASURED = {
 
 def chat(text):
     return [*user(text), {"role": "assistant", "content": "yes"}]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def no_system(project):
+    """Make a model whose template refuses a system message, as Gemma's does."""
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    return project.tokenizer(chat_template=refusal + CHAT_TEMPLATE)
 
 
 # ---- Commands: functions that make a command's arguments in a project. `write` replaces files first, ... drops a key
@@ -111,6 +121,8 @@ CONFIGS = {
         "no held-out prompts: set diversity_dataset_name or eval_dataset_name",
     ),
     "selects from nothing": (sft(selection="last"), "selection needs measurements: set diversity_steps to 1 or more"),
+    "stream without an end": (sft(dataset_streaming=True, max_steps=...), "max_steps has to be specified"),
+    "no such keyword": (sft(lr_scheduler_kwargs={"min_lr_rate": 0.1}), "transformers refuses this", "'min_lr_rate'"),
     "output is a file": (sft(output_dir="train.jsonl"), "output_dir", "train.jsonl is a file; name another folder"),
     "output below a file": (grpo(output_dir="rewards.py/out"), "output_dir", "cannot be made", "rewards.py is a file"),
     "output is the model": (sft(model=lambda p: str(p.out)), "out is model_name_or_path too", "name another folder"),
@@ -206,8 +218,58 @@ MODELS = {
     "SFT, no eos": (sft(model=lambda p: p.tokenizer(eos_token=None)), "set eos_token to '<|im_end|>'"),
     "SFT, other eos": (sft(eos_token="<im_end>"), "has no token '<im_end>' (eos_token)", "did you mean '<|im_end|>'"),
     "SFT, more tokens": (sft(model=lambda p: p.tokenizer(eos_token="<|end|>")), "model_name_or_path", "has id 259"),
-    "SFT, LoRA nowhere": (sft(use_peft=True, lora_target_modules=["qproj"]), "Target modules", "qproj", "not found"),
+    "SFT, LoRA nowhere": (
+        sft(use_peft=True, lora_target_modules=["qproj"]),
+        "lora_target_modules: 'qproj'",
+        "'q_proj'",
+    ),
+    "GRPO, LoRA nowhere": (grpo(use_peft=True, lora_target_modules=["qproj"]), "target_modules: 'qproj'", "'q_proj'?"),
     "SFT, no such attention": (sft(attn_implementation="flash"), '"flash"` is not supported', "only possible"),
+    "row 15, no system": (
+        train([{"messages": chat("a")}] * 15 + [{"messages": [SYSTEM, *chat("a")]}], model=no_system),
+        "dataset_name, row 15 (from 0): the chat template refuses it: no system role",
+    ),
+    "a system in a held-out prompt": (
+        sft(
+            write={
+                "train.jsonl": [{"messages": chat("a")}] * 8,
+                "others.jsonl": [{"prompt": user(f"held {n}")} for n in range(9)] + [{"prompt": [SYSTEM, *user("x")]}],
+            },
+            model=no_system,
+            **{**MEASURED, "diversity_dataset_name": "others.jsonl"},
+        ),
+        "row 9 (from 0): the chat template refuses it: no system role",
+    ),
+    "reasoning beside the words": (
+        train([{"messages": [*user("a"), {"role": "assistant", "content": "b", "reasoning_content": "thus"}]}]),
+        "dataset_name, row 0 (from 0): the chat template leaves out reasoning_content of message 1",
+        '"thus"',
+        "chat_template_path",
+    ),
+    "a prompt that is begun": (
+        train([{"prompt": chat("a"), "completion": chat("b")[1:]}]),
+        "row 0 (from 0): the prompt ends with the assistant's words",
+        "begin the completion with them",
+    ),
+    "ShareGPT, the human last": (
+        train([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}]),
+        "row 0 (from 0): messages ends with a message of the user",
+    ),
+    "GRPO, row 15, no system": (
+        prompts([{"prompt": user("a")}] * 15 + [{"prompt": [SYSTEM, *user("a")]}], model=no_system),
+        "dataset_name, row 15 (from 0): the chat template refuses it: no system role",
+    ),
+    "GRPO, a prompt that is begun": (
+        prompts([{"prompt": user("a")}, {"prompt": chat("a")}]),
+        "row 1 (from 0): the prompt ends with the assistant's words",
+        "as text that ends with them",
+    ),
+    "eval, row 15, no system": (
+        evaluate(
+            no_system, write={"prompts.jsonl": [{"prompt": user("a")}] * 15 + [{"prompt": [SYSTEM, *user("a")]}]}
+        ),
+        "dataset_name, row 15 (from 0): the chat template refuses it: no system role",
+    ),
     "GRPO from an adapter": (grpo(model=lambda p: p.trained_adapter), "is an adapter", "as adapter_name_or_path"),
     "GRPO, no template": (grpo(model=lambda p: p.tokenizer(chat_template=None)), "no chat template", "as text"),
     "GRPO, no eos": (grpo(model=lambda p: p.tokenizer(eos_token=None)), "no eos_token", "aesl handoff", "sets it"),
@@ -342,7 +404,7 @@ CHAINS = {
 TABLE = {**CONFIGS, **DATA, **MODELS, **REWARD_FUNCTIONS, **RUNS, **CHAINS}
 # Seen when the model is there: in what TRL made of the data, in the weights, or in the first samples
 AFTER_LOADING = {
-    *("every row too long", "another base", "GRPO, another base", "SFT, LoRA nowhere", "SFT, no such attention"),
+    *("every row too long", "another base", "GRPO, another base"),
     *("raises", "returns nothing", "NaN", "wrong length", "raises in SFT"),
 }
 

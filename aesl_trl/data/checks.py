@@ -4,7 +4,7 @@ TRL prepares the rows. It meets a bad row late, with a StopIteration, KeyError o
 silence; these checks find the row beforehand. Of a streaming dataset they read the first rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,35 +23,35 @@ MAX_CHARACTERS = 2**22  # of one row: about a million tokens, longer than any co
 
 
 def check_demonstrations(
-    dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", text_field: str = "text"
+    dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", text_field: str = "text", start: int = 0
 ) -> None:
     """Refuse a dataset without rows or demonstrations, or with a row that SFT cannot learn from.
 
-    `text_field` is the column of plain texts, as SFTConfig.dataset_text_field.
+    `text_field` is the column of plain texts, as SFTConfig.dataset_text_field. `start` is the number of the first row.
     """
-    first, rows = peek(dataset, field)
+    row, rows = peek(dataset, field)
     kinds = (*DEMONSTRATIONS, (text_field,))
-    kind = next((columns for columns in kinds if all(column in first for column in columns)), None)
+    kind = next((columns for columns in kinds if all(column in row for column in columns)), None)
     if kind is None:
-        raise InputError(f"{field} has no demonstrations: {_missing_columns(first, kinds)}")
+        raise InputError(f"{field} has no demonstrations: {_missing_columns(row, kinds)}")
     if kind == (CONVERSATIONS,):
-        rows, kind = [row_as_messages(row, number, field) for number, row in enumerate(rows)], ("messages",)
+        rows, kind = [row_as_messages(row, number, field) for number, row in enumerate(rows, start)], ("messages",)
     # TRL checks rows of token ids: it drops those without a trained token, and `check_trainable` sees the others.
     if kind != ("input_ids",):
-        for number, row in enumerate(only_columns(rows, kind)):
+        for number, row in enumerate(only_columns(rows, kind), start):
             problem = _demonstration_problem(row, kind) or _too_long([row[column] for column in kind])
             if problem:
                 raise InputError(f"{field}, row {number} (from 0): {problem}")
 
 
-def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset_name") -> None:
-    """Refuse a dataset with a row whose `prompt` (or `messages`) RL cannot use."""
+def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset_name", start: int = 0) -> None:
+    """Refuse a dataset with a row whose `prompt` (or `messages`) RL cannot use. `start` is its first row's number."""
     first, rows = peek(dataset, field)
     column = prompt_column(first)
     if column is None:
         raise InputError(f"{field} has no prompts: {_missing_columns(first, (('prompt',), ('messages',)))}")
     kind = None
-    for number, row in enumerate(only_columns(rows, (column,))):
+    for number, row in enumerate(only_columns(rows, (column,)), start):
         prompt = row.get(column)
         problem = _prompt_problem(prompt, column) or _too_long(prompt)
         if not problem and kind not in (None, type(prompt)):
@@ -60,6 +60,16 @@ def check_prompts(dataset: "Dataset | IterableDataset", *, field: str = "dataset
         if problem:
             raise InputError(f"{field}, row {number} (from 0): {problem}")
         kind = type(prompt)
+
+
+def checked_when_read(stream: "IterableDataset", check: Callable, *, field: str) -> "IterableDataset":
+    """Return the stream with `check(rows, field=..., start=...)` called on each row as it is read."""
+
+    def with_check(row: dict, number: int) -> dict:
+        check([row], field=field, start=number)
+        return row
+
+    return stream.map(with_check, with_indices=True, features=stream.features)
 
 
 def prompt_column(row: dict) -> str | None:

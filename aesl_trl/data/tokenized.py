@@ -64,6 +64,7 @@ def check_trainable(
         from datasets import Dataset
 
         dataset = Dataset.from_list(list(islice(dataset, STREAMED_ROWS)))
+        is_stream = len(dataset) == STREAMED_ROWS  # a shorter one is known to its end
     if len(dataset) and "labels" not in dataset.column_names:
         return set()
     found = _find(dataset, max_length, list(stops or ()))

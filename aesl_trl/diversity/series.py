@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .. import files
 from ..errors import InputError
+from ..values import without_none
 from .turning_point import Selection, find_turning_point
 
 
@@ -67,14 +67,8 @@ def check_settings(rows: Iterable[dict], where: str | Path = files.DIVERSITY) ->
 
 def prompts_digest(prompts: list[dict]) -> str:
     """Return a hash of the prompts and the columns that rewards read. Keys without a value do not count."""
-    text = json.dumps(_without_none(prompts), sort_keys=True, default=str)
+    text = json.dumps(without_none(prompts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def check_prompts(folder: Path, step: int, prompts: list[dict]) -> None:

@@ -104,7 +104,7 @@ def load_rewards(script_args: GRPOScriptArguments) -> list:
     functions = load_reward_funcs(script_args.reward_funcs)
     model = script_args.reward_model_name_or_path
     if not functions and not model:
-        raise InputError("reward_funcs is missing: RL needs a reward, such as reward_funcs: [accuracy_reward]")
+        raise InputError("reward_funcs is missing: RL needs a reward, such as reward_funcs: [math_reward]")
     return [model, *functions] if model else functions
 
 
@@ -120,9 +120,9 @@ def load_datasets(script_args: GRPOScriptArguments, training_args: GRPOConfig, r
     )
 
 
-def check_rows(rows: Any, *, field: str, reward_funcs: list) -> None:
+def check_rows(rows: Any, *, field: str, reward_funcs: list, start: int = 0) -> None:
     """Refuse what GRPOTrainer fails on once the model has loaded: no rows, no prompt, a reward's column missing."""
-    check_prompts(rows, field=field)
+    check_prompts(rows, field=field, start=start)
     first = next(iter(rows))
     if "prompt" not in first:
         raise InputError(f"{field} has no column 'prompt'; columns: {', '.join(first)}")

@@ -10,12 +10,12 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import datasets
 from transformers import AutoProcessor
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import get_peft_config
 
 from ..errors import InputError, in_one_line
@@ -74,7 +74,7 @@ def _quiet(args: Any) -> Any:
     # A model without weights cannot be put on a device
     settings.__class__ = type(type(args).__name__, (type(args),), {"place_model_on_device": False})
     for name, value in vars(args).items():  # TRL writes into some of them
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list | AcceleratorConfig):
             setattr(settings, name, copy.deepcopy(value))
     for name in QUIET.keys() & vars(args).keys():
         setattr(settings, name, QUIET[name])
@@ -82,9 +82,8 @@ def _quiet(args: Any) -> Any:
 
 
 def _first(rows: Any) -> Any:
-    """Return the first rows as a dataset in memory, a stream where `rows` are one."""
-    first = datasets.Dataset.from_list(list(islice(rows, ROWS)), features=rows.features)
-    return first if hasattr(rows, "__len__") else first.to_iterable_dataset()
+    """Return the first rows, as a stream where `rows` are one."""
+    return rows.select(range(min(ROWS, len(rows)))) if hasattr(rows, "__len__") else rows.take(ROWS)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..data.checks import checked_when_read
 from ..data.rows import load_rows
 from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
 from ..files import OWN, TRAINING_LOCK
@@ -37,14 +38,16 @@ def load_train_and_eval(
 ) -> tuple[Any, Any]:
     """Load the rows to train on, and from `eval_dataset_name` or the test split the rows to evaluate on, or None.
 
-    `check(rows, field=setting)` refuses rows that cannot be used. `contents` says in words what `dataset_name` holds.
-    `streams_eval`: `dataset_streaming` is for `eval_dataset_name` as well.
+    `check(rows, field=setting, start=0)` refuses rows that cannot be used. `contents` says in words what
+    `dataset_name` holds. `streams_eval`: `dataset_streaming` is for `eval_dataset_name` as well.
     """
     if not script_args.dataset_name:
         raise InputError(f"dataset_name is missing: name {contents}, a hub dataset or a local file")
     streaming = script_args.dataset_streaming
     train = load_split(script_args, "dataset_name", script_args.dataset_train_split, seed=seed, streaming=streaming)
     check(train, field="dataset_name")
+    if streaming:  # the check has seen the first rows alone
+        train = checked_when_read(train, check, field="dataset_name")
     if not evaluates:
         return train, None
     setting, split = "dataset_name", script_args.dataset_test_split

@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..losses.rules import TOKEN_RULES
 from ..models.digests import tokenizer_digest, weights_digest
 from ..sampling.draws import failure_on_any_rank
+from ..values import without_none
 from .config import AESLSFTConfig
 
 
@@ -46,7 +47,7 @@ def trained_with(args: Any, model: str | None, peft: dict | None, rows: Any, rev
     """
     names = ["loss_type"]
     if isinstance(args, AESLSFTConfig):
-        base = ["t_scaling", "min_temperature", "prefix_mode"]
+        base = ["t_scaling", "min_temperature", "prefix_mode", "chat_template_kwargs"]
         names = ["cold_start_loss", *dict.fromkeys([*base, *TOKEN_RULES[args.cold_start_loss].fields])]
     found = {
         **{name: getattr(args, name) for name in (*names, *PREPARATION, "learning_rate")},
@@ -102,13 +103,7 @@ def _column_bytes(column: pa.ChunkedArray) -> bytes:
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type):
         lengths, ids = pa.compute.list_value_length(column), pa.compute.list_flatten(column)  # token ids, of many rows
         return b"".join(part.cast(pa.int64()).to_numpy().tobytes() for part in (lengths, ids))
-    return json.dumps(_without_none(column.to_pylist()), sort_keys=True, default=_plain).encode()
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    return json.dumps(without_none(column.to_pylist()), sort_keys=True, default=_plain).encode()
 
 
 def _plain(value: Any) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from aesl_trl.data.checks import check_demonstrations, check_prompts
+from aesl_trl.data.checks import check_demonstrations, check_prompts, checked_when_read
 
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -89,6 +89,14 @@ def test_streaming_looks_at_the_first_rows_only():
             yield GOOD
 
     check_demonstrations(IterableDataset.from_generator(endless))
+
+
+def test_the_rest_of_a_stream_is_checked_as_it_is_read():
+    rows = [GOOD] * 70 + [{**GOOD, "completion": None}]
+    stream = checked_when_read(Dataset.from_list(rows).to_iterable_dataset(), check_demonstrations, field="data")
+    assert stream.column_names == ["prompt", "completion"]
+    assert len(list(stream.take(68))) == 68  # datasets reads a row ahead
+    refused(["data, row 70 (from 0): completion is missing"], list, stream)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))

@@ -61,9 +61,16 @@ def test_few_ends_are_a_warning_with_their_share():
 
 
 def test_of_a_stream_the_first_rows_are_a_warning():
-    stream = rows([1, 2, 3]).to_iterable_dataset()
-    with pytest.warns(UserWarning, match="the first 1 rows of train_dataset trains no token that ends a sample"):
+    stream = rows(*[[1, 2, 3]] * 70).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="the first 64 rows of train_dataset trains no token that ends a sample"):
         check_trainable(stream, None, stops=STOPS)
+
+
+def test_a_short_stream_is_known_to_its_end():
+    stream = rows([1, 2, 3]).to_iterable_dataset()
+    refused(["trains no token that ends a sample"], check_trainable, stream, None, stops=STOPS)
+    nothing_left = stream.filter(lambda row: False)
+    refused(["nothing to learn", "max_length=3: raise it"], check_trainable, nothing_left, 3, stops=STOPS)
 
 
 @pytest.mark.parametrize("more", [{}, {"seq_lengths": [3, 5]}])

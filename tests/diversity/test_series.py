@@ -5,7 +5,15 @@ from small_runs import user
 
 from aesl_trl import files
 from aesl_trl.diversity.selection import select_checkpoint
-from aesl_trl.diversity.series import SETTINGS, base_completions, by_step, check_settings, turning_point_of
+from aesl_trl.diversity.series import (
+    SETTINGS,
+    base_completions,
+    by_step,
+    check_prompts,
+    check_settings,
+    prompts_digest,
+    turning_point_of,
+)
 from aesl_trl.diversity.turning_point import find_turning_point
 from aesl_trl.errors import InputError
 
@@ -17,6 +25,7 @@ ROW = {
     "max_new_tokens": 256,
     "backend": "generate",
     "entropy_estimator": "exact",
+    "prompts": "0a",
 }
 OTHER = {
     "num_prompts": 64,
@@ -25,6 +34,7 @@ OTHER = {
     "max_new_tokens": 512,
     "backend": "vllm_colocate",
     "entropy_estimator": "sampled",
+    "prompts": "0b",
 }
 
 
@@ -81,6 +91,27 @@ def test_what_may_differ():
     check_settings(rows(entropy_estimator=None))  # a gap
     check_settings([{"step": 0}, *rows()])  # a row of an older version
     assert select_checkpoint(rows(), [], [10, 20, 30], rule="last")["step"] == 30
+
+
+PROMPTS = [{"prompt": user("2+3"), "solution": "5"}, {"prompt": user("2+4"), "solution": "6"}, {"prompt": user("7")}]
+
+
+@pytest.mark.parametrize("has_digest", [True, False])  # a run of an older version has none
+def test_the_prompts_of_a_series_must_stay(has_digest, tmp_path):
+    row = {"step": 10, "num_prompts": 2, **({"prompts": prompts_digest(PROMPTS[:2])} if has_digest else {})}
+    files.write_jsonl(tmp_path / files.DIVERSITY, [row, {**row, "step": 20, "prompts": "0a"}])
+    files.write_jsonl(tmp_path / files.SAMPLES / "step-10.jsonl", [{"prompt": row["prompt"]} for row in PROMPTS[:2]])
+    check_prompts(tmp_path, 15, PROMPTS)  # more than are measured
+    check_prompts(tmp_path, 5, PROMPTS[1:])  # nothing was measured by then
+    check_prompts(tmp_path, 15, [{**row, "tools": None} for row in PROMPTS])
+    with pytest.raises(InputError, match=r"other prompts: prompt 0 \(from 0\) is '2\+4', it was '2\+3'"):
+        check_prompts(tmp_path, 15, PROMPTS[1:])
+    others = [{**row, "solution": "8"} for row in PROMPTS]
+    if has_digest:
+        with pytest.raises(InputError, match="a column beside the prompts, is another"):
+            check_prompts(tmp_path, 15, others)
+    else:
+        check_prompts(tmp_path, 15, others)
 
 
 def test_base_completions(tmp_path):

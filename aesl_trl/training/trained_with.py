@@ -133,8 +133,12 @@ def refuse_other_ingredients(found: dict, checkpoint: Path, output_dir: str | Pa
 def _other_model(recorded: dict, found: dict, output_dir: Path, run: Path) -> Iterator[str]:
     if not recorded.get(MODEL) or not found[MODEL]:
         return
-    before, now = _placed(recorded[MODEL], run), _placed(found[MODEL], output_dir)
-    of_before = {name: recorded.get(name) or digest(before) for name, digest in DIGESTS.items()}
+    before, now = _placed(recorded[MODEL], run), _placed(found[MODEL], output_dir.absolute())
+    # An older version recorded no digests. A hub name of its record is compared as a name.
+    of_before = {
+        name: recorded.get(name) or (digest(before) if os.path.isabs(before) else None)
+        for name, digest in DIGESTS.items()
+    }
     for name, kind in zip(DIGESTS, ("other weights", "another tokenizer or chat template"), strict=True):
         if None not in (of_before[name], found[name]) and of_before[name] != found[name]:
             yield f"the model {now} has {kind} than {'it' if now == before else before} had"

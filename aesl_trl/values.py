@@ -222,7 +222,8 @@ def _hint(value: Any, hint: Any) -> str:
 def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"the {type(value).__name__} {SHORT.repr(value)}"
+    text = SHORT.repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

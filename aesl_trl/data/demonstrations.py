@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..diversity.figures import Group
-from ..errors import InputError, in_one_line
+from ..errors import InputError
+from ..models.chat import ChatWriter
 from ..rewards.functions import score_groups
 from ..rewards.golds import say_lost
 from ..rewards.maths import right_answer
 from .config import DataArguments
 from .output import progress
 from .problems import BATCH, Drops, Problem
+from .rendered import template_problem
 
 
 def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, drops: Drops) -> list[Problem]:
@@ -82,13 +82,10 @@ class Judge:
         """Write prompt and demonstration by the chat template; refuse a template that does not keep them whole."""
         prompt, completion = self.args.prompt_of(problem), [{"role": "assistant", "content": text}]
         name = f"model_name_or_path: the chat template of {self.args.model_name_or_path}"
-        try:
-            before = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            whole = self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-        except (TemplateError, TypeError) as error:
-            raise InputError(f"{name} refuses row {problem.row}: {in_one_line(error)}") from None
-        if text.strip() not in whole:
-            raise InputError(f"{name} drops a part of the demonstration of row {problem.row}: take another template")
+        if spoilt := template_problem({"prompt": prompt, "completion": completion}, ChatWriter(self.tokenizer)):
+            raise InputError(f"dataset_name, row {problem.row} (from 0): {spoilt}; take another model_name_or_path")
+        before = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
         if not whole.startswith(before):
             raise InputError(
                 f"{name} writes another prompt before an answer than RL will see, first in row {problem.row}: its "

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..arguments import parse
 from ..errors import InputError, exit_on_input_error, in_one_line, nearest, tell
+from ..models.chat import ChatWriter
 from ..models.folder import ModelFolder
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
 from ..processes import lock
@@ -25,6 +26,7 @@ from .demonstrations import Judge, choose_demonstrations, count_tokens, keep_gra
 from .output import HELD_OUT, LOCK, RL, SFT, Output, check_output, progress, write
 from .pass_rates import choose_sampler, rates_in_file, sample_rates
 from .problems import BATCH, Drops, Problem, demonstration_of, listed, read_problems, schema_of
+from .rendered import template_problem
 from .rows import load_rows
 
 
@@ -151,7 +153,14 @@ def load_tokenizer(args: DataArguments, problems: list[Problem]) -> Any:
 
 
 def short_enough(problems: list[Problem], args: DataArguments, tokenizer: Any, drops: Drops) -> list[Problem]:
-    """Return the problems whose prompt, written by the chat template, has at most `max_prompt_length` tokens."""
+    """Return the problems whose prompt, written by the chat template, has at most `max_prompt_length` tokens.
+
+    A prompt that the template cannot write is refused.
+    """
+    writer = ChatWriter(tokenizer)
+    for problem in problems:
+        if spoilt := template_problem({"prompt": args.prompt_of(problem)}, writer):
+            raise InputError(f"dataset_name, row {problem.row} (from 0): {spoilt}")
     if args.max_prompt_length is None:
         return problems
     kept = []

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..models.chat import without_none
+from ..values import without_none
 from .checks import check_prompts, only_columns, peek, prompt_column
 from .sharegpt import row_as_messages
 
@@ -45,7 +45,7 @@ def check_held_out(
     """Refuse prompts of [`prompt_rows`] that `train` holds too: their samples would show what was learnt by heart.
 
     Two prompts are the same if every character is. Of a streaming `train` the first rows are compared. Plain texts
-    and `from`/`value` pairs are not compared, as the prompt cannot be told from the answer in them.
+    are not compared, as the prompt cannot be told from the answer in them.
     """
     first, rows = peek(train, train_field)
     column = prompt_column(first)

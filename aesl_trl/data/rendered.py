@@ -12,7 +12,8 @@ from typing import Any
 from trl.chat_template_utils import get_training_chat_template
 
 from ..errors import InputError, in_one_line
-from ..models.chat import REFUSALS, ChatWriter, arguments_of, template_kwargs, without_none
+from ..models.chat import REFUSALS, ChatWriter, arguments_of, template_kwargs
+from ..values import without_none
 from .checks import peek
 
 
@@ -32,6 +33,7 @@ def check_rendered(
     chat_template: str | None = None,
     defaults: dict | None = None,
     num_proc: int | None = None,
+    start: int = 0,
 ) -> None:
     """Refuse the first row of conversations that the chat template refuses, or of which it leaves a part out.
 
@@ -43,6 +45,7 @@ def check_rendered(
         chat_template: replaces the template of `processing_class`, as TRL's training template does.
         defaults: keywords for the template; those of a row's `chat_template_kwargs` come before them.
         num_proc: processes that share a `Dataset`.
+        start: the number of the first row.
     """
     used = chat_template or processing_class.chat_template
     key = (getattr(rows, "_fingerprint", None), str(used), str(defaults))
@@ -55,7 +58,7 @@ def check_rendered(
                 is_kept = chat_template is None and _training_template_keeps(rows, number, processing_class, defaults)
                 remedy = "assistant_only_loss: true keeps it (TRL's training template), or " if is_kept else ""
                 problem += f": {remedy}take a template that writes it (chat_template_path), or drop it from the rows"
-            raise InputError(f"{field}, row {number} (from 0): {problem}")
+            raise InputError(f"{field}, row {start + number} (from 0): {problem}")
     if key[0]:
         _passed.add(key)
 

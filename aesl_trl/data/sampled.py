@@ -14,13 +14,14 @@ from typing import Any
 
 from ..diversity.figures import Group
 from ..errors import InputError
-from ..models.chat import ChatWriter, template_kwargs, without_none
+from ..models.chat import ChatWriter, template_kwargs
 from ..models.folder import ModelFolder
 from ..models.loading import load_processing_class, tokenizer_of
 from ..models.positions import check_room, num_positions_at
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import row_prompt_ids
 from ..rewards.functions import check_columns, reward_name, score_groups
+from ..values import without_none
 from .checks import STREAMED_ROWS
 from .rendered import check_rendered
 

@@ -33,7 +33,10 @@ def as_messages(dataset: "Dataset | IterableDataset", field: str = "dataset_name
     Raises:
         InputError: a turn without words, or of a role that is not known, by its row.
     """
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    try:
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+    except (ValueError, OSError):  # a broken file, of which the checks of its rows tell
+        return dataset
     if CONVERSATIONS not in columns or any(name in columns for name in OTHERS):
         return dataset
     removed = [name for name in (CONVERSATIONS, "system") if name in columns]

@@ -12,18 +12,13 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from ..values import without_none
+
 
 # What a template raises on a conversation that it cannot write
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # A call by which we learn how a template wants arguments. Where a mapping and text both do, both give the same text
 CALL = {"type": "function", "function": {"name": "convert", "arguments": {"amount": 1234, "city": "Rome"}}}
-
-
-def without_none(value: Any) -> Any:
-    """Drop the keys that hold None from mappings at any depth: Arrow adds each key of one row to all others."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def template_kwargs(row: dict, defaults: dict | None = None) -> dict:

@@ -11,7 +11,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
-from .chat import REFUSALS, without_none
+from ..values import without_none
+from .chat import REFUSALS
 from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, ModelFolder, check_weights, open_tensors
 from .tokens import check_ids, prompt_ids, tokenizer_of, turn_end_id
 from .vocabulary import ResizedBase, let_head_run, num_embeddings

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .chat import ChatWriter, template_kwargs, without_none
+from ..values import without_none
+from .chat import ChatWriter, template_kwargs
 from .folder import CONFIG, GENERATION_CONFIG
 
 
@@ -69,7 +70,8 @@ def check_ids(tokenizer, ids: Iterable[int], num_rows: int, where: str = "") -> 
         token = tokenizer.convert_ids_to_tokens(highest)
         raise InputError(
             f"{where}token {token} has id {highest}, the model {num_rows} embeddings: the tokenizer is another "
-            "model's, or was enlarged without model.resize_token_embeddings"
+            "model's, or was enlarged without model.resize_token_embeddings (or the adapter was saved without "
+            "save_embedding_layers=True)"
         )
 
 

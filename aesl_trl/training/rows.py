@@ -1,12 +1,15 @@
 """Rows on their way to TRL: ShareGPT becomes messages, the template is held to each row, and calls stay whole."""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational
 
+from ..data.checks import checked_when_read
 from ..data.rendered import check_rendered
 from ..data.sharegpt import CONVERSATIONS, as_messages
 from ..models.chat import ChatWriter, template_kwargs
@@ -23,8 +26,11 @@ class RowsMixin:
             dataset = with_whole_columns(as_messages(dataset, dataset_name))
             if CONVERSATIONS in (dataset.column_names or ()):  # TRL would take it, roles and all, before the others
                 dataset = dataset.remove_columns(CONVERSATIONS)
-            how = {"chat_template": self.chat_template, "defaults": defaults, "num_proc": args.dataset_num_proc}
-            check_rendered(dataset, processing_class, field=f"the {dataset_name} dataset", **how)
+            field, how = f"the {dataset_name} dataset", {"chat_template": self.chat_template, "defaults": defaults}
+            check = partial(check_rendered, processing_class=processing_class, **how)
+            check(dataset, field=field, num_proc=args.dataset_num_proc)
+            if not hasattr(dataset, "__len__") and is_conversational(next(iter(dataset), {})):
+                dataset = checked_when_read(dataset, check, field=field)
         if not isinstance(processing_class, ProcessorMixin):
             processing_class = ChatWriter(processing_class, defaults=defaults)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

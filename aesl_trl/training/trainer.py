@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+import warnings
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -238,10 +239,13 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         column_names = self.train_dataset.column_names or next(iter(self.train_dataset)).keys()
         if "labels" in column_names and -100 in next(iter(self.train_dataset))["labels"]:
             return
-        self.accelerator.print(
-            "aesl_trl: the labels cover the prompt and the chat template (plain text and `messages` data train on "
-            "every token by default). Their well-predicted tokens pull the prefix mean towards 0 and release the "
-            "completion too early. Use prompt-completion data, or set assistant_only_loss=True."
+        if not self.accelerator.is_main_process:
+            return
+        warnings.warn(
+            "the labels cover the prompt and the chat template, as they do for `messages` and plain text by default: "
+            "the loss averages over those tokens too, and trains almost as plain nll. Give rows with `prompt` and "
+            "`completion`, or set assistant_only_loss=True for `messages`.",
+            stacklevel=3,
         )
 
     def create_model_card(self, *args, **kwargs):

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from small_problems import problems_in
 from tiny_models import build_tokenizer
 
-from aesl_trl.data.demonstrations import choose_demonstrations
+from aesl_trl.data.demonstrations import choose_demonstrations, keep_gradable
 from aesl_trl.data.problems import Drops, Problem
 from aesl_trl.errors import InputError
+from aesl_trl.rewards.functions import load_reward_funcs
+from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300), st.integers(1, 100))
@@ -41,10 +43,10 @@ GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ("template", "message"),
     [
         (None, "has no chat template"),
-        ("{{ raise_exception('no system role') }}", "refuses a prompt: no system role"),
+        ("{{ raise_exception('no system role') }}", r"row \d+ .* the chat template refuses it: no system role"),
         (
             USUAL.replace("TEXT", "m['content'].split('</think>')[-1]") + GENERATION,
-            "drops a part of the demonstration",
+            "the chat template leaves out the reasoning",
         ),
         (
             USUAL.replace("TEXT", "m['content']") + GENERATION.replace("nt\n", "nt\n<think>\n\n"),
@@ -65,3 +67,18 @@ def test_a_template_may_trim_an_answer(run, tmp_path, tiny_model_dir):
     template = USUAL.replace("TEXT", "m['content'] | trim") + GENERATION
     out = run(model_name_or_path=saved_tokenizer(tmp_path / "model", template, tiny_model_dir))
     assert len(problems_in(out / "sft.jsonl")) == 12
+
+
+def test_solutions_that_no_answer_can_earn_are_said(monkeypatch):
+    lost = {"$b$"}
+    grade = lambda answers, deadline_s: [Grade(float(answer.solution not in lost)) for answer in answers]  # noqa: E731
+    monkeypatch.setattr(SHARED_GRADERS, "grade", grade)
+    read, (reward,) = (
+        [Problem(row, text, text, f"${text}$") for row, text in enumerate("abc")],
+        load_reward_funcs(["math_reward"]),
+    )
+    with pytest.warns(UserWarning, match=r"dataset_name: 1 of 3 golds .* with math_reward.* such as \$b\$"):
+        assert [problem.row for problem in keep_gradable(read, reward, 1.0, Drops())] == [0, 2]
+    lost.add("$c$")
+    with pytest.raises(InputError, match="2 of 3 golds"):
+        keep_gradable(read, reward, 1.0, Drops())

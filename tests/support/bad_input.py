@@ -166,8 +166,10 @@ def prompts(content, **changes):
     return grpo(write={"prompts.jsonl": content}, **changes)
 
 
-def evaluate(model, **changes):
+def evaluate(model, *, write=None, **changes):
     def arguments(project):
+        for name, content in (write or {}).items():
+            project.write(name, content)
         values = {"dataset_name": "prompts.jsonl", "reward_funcs": ["rewards.py:fine"], "samples": 2, "use_cpu": True}
         values |= {"max_new_tokens": 4, "output": "out", **changes}
         return ["eval", model(project), "--config", project.config("eval.yaml", values)]

@@ -21,7 +21,7 @@ from small_runs import (
     trained_weights,
     trainer_for,
 )
-from tiny_models import build_model
+from tiny_models import build_model, build_tokenizer
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -238,9 +238,11 @@ WARNING = "the labels cover the prompt and the chat template"
     ],
     ids=["text", "messages", "whole", "stream", "nll", "assistant_only", "prompt_completion", "masked_stream"],
 )
-def test_warning_when_prompts_are_trained(rows, changes, warned, tokenizer, tmp_path, capsys):
+def test_warning_when_prompts_are_trained(rows, changes, warned, tokenizer, tmp_path, recwarn):
     trainer_for(tokenizer, tmp_path, rows=rows(), **changes)
-    assert (WARNING in capsys.readouterr().out) == warned
+    said = [str(each.message) for each in recwarn if WARNING in str(each.message)]
+    assert len(said) == warned
+    assert all("`prompt` and `completion`" in line and "assistant_only_loss=True" in line for line in said)
 
 
 # ---- Evaluation
@@ -447,3 +449,12 @@ def test_checkpoint_carries_the_model_card(tokenizer, tmp_path):
     assert "## Cold start" in (tmp_path / "README.md").read_text(encoding="utf-8")
     state = json.loads((tmp_path / "checkpoint-3" / files.TRAINER_STATE).read_text())
     assert state["log_history"][0]["nll"] > 0
+
+
+def test_a_template_without_an_end_of_turn_is_refused_before_the_first_step(tmp_path):
+    endless = build_tokenizer()
+    endless.chat_template = endless.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(InputError, match=r"trains no token that ends a sample \(<\|im_end\|>\).*ends no turn"):
+        trainer_for(endless, tmp_path, rows=message_rows())
+    with pytest.raises(InputError, match="max_length=4 cuts 3 of 3 rows before their end: raise it"):
+        trainer_for(endless, tmp_path, rows=text_rows(PAIRS[:3]), max_length=4)

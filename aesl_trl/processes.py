@@ -145,7 +145,7 @@ def _copy_output(source: IO[bytes], file: IO[bytes]) -> None:
         with suppress(OSError):
             file.write(text.encode())
             file.flush()
-        with suppress(OSError):
+        with suppress(OSError, UnicodeEncodeError):
             sys.stdout.write(text)
             sys.stdout.flush()
 

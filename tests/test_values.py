@@ -260,4 +260,4 @@ def test_aliases_of_a_sane_size_stay(tmp_path):
     ids=["list", "dict", "int", "str"],
 )
 def test_a_value_is_shown_in_a_few_words(value, text):
-    assert values.shown(value).startswith(text) and len(values.shown(value)) < 600
+    assert values.shown(value).startswith(text) and len(values.shown(value)) < 100

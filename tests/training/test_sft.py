@@ -9,7 +9,8 @@ import datasets
 import preloaded
 import pytest
 import yaml
-from transformers import PreTrainedModel
+from tiny_models import build_tokenizer
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from aesl_trl import cli, files
 
@@ -146,6 +147,22 @@ def test_bad_values_end_in_one_line_before_any_model_loads(tmp_path, refused, mo
     line = refused(change)
     assert all(part in line for part in parts), line
     assert not (tmp_path / "out").exists()
+
+
+def test_lengths_beyond_the_models_positions_end_in_one_line_before_any_model_loads(tmp_path, refused, monkeypatch):
+    """OPT has a table of positions: beyond it an index would be out of range, and on a GPU the process would end."""
+    tokenizer, widths = build_tokenizer(), {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = OPTConfig(**widths, **ids, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    for part in (OPTForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "opt")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    model = {"model_name_or_path": str(tmp_path / "opt")}
+    line = refused({**model, "diversity_max_new_tokens": 12})
+    assert "diversity_max_new_tokens=12" in line and "16 positions" in line
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"prompt": "9 + 9 =", "completion": " 18, as one knows"}])
+    line = refused(model)
+    assert f"row {len(ROWS)} (from 0) has 25 tokens" in line and "max_length to 16" in line
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ..models.peft_settings import check_peft_config, list_as_written, skeleton
 ROWS = 8  # rows that the rehearsal prepares
 # Modules whose refusal of a setting is told to the user. Of any other error the traceback is kept.
 LIBRARIES = ("trl", "peft", "transformers", "accelerate", "datasets", "huggingface_hub", "bitsandbytes", "torch.optim")
+NEEDS_PEFT = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
 # What a rehearsal must not do, and what it has no use for: make a repository on the hub, start vLLM, load a reference
 # model, start processes for the data, print a bar
 QUIET = {"push_to_hub": False, "use_vllm": False, "beta": 0.0, "dataset_num_proc": None, "disable_tqdm": True}
@@ -118,6 +119,9 @@ def refusals_in_one_line() -> Iterator[None]:
 
 def peft_config_of(model_args: Any) -> Any:
     """Return the PEFT config that TRL's ModelConfig asks for, as the user wrote it; None without `use_peft`."""
+    unread = [name for name in NEEDS_PEFT if getattr(model_args, name) is not None and not model_args.use_peft]
+    if unread:
+        warnings.warn(f"{unread[0]} is set, but use_peft is not: there will be no adapter", stacklevel=2)
     with refusals_in_one_line():
         return list_as_written(get_peft_config(model_args))
 

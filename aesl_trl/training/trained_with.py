@@ -8,6 +8,7 @@ resumed, and so may the number of processes and their batches, of which run.json
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ def refuse_other_ingredients(found: dict, checkpoint: Path, output_dir: str | Pa
     for name in (found.keys() & recorded.keys()) - {MODEL, *DIGESTS}:
         if not (name == DATA and None in (found[name], recorded[name])):
             differences += _differences(name, recorded[name], found[name])
+    if found[DATA] is None and recorded:
+        warnings.warn(
+            "the training data are a stream: nobody has compared them with those of the steps so far", stacklevel=2
+        )
     if differences:
         raise InputError(
             f"resume_from_checkpoint: {checkpoint} was trained with something else: {'; '.join(sorted(differences))}. "

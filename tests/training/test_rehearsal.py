@@ -6,11 +6,11 @@ import pytest
 from peft import LoraConfig
 from small_runs import prompt_completion_rows, small_config
 from transformers import PreTrainedModel
-from trl import SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
 from aesl_trl.errors import InputError
 from aesl_trl.training import rehearsal
-from aesl_trl.training.rehearsal import refusals_in_one_line, rehearse
+from aesl_trl.training.rehearsal import peft_config_of, refusals_in_one_line, rehearse
 
 
 LINEAR = {"lr_scheduler_type": "linear"}
@@ -75,6 +75,12 @@ def test_what_a_library_refuses_is_one_line_in_its_words(rows, changes, part, ti
 def test_what_peft_refuses(config, part, tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match=part):
         rehearse(SFTTrainer, tiny_model_dir, small_config(tmp_path), prompt_completion_rows(), peft_config=config)
+
+
+def test_lora_settings_without_use_peft_are_a_warning():
+    with pytest.warns(UserWarning, match="lora_target_modules is set, but use_peft is not"):
+        assert peft_config_of(ModelConfig(lora_target_modules=["q_proj"])) is None
+    assert peft_config_of(ModelConfig(use_peft=True, lora_target_modules=["q_proj"])).target_modules == {"q_proj"}
 
 
 def test_a_mistake_in_a_program_is_no_refusal(tiny_model_dir, tmp_path, monkeypatch):

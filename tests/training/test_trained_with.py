@@ -119,6 +119,14 @@ def test_of_an_older_record_what_is_there_is_compared(tokenizer, tmp_path):
     assert other.state.global_step == 2
 
 
+def test_a_stream_is_said_not_to_be_compared(tokenizer, tmp_path):
+    settings = {**RUN_SETTINGS, "max_steps": 1, "save_steps": 1}
+    rows = prompt_completion_rows().to_iterable_dataset()
+    trainer_for(tokenizer, tmp_path, rows=rows, **settings).train()
+    with pytest.warns(UserWarning, match="the training data are a stream"):
+        trainer_for(tokenizer, tmp_path, rows=rows, **settings).train("true")
+
+
 def test_true_without_a_checkpoint_starts_and_says_so(tokenizer, tmp_path, capsys):
     trainer = trainer_for(tokenizer, tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint="true")

@@ -2,15 +2,16 @@
 
     python scripts/grade_golds.py golds.jsonl --column gold
 
-Each gold is put into a completion as `So \\boxed{GOLD}.` and graded against the same gold, in a box and bare. No model
-can earn a gold that does not earn 1.0 here.
+Each gold is given as the answer and graded against the same gold, in a box and bare. No model can earn a gold that
+does not earn 1.0 here.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from aesl_trl.rewards.grading import SHARED_GRADERS, Answer
+from aesl_trl.rewards.functions import load_reward_funcs
+from aesl_trl.rewards.golds import lost_golds
 
 
 def main() -> None:
@@ -23,9 +24,8 @@ def main() -> None:
     print("reward | gold | rows | not earned | examples\n--- | --- | ---: | ---: | ---")
     for reward in given.rewards:
         for name, form in (("boxed", r"\boxed{%s}"), ("bare", "%s")):
-            answers = [Answer(reward, rf"So \boxed{{{gold}}}.", form % gold) for gold in golds]
-            grades = SHARED_GRADERS.grade(answers, 10.0)
-            lost = [gold for gold, grade in zip(golds, grades, strict=True) if grade.reward != 1.0]
+            (function,) = load_reward_funcs([reward])
+            lost = lost_golds(function, [form % gold for gold in golds])
             print(f"{reward} | {name} | {len(golds)} | {len(lost)} | {'; '.join(lost[:3])}")
 
 

@@ -119,7 +119,9 @@ def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
         **({"benchmarks": by_benchmark} if by_benchmark else {}),
         "num_prompts": sum(len(task.rows) for task in tasks),
         "num_samples": args.samples,
+        "reward_funcs": [reward_name(function) for function in tasks[0].reward_funcs],
         **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold")},
+        **({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}),
         "versions": {**package_versions(), **{name: installed[name] for name in deciding}},
     }
 

@@ -20,6 +20,7 @@ from aesl_trl.diversity.passk import pass_at_k
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import evaluate
 from aesl_trl.report import report
+from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
 from aesl_trl.sampling.offline import load
@@ -383,3 +384,10 @@ def test_a_benchmark_that_cannot_be_measured_is_refused(
             path.write_text(yaml.safe_dump({k: v for k, v in values.items() if k not in overrides}))
         evaluate.main([two_answers, *config])
     assert "\n" not in str(caught.value)
+
+
+def test_golds_that_no_answer_can_earn_are_refused(benchmark_config, two_answers, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(SHARED_GRADERS, "grade", lambda answers, deadline_s: [Grade(0.0)] * len(answers))
+    with pytest.raises(InputError, match=r"AIME24: 6 of 6 golds .* with accuracy_reward.*math_reward reads more"):
+        evaluate.main([two_answers, *benchmark_config(reward_funcs=["accuracy_reward"])])

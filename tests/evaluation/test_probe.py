@@ -13,6 +13,7 @@ from aesl_trl.diversity.readiness import READY
 from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import probe
+from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 
 
 def test_a_probe_repeats_itself(project):
@@ -147,3 +148,13 @@ def test_refusals(project, monkeypatch, checkpoints, changes, parts):
         probe.main([*names, *project(**changes)])
     assert all(part in str(error.value) for part in parts), str(error.value)
     assert not (project.folder / "out").exists()
+
+
+def test_golds_that_no_answer_can_earn_are_refused(project, monkeypatch):
+    monkeypatch.setattr(probe, "probe", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(SHARED_GRADERS, "grade", lambda answers, deadline_s: [Grade(0.0)] * len(answers))
+    rows = [{"prompt": f"say {number}", "solution": str(number)} for number in range(64)]
+    (project.folder / "golds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for setting in ("dataset_name", "eval_dataset_name"):
+        with pytest.raises(InputError, match=f"{setting}: 64 of 64 golds .* cannot be earned with math_reward"):
+            probe.main([project.model, *project(**{setting: "golds.jsonl", "reward_funcs": ["math_reward"]})])

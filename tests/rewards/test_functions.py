@@ -239,6 +239,15 @@ def test_trl_s_own_function_given_as_an_object_is_graded_in_a_child(monkeypatch)
     assert [reward.__name__ for reward in graded] == ["accuracy_reward"]
 
 
+def test_a_function_stands_for_itself_beside_names():
+    def length(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    functions = load_reward_funcs(["think_format_reward", length])
+    assert [reward_name(function) for function in functions] == ["think_format_reward", "length"]
+    assert isinstance(functions[0], GradedReward) and functions[1](completions=["ab"]) == [2.0]
+
+
 def test_rewards_by_name_without_math_verify(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
@@ -450,3 +459,48 @@ def test_a_function_that_returns_stops_its_watchdog():
     while threading.active_count() > before and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def leaving(completions, **kwargs):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("caller", [by_score_groups, by_grpo_trainer])
+def test_a_function_that_calls_exit_is_an_error(caller):
+    """sys.exit(0) would pass for the end of the training."""
+    with pytest.raises(InputError, match="reward 'leaving' raised SystemExit at .*test_functions.py:.*: 0; corr"):
+        caller(leaving)
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_signal_inside_of_a_function_ends_the_training_by_its_own_code(code):
+    def interrupted(completions, **kwargs):
+        raise SystemExit(code)  # as the handler of a signal does, wherever the process is
+
+    with pytest.raises(SystemExit) as left:
+        by_score_groups(interrupted)
+    assert left.value.code == code
+
+
+@pytest.mark.parametrize("caller", [by_score_groups, by_grpo_trainer])
+def test_a_function_cannot_take_completions_from_the_next(caller):
+    seen = []
+
+    def emptying(completions, **kwargs):
+        rewards = [0.0 for _ in completions]
+        completions.clear()
+        kwargs["prompts"].reverse()
+        return rewards
+
+    def popping(completions, **kwargs):
+        return [float(len(completions.pop())) for _ in range(len(completions) - 1)]
+
+    def counting(completions, prompts, **kwargs):
+        seen.append((len(completions), prompts[0]))
+        return [1.0 for _ in completions]
+
+    rewards = score_groups(GROUPS, ROWS, [emptying, counting])
+    assert [row for group in rewards for row in group.rewards] == [[0.0, 1.0]] * 4
+    assert seen == [(4, ROWS[0]["prompt"])]
+    with pytest.raises(InputError, match="reward 'popping' returned 3 rewards for 4 completions"):
+        caller(popping)

@@ -72,7 +72,7 @@ def test_at_most_512_golds_are_graded_from_all_over_a_dataset(stream):
     graded = reward()
     check_golds([graded], dataset.to_iterable_dataset() if stream else dataset, where="dataset_name")
     asked = [int(answer.solution) for answer in graded.graders.asked]
-    assert asked == list(range(MOST)) if stream else list(range(0, 1300, 3))
+    assert asked == (list(range(MOST)) if stream else list(range(0, 1300, 3)))
     assert graded.graders.asked[1].completion == rf"The final answer is \boxed{{{asked[1]}}}"
 
 

@@ -18,6 +18,7 @@ from tiny_models import build_tokenizer
 from aesl_trl import grpo
 from aesl_trl.arguments import parse
 from aesl_trl.errors import Diverged, InputError
+from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 from aesl_trl.training import grpo as training_grpo
 from aesl_trl.training.grpo import ARGUMENT_TYPES, build_trainer, load_datasets, load_rewards
 
@@ -268,3 +269,12 @@ def test_main_as_a_process_prints_one_line_and_leaves_with_2(config):
     assert result.returncode == 2
     lines = result.stderr.splitlines()
     assert [line for line in lines if line.startswith("aesl grpo: ")] == lines[-1:]
+
+
+def test_golds_that_no_answer_can_earn_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(SHARED_GRADERS, "grade", lambda answers, deadline_s: [Grade(0.0)] * len(answers))
+    monkeypatch.setattr("aesl_trl.training.grpo.build_trainer", lambda *_: pytest.fail("a model was loaded"))
+    rows = [{"prompt": [{"role": "user", "content": f"say {letter}"}], "solution": letter} for letter in "abc"]
+    (tmp_path / "golds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"dataset_name: 3 of 3 golds .* cannot be earned with math_reward"):
+        grpo.main(config(dataset_name="golds.jsonl", reward_funcs=["math_reward"]))

@@ -69,6 +69,6 @@ def forget_after(output_dir: str | Path, step: int) -> None:
     if step == 0:
         shutil.rmtree(own / files.SELECTED, ignore_errors=True)
     for samples in (own / files.SAMPLES).glob("step-*.jsonl"):
-        if int(samples.stem.removeprefix("step-")) > step:
+        if step == 0 or int(samples.stem.removeprefix("step-")) > step:
             samples.unlink()
     forget_candidates(own / files.CANDIDATES, step)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from small_chains import ALL, checkpoint, cut, make
 from aesl_trl import files
 from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
+from aesl_trl.chain.stages import BUILDERS
 from aesl_trl.errors import InputError
 from aesl_trl.processes import lock
 
@@ -245,13 +247,14 @@ def test_select_calls_the_selection(project, monkeypatch, tmp_path):
 
     def select_run(folder, out=None, **given):
         seen.update(folder=folder, out=out, **given)
-        return {"step": 7, "applied": "last", "reason": "asked for"}
+        return {"step": 7, "applied": "last", "reason": "asked for", "replaces": "step 3, chosen by best_eval"}
 
     monkeypatch.setattr(chains, "select_run", select_run)
     chain = make(project(selection={"rule": "last", "patience": 2}))
     assert chains._select(chain, chain.run / "logs/select.log") == 0
     assert seen == {"folder": chain.sft_dir, "out": chain.run, "rule": "last", "patience": 2}
-    assert "step 7 by last" in (chain.run / "logs/select.log").read_text()
+    said = "step 7 by last: asked for; replaces step 3, chosen by best_eval\n"
+    assert (chain.run / "logs/select.log").read_text() == said
 
 
 # ---- Signals
@@ -519,3 +522,61 @@ def test_a_stages_mistake_is_found_before_anything_starts(project, tmp_path, cha
     assert done.returncode == 2
     assert all(part in done.stderr for part in parts)
     assert not (Path(read_config(path).output_dir) / "chain.json").exists()
+
+
+# ---- A stage that only looks done
+
+
+LEAVES = "import sys; print('leaving early'); sys.exit(0)"
+
+
+@pytest.mark.parametrize("name", ["sft", "handoff", "grpo"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_stage_that_leaves_with_0_and_no_output_has_failed(project, fakes, capfd, monkeypatch, name, is_there):
+    """Its output of an earlier run does not count either."""
+    if is_there:
+        run(project())
+    builder = BUILDERS[name]
+    command = [sys.executable, "-c", LEAVES]
+    monkeypatch.setitem(BUILDERS, name, lambda chain: replace(builder(chain), command=command, given={"again": True}))
+    with pytest.raises(SystemExit) as leaving:
+        run(project())
+    assert leaving.value.code == 1
+    assert run.started == ([] if is_there else ALL[: ALL.index(name)])
+    folder = Path(read_config(project()).output_dir)
+    record = json.loads((folder / "chain.json").read_text())["stages"]
+    assert (record[name]["status"], record[name]["returncode"]) == ("failed", 0) and list(record)[-1] == name
+    err = capfd.readouterr().err
+    assert f"stage {name} ended with exit code 0 but has not written a whole" in err and f"{name}.log" in err
+
+
+def test_a_torn_output_is_not_done(project, fakes):
+    path = project()
+    run(path)
+    (Path(read_config(path).output_dir) / files.HANDOFF).write_text('{"mode": "fu')
+    assert run(path) == ALL[2:]
+
+
+# ---- Folders of somebody else
+
+
+def test_no_log_and_no_lock_of_a_chain_follows_a_link(project, fakes, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    folder = Path(read_config(project()).output_dir)
+    for link in (folder / "logs/report.log", folder / ".sft.lock", folder.parent / ".one.lock"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / "precious")
+        with pytest.raises(InputError, match=f"{link.name} is a symlink"):
+            run(project())
+        link.unlink()
+        assert (tmp_path / "precious").read_text() == "mine"
+    run(project())
+
+
+def test_an_output_dir_that_is_not_used_is_not_judged(project, fakes, tmp_path):
+    path = project(output_dir="rows.jsonl/x")
+    with pytest.raises(InputError, match="output_dir: .*rows.jsonl is a file"):
+        read_config(path)
+    assert read_config(path, output_dir=str(tmp_path / "good")).output_dir == str(tmp_path / "good")
+    with pytest.raises(InputError, match="output_dir: .*rows.jsonl is a file"):
+        read_config(project(), output_dir=str(tmp_path / "rows.jsonl/y"))

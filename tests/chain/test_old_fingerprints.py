@@ -80,7 +80,7 @@ def old_run(folder: Path, **changes: str) -> Chain:
     outputs = (chain.run / name for name in (files.SELECTION, files.HANDOFF, files.READINESS, files.EVALUATION))
     probed = {"verdict": "ready", "text": "ready: go", "reasons": [], "mode": "full", "checkpoints": [], "models": {}}
     for output in (*outputs, chain.sft_dir / files.TRAINER_STATE, chain.run / "grpo" / files.RUN):
-        files.write_json(output, probed | {"checkpoints": [probed]})
+        files.write_json(output, probed | {"checkpoints": [probed], "stage": "grpo"})
     (chain.run / files.REPORT).write_text("")
     facts = {"returncode": 0, "seconds": 1.0}
     stages = {name: {"status": "done", **facts, "inputs": inputs} for name, inputs in RECORDED.items()}

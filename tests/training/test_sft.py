@@ -76,7 +76,7 @@ def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
     assert {path.name for path in samples.iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
     selection = files.read_json(out / files.OWN / files.SELECTION)
     assert (selection["rule"], selection["step"]) == ("last", 4)
-    assert (out / selection["path"] / "model.safetensors").exists()
+    assert (out / files.OWN / selection["path"] / "model.safetensors").exists()
     assert not list(out.rglob("candidates/*/training_args.bin"))
     run = files.read_json(out / files.OWN / files.RUN)
     assert (run["seed"], run["cold_start_loss"], run["num_processes"]) == (3, "aesl", 1)

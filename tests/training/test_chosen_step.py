@@ -55,7 +55,7 @@ class FirstStep(TrainerCallback):
         self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [SFTTrainer, AESLSFTTrainer])
+@pytest.mark.parametrize("kind", [pytest.param(SFTTrainer, marks=pytest.mark.slow), AESLSFTTrainer])
 def test_the_callbacks_choice_reaches_grpos_first_step(kind, tokenizer, tmp_path, monkeypatch, capsys):
     plan(monkeypatch, PEAK_AT_2)
     run, settings = tmp_path / "run", {"max_steps": 6, "learning_rate": 1e-4}

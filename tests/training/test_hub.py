@@ -89,7 +89,10 @@ def test_nothing_of_the_run_is_pushed(kind, hub, tokenizer, tmp_path):
     assert hub.uploads == expected("all_checkpoints")
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+SLOW = [pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("every_save", "checkpoint")]
+
+
+@pytest.mark.parametrize("strategy", ["end", "all_checkpoints", *SLOW])
 @pytest.mark.parametrize("kind", [SFTTrainer, AESLSFTTrainer])
 def test_what_is_asked_for_is_pushed_beside_the_model(kind, strategy, hub, tokenizer, tmp_path):
     push(kind, tokenizer, tmp_path, ["selected", "samples"], hub_strategy=strategy)

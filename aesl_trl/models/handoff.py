@@ -90,7 +90,8 @@ def described(result: dict, folder: Path) -> str:
     )
     following = f'GRPOTrainer(model="{folder}")'
     if result["mode"] == "continue":
-        following = f'load_for_rl("{folder}"), or aesl grpo --adapter_name_or_path {folder}'
+        in_python = f'aesl_trl.models.handoff.load_for_rl("{folder}")'
+        following = f"aesl grpo --adapter_name_or_path {folder}, or in Python {in_python}"
         if result["quantization"]:
             following += ", on the quantized base as in SFT"
     return f"handoff: {start}{done[result['mode']]}, checked ({checked}) -> {folder}; next: {following}"

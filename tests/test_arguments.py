@@ -430,3 +430,91 @@ def test_functions_by_import_path(name, message, tmp_path, monkeypatch):
 def test_reading_a_config_does_not_import_trl():
     code = "import sys, aesl_trl.arguments; sys.exit('trl' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+# ---- What a config may not do
+
+
+CODE_OR_TOKENS = """
+    PATH PYTHONPATH PYTHONSTARTUP LD_PRELOAD LD_LIBRARY_PATH BASH_ENV GIT_SSH_COMMAND HTTPS_PROXY
+    CUDA_INJECTION64_PATH NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_PROFILER_PLUGIN NCCL_CONF_FILE OMP_TOOL_LIBRARIES
+    TRITON_CACHE_DIR TRITON_PTXAS_PATH TRITON_LIBCUDA_PATH TORCH_LOGS TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR
+    VLLM_PLUGINS VLLM_ALLOW_INSECURE_SERIALIZATION VLLM_CACHE_ROOT VLLM_NCCL_SO_PATH HF_ENDPOINT HF_HOME
+    HF_MODULES_CACHE HF_TOKEN HF_HUB_CACHE HF_TOKEN_PATH HF_DATASETS_CACHE TRANSFORMERS_CACHE WANDB_BASE_URL
+    WANDB_API_KEY WANDB_DIR COMET_URL_OVERRIDE MLFLOW_TRACKING_URI SWANLAB_API_HOST TRACKIO_SPACE_ID DS_ACCELERATOR
+    ACCELERATE_DEEPSPEED_CONFIG_FILE
+""".split()
+
+
+@pytest.mark.parametrize("name", [*CODE_OR_TOKENS, "omp_num_threads", "OMP_NUM_THREADS\x00", "3"])
+def test_no_variable_that_loads_code_or_moves_a_token(name, config):
+    assert "set it in your shell" in refusal(f"needed: x\nenv: {{{json.dumps(name)}: '1'}}\n", config)
+
+
+def test_a_variable_of_that_kind_is_never_let_in():
+    """Hold the list against words that name code, programs, servers, secrets and the folders of caches."""
+    words = (
+        "PATH PLUGIN LIBRAR PRELOAD URL URI ENDPOINT HOST _TOKEN KEY SECRET CACHE HOME INSECURE LOGS FILE PROXY".split()
+    )
+    assert [name for name in arguments.ENV_NAMES if any(word in name for word in words)] == []
+    assert [name for name in arguments.ENV_NAMES if name.endswith("_DIR")] == ["TENSORBOARD_LOGGING_DIR"]
+
+
+def test_the_refusal_names_the_nearest_variable(config):
+    assert "did you mean 'OMP_NUM_THREADS'?" in refusal("needed: x\nenv: {OMP_NUM_THREAD: '1'}\n", config)
+
+
+def test_a_path_that_a_flag_replaces_need_not_exist(config, tmp_path):
+    (tmp_path / "model").mkdir()
+    text = "needed: x\nmodel_name_or_path: ./gone\ndataset_name: ./gone.jsonl\noutput_dir: /etc/passwd/x\n"
+    flags = [
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--dataset-name=name",
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    small = parse_small(config(text), *flags)
+    assert small.model_name_or_path == str(tmp_path / "model") and small.dataset_name == "name"
+    assert small.output_dir == str(tmp_path / "o")
+    assert "model_name_or_path must be str" in refusal("needed: x\nmodel_name_or_path: 3\n", config, *flags[:2])
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused(config):
+    for seed in (-1, 2**32, 2**64):
+        with pytest.raises(InputError, match=rf"seed is {seed}, but must be at least 0 and at most 4294967295"):
+            arguments.parse(
+                [SFTConfig], ["--config", str(config(f"seed: {seed}\nuse_cpu: true\nbf16: false\n"))], prog="t"
+            )
+    with pytest.raises(InputError, match="config.yaml: data_seed is 4294967296"):
+        arguments.load_config(config("data_seed: 4294967296\n"), [SFTConfig])
+
+
+def test_a_name_that_no_file_system_takes(tmp_path):
+    with pytest.raises(InputError, match="output_dir: 'aaa.*aaa' is longer than 255 bytes"):
+        arguments.check_folder("output_dir", tmp_path / ("a" * 300) / "run")
+
+
+def test_a_home_of_nobody_is_a_name(config):
+    """`~nobody-here` is no home: pathlib would raise RuntimeError."""
+    assert "does not exist" in refusal("needed: x\nmodel_name_or_path: ~nobody-here/model\n", config)
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(0)", "raise SystemExit"])
+def test_a_file_that_leaves_is_refused(text, tmp_path, monkeypatch):
+    (tmp_path / "own_leaves.py").write_text(f"{text}\ndef right():\n    return 5\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(InputError, match="own_leaves.py cannot be imported: SystemExit"):
+        arguments.load_function("own_leaves.py:right", tmp_path, field="reward_funcs")
+    with pytest.raises(InputError, match="own_leaves cannot be imported: SystemExit"):
+        arguments.import_function("own_leaves.right", tmp_path, field="reward_funcs")
+
+
+def test_an_installed_module_wins_and_no_other_folder_is_imported_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "textwrap.py").write_text("def dedent(text):\n    return 'foreign'\n")
+    (tmp_path / "wandb.py").write_text("raise SystemExit('foreign')\n")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != ""])
+    before = list(sys.path)
+    assert arguments.import_function("textwrap.dedent", None, field="reward_funcs")("  a") == "a"
+    assert sys.path == before

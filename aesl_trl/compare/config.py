@@ -150,11 +150,10 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
             raise InputError(f"chain.{name} is missing: what a comparison shows is measured after RL")
     if "sft" not in config.chain and any(options.sft is not None for options in config.methods.values()):
         raise InputError("chain.sft is missing: the methods with a cold start need its config")
-    for name in ("sft", "grpo", "eval"):
-        section = config.chain.get(name, {"config": ""})
-        if not isinstance(section, dict) or not isinstance(section.get("config"), str):
-            raise InputError(f"chain.{name} must be a mapping with the path config, got {shown(section)}")
     for name, section in config.chain.items():
+        has_config = isinstance(section, dict) and isinstance(section.get("config"), str)
+        if name in ("sft", "grpo", "eval") and not has_config:
+            raise InputError(f"chain.{name} must be a mapping with the path config, got {shown(section)}")
         for key in ("config", "accelerate_config"):
             if isinstance(section, dict) and isinstance(section.get(key), str):
                 target = Path(os.path.abspath(folder / os.path.expanduser(section[key])))

@@ -565,6 +565,7 @@ def test_no_log_and_no_lock_of_a_chain_follows_a_link(project, fakes, tmp_path):
     folder = Path(read_config(project()).output_dir)
     for link in (folder / "logs/report.log", folder / ".sft.lock", folder.parent / ".one.lock"):
         link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
         link.symlink_to(tmp_path / "precious")
         with pytest.raises(InputError, match=f"{link.name} is a symlink"):
             run(project())

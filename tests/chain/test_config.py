@@ -56,6 +56,8 @@ def test_the_probe_is_on_unless_turned_off(project, tmp_path):
         ({"output_dir": 3}, ["output_dir must be str"]),
         ({"seed": True}, ["seed must be int"]),
         ({"seed": "1"}, ["seed must be int"]),
+        ({"seed": 2**32}, ["chain.yaml: seed is 4294967296, but must be at least 0 and at most 4294967295"]),
+        ({"output_dir": "a" * 300}, ["output_dir: 'aaa", "is longer than 255 bytes"]),
         ({"sft": None}, ["sft must be a mapping", "null"]),
         ({"sft": {"config": "stf.yaml"}}, ["sft.config: stf.yaml does not exist"]),
         ({"grpo": {"config": "grpo.yaml", "accelerate_config": "none.yaml"}}, ["accelerate_config: none.yaml"]),

@@ -97,4 +97,5 @@ def test_environment_of_a_stage(project, tmp_path, monkeypatch):
     (tmp_path / "sft.yaml").write_text("env: {HF_HUB_VERBOSITY: '1', PATH: /nowhere}\n")
     env = stage_env(build_sft(make(project())))
     assert (env["HF_HUB_VERBOSITY"], env["PYTHONUNBUFFERED"], env["AESL_OUTER"]) == ("1", "1", "x")
+    assert env["PYTHONSAFEPATH"] == "1"  # no stage imports from the current folder
     assert env["PATH"] == os.environ["PATH"]

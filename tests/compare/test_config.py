@@ -20,6 +20,7 @@ def test_grids(project):
 
 
 AESL = {"cold_start_loss": "aesl"}
+CHAIN = {name: {"config": f"{name}.yaml"} for name in ("sft", "grpo", "eval")}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,14 @@ AESL = {"cold_start_loss": "aesl"}
         ({"seeds": []}, ["seeds must be different whole numbers"]),
         ({"seeds": [1, 1]}, ["seeds must be different whole numbers"]),
         ({"seeds": ["1"]}, ["seeds must be a list of int"]),
+        ({"seeds": [0, 2**64]}, ["seeds: a seed is 18446744073709551616, but must be at least 0 and at most"]),
+        ({"methods": {"a" * 300: {"sft": {}}}}, ["names a folder: at most 200 letters"]),
+        (
+            {"tune": {"seeds": [7], "grid": {"learning_rate": [10.0**-300], **{f"k{n}": [n] for n in range(60)}}}},
+            ["names a folder: at most 200 characters"],
+        ),
+        ({"chain": {**CHAIN, "grpo": ["grpo.yaml"]}}, ["chain.grpo must be a mapping with the path config"]),
+        ({"chain": {**CHAIN, "sft": {"config": 3}}}, ["chain.sft must be a mapping with the path config"]),
         ({"reference": ["nll"]}, ["reference: no row 'nll'", "nll/last"]),
         ({"rl_from_steps": [0]}, ["rl_from_steps is 0, but must be at least 1; RL from the base"]),
         ({"chain": {}}, ["chain.grpo is missing"]),

@@ -453,9 +453,8 @@ def test_no_variable_that_loads_code_or_moves_a_token(name, config):
 
 def test_a_variable_of_that_kind_is_never_let_in():
     """Hold the list against words that name code, programs, servers, secrets and the folders of caches."""
-    words = (
-        "PATH PLUGIN LIBRAR PRELOAD URL URI ENDPOINT HOST _TOKEN KEY SECRET CACHE HOME INSECURE LOGS FILE PROXY".split()
-    )
+    words = "PATH PLUGIN LIBRAR PRELOAD URL URI ENDPOINT HOST _TOKEN KEY SECRET CACHE HOME INSECURE LOGS FILE PROXY"
+    words = words.split()
     assert [name for name in arguments.ENV_NAMES if any(word in name for word in words)] == []
     assert [name for name in arguments.ENV_NAMES if name.endswith("_DIR")] == ["TENSORBOARD_LOGGING_DIR"]
 

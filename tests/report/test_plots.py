@@ -1,11 +1,46 @@
 """Curves."""
 
 import math
+import random
 
-from aesl_trl.report.plots import running_mean
+import pytest
+
+from aesl_trl.report import plots
+from aesl_trl.report.plots import MAX_POINTS, Curve, running_mean, thinned
 
 
 def test_running_mean_skips_gaps_and_leaves_short_series_alone():
     short = [1.0, math.nan]
     assert running_mean(short) is short
     assert running_mean([2.0] * 30 + [math.nan] + [2.0] * 30) == [2.0] * 61
+
+
+def test_running_mean_is_the_mean_of_each_window():
+    rng = random.Random(0)
+    values = [math.nan if rng.random() < 0.3 else rng.gauss(0, 1) for _ in range(400)]
+    values[100:160] = [math.nan] * 60
+    half = 400 // 30
+    for place, found in enumerate(running_mean(values)):
+        window = [v for v in values[max(0, place - half) : place + half + 1] if math.isfinite(v)]
+        assert found == pytest.approx(sum(window) / len(window), abs=1e-12) if window else math.isnan(found)
+
+
+def test_a_thinned_curve_keeps_its_spikes_its_ends_and_its_gaps():
+    steps, values = list(range(1, 100_001)), [0.5] * 100_000
+    values[31_234], values[77_777] = 9.0, -9.0
+    values[50_000:60_000] = [math.nan] * 10_000
+    few, kept = thinned(steps, values)
+    assert len(few) == len(kept) <= MAX_POINTS and few == sorted(set(few))
+    assert (few[0], few[-1]) == (1, 100_000)
+    by_step = dict(zip(few, kept, strict=True))
+    assert by_step[31_235] == 9.0 and by_step[77_778] == -9.0
+    assert sum(map(math.isnan, kept)) > 50
+    assert thinned(steps[:50], values[:50]) == (steps[:50], values[:50])
+
+
+def test_curves_are_alike_when_their_gaps_are():
+    one = Curve([], [([1, 2], [0.5, math.nan])])
+    assert plots._are_equal(one.seeds, [([1, 2], [0.5, float("nan")])])
+    assert not plots._are_equal(one.seeds, [([1, 2], [0.5, 0.6])])
+    assert not plots._are_equal(one.seeds, [([1, 3], [0.5, math.nan])])
+    assert not plots._are_equal(one.seeds, [([1], [0.5])])

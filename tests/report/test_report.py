@@ -165,3 +165,34 @@ def test_report_loads_neither_torch_nor_trl():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_no_name_commands_the_terminal(tmp_path, undrawn, capsys):
+    run = fake_run(tmp_path / "a\x1b]0;owned\x07\x9b2J\u202e", "aesl")
+    selection = json.loads((run / "selection.json").read_text())
+    write_json(run / "selection.json", {**selection, "reason": "\x1b[2J", "applied": "\x1b[31mlast", "rule": "\x07"})
+    main([str(run)])
+    written = [
+        capsys.readouterr().out,
+        *((run / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")),
+    ]
+    for text in written:
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+        assert "a\u241b]0;owned\u2407" in text
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_logged_rows(tmp_path):
+    """The page of a long run is no larger and takes no more memory than its rows need."""
+    run, rng = fake_run(tmp_path / "aesl", "aesl"), random.Random(0)
+    keys = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/clipped_ratio", "loss", "kl")
+    rows = [{"step": step, **{key: rng.random() for key in keys}} for step in range(1, 100_001)]
+    write_json(run / "grpo/trainer_state.json", {"log_history": rows})
+    code = (
+        "import resource, sys; from aesl_trl.report.report import main; main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 500_000  # kB
+    assert (run / "report.html").stat().st_size < 2_000_000

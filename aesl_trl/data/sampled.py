@@ -161,6 +161,8 @@ def _pair(row: dict) -> tuple[dict, Any, Any] | None:
         prompt, answer = messages[:-1], messages[-1:]
     else:
         return None
+    if prompt == []:  # the assistant alone speaks, so there is nothing to sample from
+        return None
     return {**row, "prompt": prompt}, prompt, answer
 
 

@@ -75,6 +75,7 @@ def test_demonstrations_that_earn_nothing_as_samples_are_said():
         warnings.simplefilter("error")
         warn_of_unrewarded(build_tokenizer(), rows, [asks_for("plan"), says_yes])
         warn_of_unrewarded(tokenizer, [{"text": "no prompt"}], [asks_for("plan")])
+        warn_of_unrewarded(tokenizer, [{"messages": messages[0]["messages"][1:]}], [asks_for("plan")])
         warn_of_unrewarded(tokenizer, [{"prompt": "a", "completion": " yes"}], [says_yes])
 
 

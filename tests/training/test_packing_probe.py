@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 APART = (
     "llama qwen2 qwen3 gemma gemma2 gemma3_text mistral phi3 granite olmo3 smollm3 mixtral qwen3_moe deepseek_v3"
 ).split()
-LEAKING = "gpt_oss mamba falcon_mamba jamba afmoe bloom opt recurrent_gemma minimax".split()
+LEAKING = "gpt_oss mamba falcon_mamba jamba afmoe bloom opt minimax".split()
+ALSO_LEAKING = {"recurrent_gemma", "mamba2", "mpt", "deepseek_v4", "zaya"}
 PACKED = {"packing": True, "max_length": 48}
 
 
@@ -86,7 +87,7 @@ def test_every_causal_language_model_of_transformers(collator):
     between = {kind: verdict for kind, verdict in tried.items() if 1e-4 < verdict.seen < 0.05}
     assert not between
     leaking = {kind for kind, verdict in tried.items() if verdict.problem}
-    assert leaking >= set(LEAKING) and not leaking & set(APART)
+    assert leaking >= {*LEAKING, *ALSO_LEAKING} and not leaking & set(APART)
 
 
 def test_every_kind_of_layer_is_in_the_copy(collator):

@@ -106,15 +106,20 @@ class ResizedBase:
 
 
 def let_head_run(model: Any) -> None:
-    """Mend the head of a tied base that PEFT has wrapped twice: as a module trained whole, and for single tokens.
+    """Mend the head of a tied base that PEFT has wrapped for single tokens; TRL's fused head reads its bias.
 
-    TRL asks for both when it adds the tokens of a chat template. PEFT then has the right weights, but its forward
-    takes nothing but plain layers under the second wrapper.
+    When TRL adds the tokens of a chat template, it asks PEFT to train the head as a whole too. The weights are right
+    then, but PEFT's forward takes nothing but plain layers under the wrapper of the tokens.
     """
     from peft.utils import ModulesToSaveWrapper
 
-    tokens = getattr(model.get_output_embeddings(), "token_adapter", None)
-    if isinstance(getattr(tokens, "base_layer", None), ModulesToSaveWrapper):
+    head = model.get_output_embeddings()
+    tokens = getattr(head, "token_adapter", None)
+    if tokens is None:
+        return
+    # Past nn.Module's own __setattr__, which would register the bias once more
+    object.__setattr__(head, "bias", getattr(tokens.base_layer, "bias", None))
+    if isinstance(tokens.base_layer, ModulesToSaveWrapper):
         tokens.forward_adapters = MethodType(_forward_tokens, tokens)
 
 

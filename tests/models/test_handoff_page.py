@@ -43,7 +43,11 @@ def test_the_page_has_one_snippet_for_each_mode():
 def test_a_step_of_rl_from_the_snippet(tmp_path, tiny_model_dir, monkeypatch, mode, snippet):
     """Only the size of the run is set, which the page leaves to GRPOConfig."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.resize_token_embeddings(model.vocab_size + 5)
+    new = list(range(259, 264))  # as TRL adds the tokens of a chat template
+    whole = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": new}}
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **whole)
+    adapter = get_peft_model(model, lora)
     adapter.save_pretrained(tmp_path / "adapter")
     build_tokenizer().save_pretrained(tmp_path / "adapter")
     hand_off(tmp_path / "adapter", output=tmp_path / "RUN" / "handoff", mode=mode)
@@ -55,4 +59,5 @@ def test_a_step_of_rl_from_the_snippet(tmp_path, tiny_model_dir, monkeypatch, mo
     trainer = found["trainer"]
     assert trainer.state.global_step == 1 and trainer.state.log_history[0]["grad_norm"] > 0
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    assert all("lora_" in name for name in trained) == (mode == "continue")
+    kinds = ("lora_", "trainable_tokens_delta", "modules_to_save")
+    assert all(any(kind in name for kind in kinds) for name in trained) == (mode == "continue")

@@ -160,7 +160,11 @@ def choose_mode(asked: str, source: Source) -> str:
             raise InputError(f"mode {asked} is for adapters, and {source.weights} holds full weights: use mode auto")
         return "full"
     mode = "merge" if asked == "auto" else asked
-    kind = adapter_config(source.weights, "run").peft_type
+    config = adapter_config(source.weights, "run")
+    kind = config.peft_type
+    if config.is_prompt_learning:
+        learnt = f"{source.weights} is of type {kind.value}, which learns a prompt"
+        raise InputError(f"{learnt}: PEFT neither merges it nor trains it further, so RL cannot start from it")
     if mode == "merge" and not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload"):
         raise InputError(f"{source.weights} is of type {kind.value}, which cannot be merged: use --mode continue")
     if mode == "merge" and source.is_quantized:

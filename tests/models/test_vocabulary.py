@@ -198,7 +198,8 @@ SETTINGS = {
     "VBLORA": {"num_vectors": 8, "vector_length": 8, "r": 2},
     "WAVEFT": {"n_frequency": 8},
 }
-WITHOUT_MERGE = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+WITHOUT_MERGE = {"ADAPTION_PROMPT", "LILY"}
+PROMPT_LEARNING = {"CARTRIDGE", "CPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 OF_EACH_SORT = {"ADALORA", "IA3", "LN_TUNING", "OFT", "PROMPT_TUNING", "TRAINABLE_TOKENS", "VERA"}
 TYPES = [getattr(kind, "value", kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
 
@@ -244,6 +245,11 @@ def test_each_type_meets_the_embeddings_that_it_was_trained_with(bases, tmp_path
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in NEEDS_MORE])
 def test_each_type_is_handed_over_or_refused_by_name(bases, tmp_path, kind):
     before = trained(base_of_type(bases, tmp_path, kind), tmp_path / "adapter", config_of(kind))
+    if kind in PROMPT_LEARNING:
+        for mode in ("merge", "continue"):
+            with pytest.raises(InputError, match=f"of type {kind}, which learns a prompt: .* RL cannot start from it"):
+                hand_off(tmp_path / "adapter", output=tmp_path / "out", mode=mode)
+        return
     if kind in WITHOUT_MERGE:
         with pytest.raises(InputError, match="cannot be merged.*use --mode continue"):
             hand_off(tmp_path / "adapter", output=tmp_path / "merged")

@@ -81,7 +81,7 @@ def old_run(folder: Path, **changes: str) -> Chain:
     probed = {"verdict": "ready", "text": "ready: go", "reasons": [], "mode": "full", "checkpoints": [], "models": {}}
     for output in (*outputs, chain.sft_dir / files.TRAINER_STATE, chain.run / "grpo" / files.RUN):
         files.write_json(output, probed | {"checkpoints": [probed], "stage": "grpo"})
-    (chain.run / files.REPORT).write_text("")
+    (chain.run / files.REPORT).write_text("<html></html>")
     facts = {"returncode": 0, "seconds": 1.0}
     stages = {name: {"status": "done", **facts, "inputs": inputs} for name, inputs in RECORDED.items()}
     for name, status in changes.items():

@@ -178,7 +178,7 @@ def test_no_name_commands_the_terminal(tmp_path, undrawn, capsys):
     ]
     for text in written:
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
-        assert "a\u241b]0;owned\u2407" in text
+        assert "0;owned\u2407\ufffd2J\ufffd" in text
 
 
 @pytest.mark.slow

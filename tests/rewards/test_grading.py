@@ -330,6 +330,26 @@ def test_graders_that_cannot_start_say_so(stand_in, capfd, source):
     assert source.startswith("import os") or "broken" in (text := capfd.readouterr().err) or "reinstall" in text
 
 
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_child_killed_while_it_starts_is_tried_again(stand_in, times):
+    """The kernel may kill it for memory, while a hung one is replaced; that must not end the training at once."""
+    killed = (
+        "import os, pathlib\n"
+        "tried = pathlib.Path(__file__).with_name('tried')\n"
+        "number = int(tried.read_text()) if tried.exists() else 0\n"
+        "tried.write_text(str(number + 1))\n"
+        f"if number < {times}:\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    graders = stand_in(killed + STAND_IN)
+    if times < grading.START_TRIES:
+        assert graders.grade([math("plain")], 5.0) == [RIGHT]
+    else:
+        with pytest.raises(InputError, match=r"did not start \(exit code -9\)"):
+            graders.grade([math("plain")], 5.0)
+        assert graders._children == []
+
+
 # ---- Threads, forks and ends
 
 

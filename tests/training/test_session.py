@@ -1,11 +1,13 @@
 """The line that says how long a training has left: when, with what pace, and by whom."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from small_runs import trainer_for
 from transformers import TrainerState
 
+from aesl_trl.errors import InputError
 from aesl_trl.training import session
 from aesl_trl.training.session import HoursLeft
 
@@ -53,3 +55,26 @@ def test_a_real_training_without_a_progress_bar_says_it(tokenizer, tmp_path, cap
     trainer.add_callback(HoursLeft("aesl sft"))
     trainer.train()
     assert re.search(r"^aesl sft: step 3 of 4, \S+ s a step, \S+ h left$", capsys.readouterr().out, re.MULTILINE)
+
+
+# ---- How a training may be left
+
+
+def left(tmp_path, code):
+    args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
+    with session.guarded_training(args, SimpleNamespace(received=None, command="aesl sft")):
+        raise SystemExit(code)
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_a_training_that_is_left_with_0_has_failed(tmp_path, code):
+    """A package or a callback that calls sys.exit() ends the process as if all steps were done."""
+    with pytest.raises(InputError, match=r"sys.exit at .*test_session.py:\d+ ended the training before its end"):
+        left(tmp_path, code)
+
+
+@pytest.mark.parametrize("code", [1, 3, 143])
+def test_an_exit_with_a_code_keeps_it(tmp_path, code):
+    with pytest.raises(SystemExit) as leaving:
+        left(tmp_path, code)
+    assert leaving.value.code == code

@@ -43,7 +43,7 @@ def test_choice(backend, vllm, gpu, settings, obstacle, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "vllm", "gpu", "settings", "message"),
     [
-        ("vllm_colocate", False, True, VLLMSettings(), r"vLLM is not installed: pip install 'aesl_trl\[vllm\]'"),
+        ("vllm_colocate", False, True, VLLMSettings(), "vLLM is not installed: pip install 'vllm>=0.31'"),
         ("vllm_server", False, True, SERVER, r"diversity_backend is 'vllm_server', but vLLM is not installed"),
         ("auto", False, True, SERVER, r"diversity_vllm_server_base_url is 'http://localhost:8000', but vLLM is not"),
         ("vllm_colocate", True, False, VLLMSettings(), "there is no CUDA GPU"),

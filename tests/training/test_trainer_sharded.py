@@ -122,7 +122,7 @@ def test_a_sharded_model_is_measured_and_selected_as_one(name, ranks, one):
     selection = files.read_json(found["folder"] / files.OWN / files.SELECTION)
     best = max((row for row in series if row["step"]), key=lambda row: row["pass@1"])
     assert (selection["applied"], selection["step"]) == ("best_eval", best["step"])
-    chosen = load_file(found["folder"] / selection["path"] / "model.safetensors")
+    chosen = load_file(found["folder"] / files.OWN / selection["path"] / "model.safetensors")
     assert all(len(tensor) for tensor in chosen.values()) and len(chosen) > 20
     if best["step"] == 4:
         assert_close_by_name(chosen, {name: found["weights"][name] for name in chosen}, rtol=0, atol=0)

@@ -139,7 +139,7 @@ class AESLSFTConfig(SFTConfig):
     hub_include: list[str] = option([], f"Parts of the run that push_to_hub uploads too: {', '.join(PARTS)}.")
 
     chat_template_kwargs: dict | str | None = option(
-        None, "Keywords for the chat template, as GRPOConfig's, e.g. {\"enable_thinking\": false}."
+        None, 'Keywords for the chat template, as GRPOConfig\'s, e.g. {"enable_thinking": false}.'
     )
 
     def __post_init__(self):

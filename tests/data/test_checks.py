@@ -114,5 +114,3 @@ def test_prompts():
     check_prompts(Dataset.from_list([{"messages": CHAT}]))
     refused(["no prompts", "'prompt'"], check_prompts, Dataset.from_list([{"prompts": "p"}]))
     refused(["row 1", "prompt is empty"], check_prompts, Dataset.from_list([{"prompt": "p"}, {"prompt": ""}]))
-
-

@@ -130,9 +130,7 @@ def test_a_seed_for_each_prompt_of_a_server(stand_in, tokenizer):
     assert [call["n"] for call in calls] == [4, 4, 4]
     seeds = sorted(call["generation_kwargs"]["seed"] for call in calls)
     assert np.diff(seeds).tolist() == [4, 4]  # sample i of a request takes the seed + i
-    assert all(
-        call["generation_kwargs"]["stop_token_ids"] == [tokenizer.eos_token_id, *STOPS] for call in calls
-    )
+    assert all(call["generation_kwargs"]["stop_token_ids"] == [tokenizer.eos_token_id, *STOPS] for call in calls)
 
 
 # ---- What comes back

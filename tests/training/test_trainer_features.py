@@ -178,6 +178,7 @@ def test_auxiliary_loss_off_is_off(tokenizer, tmp_path):
 
 # ---- Vision and language
 
+
 def image_rows():
     from PIL import Image
 

@@ -97,14 +97,17 @@ def _selected(run: RunFolder) -> tuple[Path, int | None, Path | None]:
                 selection = read_object(place / SELECTION)
             except InputError as error:
                 raise InputError(f"{error}; make it anew: aesl select {run.path}") from None
-            path = selection.get("path") or ""
+            path, step = selection.get("path") or "", selection.get("step")
+            if not isinstance(path, str) or not isinstance(step, int | None):
+                wanted = "'path' must be a text and 'step' a whole number"
+                raise InputError(f"{place / SELECTION}: {wanted}; run aesl select {run.path} again")
             folder = place / path
             if not path or not stays_inside(path) or not folder.is_dir():
                 problem = "is not a folder" if stays_inside(path) else "is outside of its folder"
                 raise InputError(
                     f"{place / SELECTION} points to {folder}, which {problem}; run aesl select {run.path} again"
                 )
-            return folder, selection.get("step"), sft
+            return folder, step, sft
     return run.path, None, sft
 
 

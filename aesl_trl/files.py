@@ -25,6 +25,7 @@ OWN = "_aesl"
 # Files and folders of an SFT run, in its own part
 TRAINER_STATE = "trainer_state.json"  # written by Trainer; holds log_history
 RUN = "run.json"
+TRAINED_WITH = "trained_with.json"  # what RL's steps are trained with; for SFT run.json says it
 POSITIONS = "positions.jsonl"
 DIVERSITY = "diversity.jsonl"
 SAMPLES = "samples"

@@ -9,6 +9,7 @@ import sys
 
 from .arguments import parse
 from .errors import exit_on_input_error
+from .files import TRAINED_WITH, own_folder, write_json
 from .rewards.golds import check_golds
 from .training import grpo
 from .training.grpo import ARGUMENT_TYPES, NAME
@@ -41,8 +42,13 @@ def main(argv: list[str] | None = None) -> None:
             if rows:
                 how = {"field": setting, "access": revision_and_trust(model_args, args)}
                 grpo.check_rl_samples(grpo.start_of(script_args, model_args), rows, reward_funcs, args, **how)
+        ingredients = grpo.ingredients_of(script_args, model_args, args, train_rows, reward_funcs)
+        if checkpoint is not None:
+            grpo.check_resumed(ingredients, checkpoint, args.output_dir)
         with guarded_training(args, signals):
             trainer = grpo.build_trainer(script_args, args, model_args, reward_funcs, train_rows, eval_rows)
+            if trainer.accelerator.is_main_process:
+                write_json(own_folder(args.output_dir) / TRAINED_WITH, ingredients)
             train(trainer, checkpoint, signals)
             check_finished(trainer, NAME)
             grpo.save(trainer, script_args, model_args)

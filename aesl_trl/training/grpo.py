@@ -14,7 +14,7 @@ from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 from ..data.checks import STREAMED_ROWS, check_prompts
 from ..data.sampled import check_samples_of
 from ..errors import InputError
-from ..files import RUN, own_folder, write_json
+from ..files import RUN, TRAINED_WITH, own_folder, read_object, write_json
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from ..models.tokens import id_list, stop_ids
@@ -25,6 +25,7 @@ from .finite_steps import FiniteStepsMixin
 from .rehearsal import peft_config_of, refusals_in_one_line, rehearse
 from .rows import RowTemplateMixin
 from .session import check_quantization, load_train_and_eval, model_init_kwargs, revision_and_trust
+from .trained_with import peft_settings, refuse_other_ingredients, rl_trained_with
 
 
 NAME = "aesl grpo"
@@ -127,6 +128,20 @@ def check_rows(rows: Any, *, field: str, reward_funcs: list, start: int = 0) -> 
     if "prompt" not in first:
         raise InputError(f"{field} has no column 'prompt'; columns: {', '.join(first)}")
     check_columns([function for function in reward_funcs if callable(function)], first, where=field)
+
+
+def ingredients_of(
+    script_args: GRPOScriptArguments, model_args: ModelConfig, training_args: GRPOConfig, rows: Any, rewards: list
+) -> dict:
+    """Return what the steps are trained with, as a resumed training compares it."""
+    start, peft = start_of(script_args, model_args), peft_settings(peft_config_of(model_args))
+    return rl_trained_with(training_args, start, peft, rows, rewards, model_args.model_revision)
+
+
+def check_resumed(found: dict, checkpoint: Path, output_dir: str) -> None:
+    """Refuse to go on from `checkpoint` with something else than its steps were trained with."""
+    recorded = read_object(own_folder(checkpoint.absolute().parent) / TRAINED_WITH)
+    refuse_other_ingredients(found, checkpoint, output_dir, recorded)
 
 
 def trainer_class() -> type:

@@ -21,6 +21,8 @@ from .. import files
 from ..errors import InputError
 from ..losses.rules import TOKEN_RULES
 from ..models.digests import tokenizer_digest, weights_digest
+from ..models.folder import ModelFolder
+from ..rewards.functions import reward_name
 from ..sampling.draws import failure_on_any_rank
 from ..values import without_none
 from .config import AESLSFTConfig
@@ -29,6 +31,9 @@ from .config import AESLSFTConfig
 # How TRL makes tokens of the rows
 PREPARATION = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "max_length", "truncation_mode")
 PREPARATION += ("packing", "packing_strategy", "padding_free", "eos_token")
+# GRPO's loss
+RL_SETTINGS = ("loss_type", "beta", "epsilon", "epsilon_high", "importance_sampling_level", "scale_rewards")
+RL_SETTINGS += ("reward_weights", "num_generations", "learning_rate")
 # What PEFT writes into its settings by itself
 NOT_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 MODEL, DATA = "model", "training_data"
@@ -50,14 +55,31 @@ def trained_with(args: Any, model: str | None, peft: dict | None, rows: Any, rev
     if isinstance(args, AESLSFTConfig):
         base = ["t_scaling", "min_temperature", "prefix_mode", "chat_template_kwargs"]
         names = ["cold_start_loss", *dict.fromkeys([*base, *TOKEN_RULES[args.cold_start_loss].fields])]
-    found = {
-        **{name: getattr(args, name) for name in (*names, *PREPARATION, "learning_rate")},
+    settings = {name: getattr(args, name) for name in (*names, *PREPARATION, "learning_rate")}
+    return _recorded({**settings, **_model(model, args.output_dir, revision), DATA: data_digest(rows), "peft": peft})
+
+
+def rl_trained_with(
+    args: Any, start: ModelFolder, peft: dict | None, rows: Any, reward_funcs: list, revision: str | None = None
+) -> dict:
+    """Return what is recorded of RL's ingredients, ready to be compared; `args` is a GRPOConfig."""
+    found = {name: getattr(args, name) for name in RL_SETTINGS if hasattr(args, name)}
+    found |= _model(start.base or start.weights, args.output_dir, revision)
+    found["adapter_weights"] = weights_digest(start.weights) if start.is_adapter else None
+    found["reward_funcs"] = [reward_name(score) if callable(score) else score for score in reward_funcs]
+    return _recorded({**found, DATA: data_digest(rows), "peft": peft})
+
+
+def _model(model: str | None, output_dir: str, revision: str | None) -> dict:
+    return {
         # A hub name stays; a local folder is named relative to the run, so that the record can move with it
-        MODEL: os.path.relpath(model, args.output_dir) if model and os.path.isdir(model) else model,
+        MODEL: os.path.relpath(model, output_dir) if model and os.path.isdir(model) else model,
         **{name: digest(model, revision) if model else None for name, digest in DIGESTS.items()},
-        DATA: data_digest(rows),
-        "peft": peft,
     }
+
+
+def _recorded(found: dict) -> dict:
+    """Return `found` as it will be read from JSON."""
     return json.loads(json.dumps(files.to_json(found), default=str))
 
 
@@ -111,15 +133,18 @@ def _plain(value: Any) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
-def refuse_other_ingredients(found: dict, checkpoint: Path, output_dir: str | Path) -> None:
+def refuse_other_ingredients(
+    found: dict, checkpoint: Path, output_dir: str | Path, recorded: dict | None = None
+) -> None:
     """Refuse to go on from `checkpoint` with something else than `found`, which [`trained_with`] returns.
 
-    What the run's record does not hold, such as that of an older version, is not compared.
+    `recorded` is by default the run.json beside the checkpoint. What it does not hold, such as that of an older
+    version, is not compared.
 
     Raises:
         InputError: one line with each thing that differs, as it was and as it is now.
     """
-    recorded = files.read_settings(checkpoint.absolute().parent)
+    recorded = files.read_settings(checkpoint.absolute().parent) if recorded is None else recorded
     differences = [*_other_model(recorded, found, Path(output_dir), checkpoint.absolute().parent)]
     for name in (found.keys() & recorded.keys()) - {MODEL, *DIGESTS}:
         if not (name == DATA and None in (found[name], recorded[name])):

@@ -148,6 +148,26 @@ def test_an_adapter_goes_on_training(config, tmp_path, tiny_model_dir, beta):
     assert (run["adapter"], run["model"], run["beta"]) == (adapter, tiny_model_dir, beta)
 
 
+def test_a_training_is_resumed_only_with_what_its_steps_had(config, tmp_path):
+    common = {"save_strategy": "steps", "save_steps": 1}
+    grpo.main(config(max_steps=1, **common))
+    common |= {"max_steps": 2, "resume_from_checkpoint": "true"}
+    rows = (tmp_path / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
+    (tmp_path / "copy.jsonl").write_text("".join(rows))
+    (tmp_path / "own.py").write_text(REWARD + REWARD.replace("more_vowels", "other"))
+    for changes, message in (
+        ({"dataset_name": "fewer.jsonl"}, "training_data is 7 rows, sha256 .*, it was 8 rows"),
+        ({"beta": 0.1}, "beta is 0.1, it was 0.0"),
+        ({"reward_funcs": ["own.py:other"]}, r"reward_funcs is \['other'\], it was \['more_vowels'\]"),
+        ({"use_peft": True, "lora_target_modules": ["q_proj"]}, "peft is LORA, it was unset"),
+    ):
+        with pytest.raises(InputError, match=message):
+            grpo.main(config(**common, **changes))
+    grpo.main(config(**common, dataset_name="copy.jsonl"))
+    assert json.loads((tmp_path / "out/_aesl/run.json").read_text())["max_steps"] == 2
+
+
 @pytest.mark.slow
 def test_resuming_an_adapter_with_a_reference_gives_the_uninterrupted_run(config, tmp_path, tiny_model_dir):
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter")

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, in_one_line
-from ..files import read_json
+from ..files import read_object
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -77,7 +77,7 @@ class ModelFolder:
     def is_quantized(self) -> bool:
         """Whether the full weights, or those of the adapter's base, are quantized on disk."""
         config = Path(self.config_at) / CONFIG
-        return config.is_file() and bool(read_json(config).get("quantization_config"))
+        return bool(read_object(config).get("quantization_config"))
 
     def identity(self) -> dict:
         """Return what tells these weights from others: a hub name's commit, or the sizes and times of the files.
@@ -148,7 +148,10 @@ def found_from(base: str, adapter: str) -> str:
 
 def check_weights(folder: Path) -> None:
     """Refuse weights that are missing or cut off, as an interrupted copy leaves them; only their headers are read."""
-    shards = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else set()
+    listed = read_object(folder / INDEX).get("weight_map", {})
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise InputError(f"{folder / INDEX}: 'weight_map' must name a file for each tensor: download or copy it again")
+    shards = set(listed.values())
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise InputError(f"{folder} lacks {missing[0]}, one of {len(shards)} weight files: download or copy it again")

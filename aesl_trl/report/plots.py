@@ -221,8 +221,10 @@ def outcome_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
     for mixed in curves(arms, "diversity", "groups_mixed"):
         outcomes = ("all_wrong", "mixed", "all_right")
         shares = [curves(mixed.arms[:1], "diversity", f"groups_{outcome}") for outcome in outcomes]
-        if all(shares):
-            means, colour = [share[0].mean for share in shares], mixed.arms[0].colour
+        known = [dict(zip(*share[0].mean, strict=True)) for share in shares if share]
+        steps = sorted(set.intersection(*map(set, known)))  # an edited row may lack one of the three
+        if len(known) == len(outcomes) and steps:
+            means, colour = [(steps, [by_step[step] for step in steps]) for by_step in known], mixed.arms[0].colour
             draw = partial(_stack, shares=means, colour=colour, turning_point=turning_point)
             title, see = f"Prompts by outcome: {shorten(mixed.label)}", f"mixed share ends at {means[1][1][-1]:.2f}"
             panels.append(Panel(title, draw, labelled=False, see=see))

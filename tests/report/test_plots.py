@@ -2,11 +2,14 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from aesl_trl.report import plots
 from aesl_trl.report.plots import MAX_POINTS, Curve, running_mean, thinned
+from aesl_trl.report.runs import Arm
 
 
 def test_running_mean_skips_gaps_and_leaves_short_series_alone():
@@ -44,3 +47,14 @@ def test_curves_are_alike_when_their_gaps_are():
     assert not plots._are_equal(one.seeds, [([1, 2], [0.5, 0.6])])
     assert not plots._are_equal(one.seeds, [([1, 3], [0.5, math.nan])])
     assert not plots._are_equal(one.seeds, [([1], [0.5])])
+
+
+def test_outcomes_are_stacked_at_the_steps_that_have_all_three():
+    """A row of an edited series may lack one of them."""
+    rows = [{"step": step, "groups_all_wrong": 0.5, "groups_mixed": 0.3, "groups_all_right": 0.2} for step in (0, 10)]
+    rows.append({"step": 20, "groups_mixed": 0.3, "groups_all_right": 0.2})
+    run = SimpleNamespace(diversity=rows, selection={})
+    (panel,) = plots.outcome_panels([Arm("aesl", False, [run], "aesl")], None)
+    ax = Figure().add_subplot()
+    panel.draw(ax)
+    assert len(ax.collections) == 3 and ax.get_xlim()[1] == 10

@@ -4,6 +4,7 @@ import codecs
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ ORPHANS_S = 30  # seconds that we wait for a killed process, which may be in the
 # Holds the folder that a stage writes to. All that the stage starts inherits it, also in sessions of their own.
 MARK = "AESL_STAGE_FOLDER"
 # Back to the line's start; the cursor off or on; colour, a line up, the rest of the line erased
-OF_PROGRESS_BARS = re.compile(r"(\r|\x1b\[(?:\?25[lh]|[0-9;]{0,16}[mAK]))")
+OF_PROGRESS_BARS = re.compile(r"(\r|\x1b\[(?:\?25[lh]|[0-9;]{0,32}[mAK]))")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process at once on SIGTERM
 
@@ -119,7 +120,9 @@ def child_env(**changes: str) -> dict[str, str]:
     and the launchers put that folder first. It finds this package where this process found it.
     """
     package = str(Path(__file__).resolve().parents[1])
-    path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]  # "" is the current folder
+    installed = package in (*site.getsitepackages(), site.getusersitepackages())  # then the child finds it by itself
+    path = [] if installed else [package]
+    path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # "" is the current folder
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **changes}
 
 

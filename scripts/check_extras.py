@@ -4,8 +4,9 @@
     python scripts/check_extras.py [--seconds 300]
 
 pip plans each set against the registry (`pip install --dry-run`) from the packages' metadata; it downloads a package
-only where the registry does not serve them. The exit code is 1 where a set has no solution, or where pip still tries
-older versions when the time is up. A registry that does not answer is reported as `NOT CHECKED`, with exit code 0.
+only where the registry does not serve them. The exit code is 1 where a set has no solution, or where pip has gone far
+back through old versions when the time is up. What a slow or silent registry leaves open is reported as `NOT CHECKED`,
+with exit code 0.
 """
 
 import argparse
@@ -23,7 +24,9 @@ SETUP = Path(__file__).parents[1] / "setup.cfg"
 SHOWN = ("torch", "transformers", "trl", "vllm", "math-verify", "bitsandbytes")
 # What pip prints where a set cannot be installed, and where it goes back through versions
 IMPOSSIBLE = ("ResolutionImpossible", "No matching distribution", "conflicting dependencies", "Invalid requirement")
-BACKTRACKS = ("looking at multiple versions", "taking longer than usual", "resolution-too-deep")
+BACKTRACKS = ("taking longer than usual", "resolution-too-deep")
+# What it prints where it cannot reach the registry: then "no matching distribution" says nothing
+UNREACHABLE = ("Retrying (", "Could not fetch URL", "NewConnectionError", "Read timed out", "ReadTimeoutError")
 SIDE_BY_SIDE = 3
 
 
@@ -59,7 +62,8 @@ def resolve(python: Path, name: str, requirements: list[str], deadline: float) -
             }
             versions = ", ".join(f"{package} {found[package]}" for package in SHOWN if package in found)
             return "ok", f"{len(found)} packages in {seconds}: {versions}"
-    if any(words in text for words in IMPOSSIBLE) or (code is None and any(words in text for words in BACKTRACKS)):
+    is_impossible = any(words in text for words in IMPOSSIBLE) and not any(words in text for words in UNREACHABLE)
+    if is_impossible or (code is None and any(words in text for words in BACKTRACKS)):
         lines = [line for line in text.splitlines() if line.startswith(("ERROR", "INFO"))]
         return "FAIL", f"pip finds no versions that fit together ({seconds}): {' | '.join(lines[-3:])[:1000]}"
     why = f"no answer within {seconds}" if code is None else " | ".join(text.splitlines()[-2:])[:500]

@@ -29,6 +29,7 @@ from .fingerprints import Inputs, walk
 from .old_fingerprints import renew
 from .stages import (
     ANYWHERE,
+    BUILDERS,
     NAME,
     Chain,
     Stage,
@@ -106,7 +107,9 @@ def _run_stage(chain: Chain, stage: Stage, inputs: Inputs, interrupts: Interrupt
     else:
         code = run_process(command, log, interrupts, env=stage_env(stage), append=resume is not None)
     facts |= {"seconds": round(time.monotonic() - began, 1), "returncode": code}
-    is_done = code == 0 and is_whole(stage.output) and _version(stage.output) != before
+    # A training that starts anew in an old run's folder writes to another place
+    output = BUILDERS[stage.name](chain).output
+    is_done = code == 0 and is_whole(output) and _version(output) != before
     status = "interrupted" if interrupts.received else "done" if is_done else "failed"
     chain.note(stage.name, status=status, **facts)
     if interrupts.received:
@@ -117,7 +120,7 @@ def _run_stage(chain: Chain, stage: Stage, inputs: Inputs, interrupts: Interrupt
         complain(f"{NAME}: stage {stage.name} failed with exit code {code}; its log is {log}")
         sys.exit(exit_code(code))
     if not is_done:
-        why = f"ended with exit code 0 but has not written a whole {stage.output}: something in it left early"
+        why = f"ended with exit code 0 but has not written a whole {output}: something in it left early"
         complain(f"{NAME}: stage {stage.name} {why}; its log is {log}")
         sys.exit(1)
 

@@ -4,7 +4,7 @@ A demonstration is judged as SFT will see it, written by the model's chat templa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.chat import ChatWriter
 from ..rewards.functions import score_groups
 from ..rewards.golds import say_lost
-from ..rewards.maths import right_answer
+from ..rewards.maths import right_answers
 from .config import DataArguments
 from .output import progress
 from .problems import BATCH, Drops, Problem
@@ -27,7 +27,10 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
         InputError: a reward of maths can give nothing for more than half of the solutions.
     """
     solutions = list(dict.fromkeys(problem.solution for problem in problems))
-    rewards = dict(zip(solutions, grade(solutions, list(map(right_answer, solutions)), reward), strict=True))
+    whole, last = zip(*map(right_answers, solutions), strict=True) if solutions else ((), ())
+    rewards = dict(zip(solutions, grade(solutions, whole, reward), strict=True))
+    others = {gold: answer for gold, answer in zip(solutions, last, strict=True) if not rewards[gold] >= threshold}
+    rewards |= zip(others, grade(list(others), list(others.values()), reward), strict=True)
     kept = []
     for problem in problems:
         if rewards[problem.solution] >= threshold:  # false for nan, which stands where the reward does not apply
@@ -39,7 +42,7 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
     return kept
 
 
-def grade(solutions: list[str], answers: list[str], reward: Callable) -> list[float]:
+def grade(solutions: list[str], answers: Sequence[str], reward: Callable) -> list[float]:
     """Return the reward of each answer, nan where it does not apply."""
     prompt = [{"role": "user", "content": ""}]
     groups = [Group(prompt, [answer], [0], [False], [math.nan]) for answer in answers]

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InputError, tell
 from .functions import GradedReward
 from .grading import Answer
-from .maths import right_answer
+from .maths import right_answers
 
 
 CHECKED = ("math_reward", "accuracy_reward")  # they compare with the column `solution`
@@ -54,10 +54,11 @@ def is_checked(reward: Any) -> bool:
 
 
 def lost_golds(reward: GradedReward, golds: list[str | None]) -> list[str | None]:
-    """Return the golds that do not earn 1.0 where they are given as the answer."""
+    """Return the golds that do not earn 1.0 where they, or their last formula, are given as the answer."""
     different = list(dict.fromkeys(filter(None, golds)))
-    grades = reward.grade([Answer(reward.__name__, right_answer(gold), gold) for gold in different])
-    earned = {gold for gold, grade in zip(different, grades, strict=True) if grade.reward == 1.0}
+    pairs = [(gold, answer) for gold in different for answer in dict.fromkeys(right_answers(gold))]
+    grades = reward.grade([Answer(reward.__name__, answer, gold) for gold, answer in pairs])
+    earned = {gold for (gold, _), grade in zip(pairs, grades, strict=True) if grade.reward == 1.0}
     return [gold for gold in golds if gold not in earned]
 
 

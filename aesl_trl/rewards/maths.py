@@ -97,6 +97,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 JOINED = re.compile(
     r"(?:\s|,|\$|\band\b|\bor\b|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\[,;: ]|\\q?quad(?![a-z])|\\[()\[\]])*"
 )
+BRACKETS = ("(", "[", "{", r"\{", r"\left")  # of a point, an interval, a set: the commas in them part numbers
+EDGES = re.compile(r"^(?:\$\$?|\\[(\[])|(?:\$\$?|\\[)\]])$")  # the delimiters of a formula
 DELIMITED = re.compile(r"(?<!\\)\$\$?\s*[^\s$][^$]*(?<!\\)\$|\\\(.+\\\)|\\\[.+\\\]", re.S)
 
 
@@ -128,17 +130,23 @@ def gold_answers(gold: str) -> list[str]:
 def after_hashes(solution: Any) -> str | None:
     """Return the answer behind the `####` with which GSM8K ends a worked solution, as in `#### 1,234`, else None."""
     text = solution.rpartition("####")[2].strip() if isinstance(solution, str) and "####" in solution else ""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) or None
+    if "\n" in text:  # a heading
+        return None
+    return (text if text.startswith(BRACKETS) else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)) or None
 
 
 def readable_gold(gold: str) -> str:
     """Write a gold for math-verify: its boxes, its own LaTeX, or the bare answer in a box."""
-    return brace_arguments(gold) if _is_delimited(gold) else _in_boxes(gold_answers(gold))
+    formulas = _delimited(gold)
+    return brace_arguments(after_hashes(gold) or gold) if formulas else _in_boxes(gold_answers(gold))
 
 
-def _is_delimited(gold: str) -> bool:
-    """Return whether the answer stands between LaTeX's delimiters. The dollars of a GSM8K solution are money."""
-    return not last_boxes(gold) and not after_hashes(gold) and bool(DELIMITED.search(gold))
+def _delimited(gold: str) -> list[str]:
+    """Return what stands between LaTeX's delimiters in a gold without a box.
+
+    The dollars of a GSM8K solution are money: we look behind its `####`.
+    """
+    return [] if last_boxes(gold) else DELIMITED.findall(after_hashes(gold) or gold)
 
 
 def readable_answer(completion: str) -> str:
@@ -151,13 +159,18 @@ def _in_boxes(contents: list[str]) -> str:
     return " and ".join(rf"\boxed{{{normalise(content)}}}" for content in contents)
 
 
-def right_answer(gold: str) -> str:
-    """Write the shortest completion that gives the gold, in the gold's own notation."""
-    if _is_delimited(gold):
-        inner = gold.strip()[1:-1]
-        is_one = gold.strip() == f"${inner}$" and not re.search(r"(?<!\\)\$", inner)
-        return rf"The final answer is \boxed{{{inner}}}" if is_one else f"The final answer is {gold}"
-    return "The final answer is " + " and ".join(rf"\boxed{{{answer.strip()}}}" for answer in gold_answers(gold))
+def right_answers(gold: str) -> tuple[str, str]:
+    """Write two short completions that give the gold in its own notation: whole, and its last formula alone.
+
+    The second is the answer of a solution in prose. Where the gold is one formula or has a box, both are equal.
+    """
+    formulas = _delimited(gold)
+    if not formulas:
+        boxes = " and ".join(rf"\boxed{{{answer.strip()}}}" for answer in gold_answers(gold))
+        return (f"The final answer is {boxes}",) * 2
+    text = (after_hashes(gold) or gold).strip()
+    last = rf"The final answer is \boxed{{{EDGES.sub('', formulas[-1])}}}"
+    return last if formulas == [text] else f"The final answer is {text}", last
 
 
 # ---- What math-verify takes for another thing

@@ -11,7 +11,7 @@ from aesl_trl.rewards.maths import (
     math_reward,
     normalise,
     readable_gold,
-    right_answer,
+    right_answers,
 )
 
 
@@ -89,6 +89,9 @@ def test_which_boxes_are_the_answer(text, boxes):
         ("2 + 16 = 18\n#### 18", "18"),
         ("#### 1,234,567", "1234567"),
         ("#### (1,2)", "(1,2)"),
+        ("#### (0,100)", "(0,100)"),
+        ("#### [1,200]", "[1,200]"),
+        ("#### Answer\n$5$", None),
         ("#### 1\n#### -3.5 ", "-3.5"),
         ("#### ", None),
         ("18", None),
@@ -112,7 +115,20 @@ def test_the_answer_behind_the_hashes(solution, answer):
     ],
 )
 def test_the_answer_that_gives_a_gold(gold, answer):
-    assert right_answer(gold) == f"The final answer is {answer}"
+    assert right_answers(gold)[0] == f"The final answer is {answer}"
+
+
+@pytest.mark.parametrize(
+    "gold, answer",
+    [
+        (r"Let $x$ be the price. Then $2x=10$, so $x=5$.", "x=5"),
+        (r"$5$ apples and $6$ pears, total \(11\)", "11"),
+        (r"It costs $5, then $6." + "\n" + r"#### $\frac34$ cup", r"\frac34"),
+        (r"\boxed{1}, \boxed{2}", r"1} and \boxed{2"),
+    ],
+)
+def test_the_last_formula_is_the_answer_of_prose(gold, answer):
+    assert right_answers(gold)[1] == rf"The final answer is \boxed{{{answer}}}"
 
 
 def grade(answer: str, gold: str) -> float | None:
@@ -163,6 +179,11 @@ def test_a_gold_earns_itself_boxed_and_bare(gold, form):
         (r"\boxed{2516_8}", "2516_{8}", 1.0),
         (r"\boxed{x > 1}", r"(1,\infty)", 1.0),
         (r"\boxed{x < 1}", r"(1,\infty)", 0.0),
+        (r"\boxed{(0,100)}", "#### (0,100)", 1.0),
+        (r"\boxed{100}", "#### (0,100)", 0.0),
+        (r"\boxed{5}", "### Step\n#### Conclusion\nThe answer is $5$", 1.0),
+        (r"\boxed{\frac34}", "#### Answer\n$\\frac{3}{4}$", 1.0),
+        (r"\boxed{\frac34}", "It costs $5 or $6.\n#### $\\frac{3}{4}$ cup", 1.0),
         (r"\boxed{}", "4", 0.0),
         ("", "4", 0.0),
         (r"\boxed{4}", "", None),
@@ -171,3 +192,18 @@ def test_a_gold_earns_itself_boxed_and_bare(gold, form):
 def test_rewards(answer, gold, reward):
     pytest.importorskip("math_verify")
     assert grade(answer, gold) == reward
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        r"Let $x$ be the price. Then $2x=10$, so $x=5$.",
+        r"The area is $\frac12 bh$, so it is $6$.",
+        r"We have $a=3$ and $b=4$, hence $c=5$.",
+        r"$5$ apples and $6$ pears, total $11$",
+        r"$2$ and $3$",
+    ],
+)
+def test_a_solution_in_prose_can_be_earned(gold):
+    pytest.importorskip("math_verify")
+    assert 1.0 in [grade(answer, gold) for answer in right_answers(gold)]

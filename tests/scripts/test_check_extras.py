@@ -16,7 +16,7 @@ SPEC.loader.exec_module(check_extras)
 REPORT = (
     '{"install": [{"metadata": {"name": "trl", "version": "1.16.0"}}, {"metadata": {"name": "x", "version": "1"}}]}'
 )
-SLOW = "INFO: pip is looking at multiple versions of trl to determine which version is compatible"
+SLOW = "INFO: This is taking longer than usual. You might need to provide the dependency resolver with"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,14 @@ SLOW = "INFO: pip is looking at multiple versions of trl to determine which vers
         ("echo 'ERROR: ResolutionImpossible: for help'; exit 1", "FAIL", "ERROR: ResolutionImpossible"),
         ("echo 'ERROR: No matching distribution found for vllm>=9'; exit 1", "FAIL", "vllm>=9"),
         ("echo 'WARNING: Retrying'; echo 'ERROR: Could not fetch URL'; exit 1", "NOT CHECKED", "Could not fetch URL"),
-        (f"echo '{SLOW}'; exec sleep 60", "FAIL", "looking at multiple versions of trl"),
+        (f"echo '{SLOW}'; exec sleep 60", "FAIL", "taking longer than usual"),
+        ("echo 'INFO: pip is looking at multiple versions of trl'; exec sleep 60", "NOT CHECKED", "no answer within"),
+        (
+            "echo 'WARNING: Retrying (Retry(total=4)) after NewConnectionError'; "
+            "echo 'ERROR: No matching distribution found for torch'; exit 1",
+            "NOT CHECKED",
+            "No matching distribution",
+        ),
         ("exec sleep 60", "NOT CHECKED", "no answer within 1 s"),
     ],
 )

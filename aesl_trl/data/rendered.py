@@ -6,7 +6,7 @@ know. We look for every part of every message in the written text, in order, wha
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl.chat_template_utils import get_training_chat_template
@@ -20,6 +20,8 @@ from .checks import peek
 # Keys under which data keep the reasoning of a message beside its content
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINK = re.compile(r"</?think>")
+SWITCHES = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3's template reads them and takes them out
+TEXT = "the text"
 LEAVES_OUT = "the chat template leaves out"
 COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "image", "images")
 _passed: set[tuple] = set()  # datasets and templates that were looked at; the trainer asks again what a command asked
@@ -65,6 +67,8 @@ def check_rendered(
 
 def _problems(rows: Any, writer: ChatWriter, num_proc: int | None, field: str) -> Iterator[tuple[int, str]]:
     if getattr(rows, "column_names", None):
+        if {"image", "images"} & {*rows.column_names}:  # such rows are TRL's, and reading them decodes the images
+            return iter(())
         rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
         if not rows.column_names:  # token ids
             return iter(())
@@ -129,18 +133,24 @@ def lost_part(messages: list[dict], text: str, num_prompt: int = 0) -> str:
     The first `num_prompt` messages are the prompt. Reasoning in it may be left out: a template does so by design, and
     the prompt is not learnt.
     """
-    text, place = _packed(text), 0
+    # Most templates keep white space, and the first look is the faster one
+    return _lost_part(messages, text, num_prompt, str.strip) and _lost_part(messages, text, num_prompt, _packed)
+
+
+def _lost_part(messages: list[dict], text: str, num_prompt: int, pack: Callable[[str], str]) -> str:
+    text, place = pack(text), 0
     for number, message in enumerate(messages):
         end = place
         for part, shown, spellings in _parts(message, is_learnt=number >= num_prompt):
             # A system message may be written anywhere, as may a part within its message
             start = 0 if message["role"] == "system" else place
-            found = [(text.find(spelling, start), spelling) for spelling in spellings]
+            found = [(text.find(spelling, start), spelling) for spelling in map(pack, spellings)]
             ends = [at + len(spelling) for at, spelling in found if at >= 0]
             if not ends:
                 shown = json.dumps(" ".join(shown.split())[:40], ensure_ascii=False)
                 return f"{part} of message {number} ({message['role']}), {shown}"
-            end = max(end, min(ends))
+            if part != TEXT or not message.get("tool_calls"):  # beside a call it may stand behind the call's result
+                end = max(end, min(ends))
         place = place if message["role"] == "system" else end
     return ""
 
@@ -150,21 +160,28 @@ def _parts(message: dict, is_learnt: bool) -> Iterator[tuple[str, str, list[str]
     if is_learnt:
         for key in REASONING:
             if isinstance(message.get(key), str) and message[key].strip():
-                yield key, message[key], [_packed(message[key])]
+                yield key, message[key], [message[key]]
     content = message.get("content") or ""
     texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
     for text in texts:
         *thought, answer = THINK.split(text)
         for piece in thought if is_learnt else []:
             if piece.strip():
-                yield "the reasoning", piece, [_packed(piece)]
+                yield "the reasoning", piece, [piece]
         if answer.strip():
-            yield "the text", answer, [_packed(answer)]
+            yield TEXT, answer, _text_spellings(message["role"], answer)
     for call in message.get("tool_calls") or []:
         name = call.get("function", call).get("name") or ""
-        yield "the tool call", name, [_packed(name)]
+        yield "the tool call", name, [name]
         for leaf in _leaves(arguments_of(call)):
             yield "the arguments of the tool call", str(leaf), _spellings(leaf)
+
+
+def _text_spellings(role: str, text: str) -> list[str]:
+    """Return the ways to write a message's text: a tool's result may be JSON, a switch leaves a system message."""
+    if role == "system":
+        return [text, SWITCHES.sub("", text)]
+    return _spellings(text) if role in ("tool", "ipython") else [text]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -183,10 +200,11 @@ def _spellings(leaf: Any) -> list[str]:
     """Return `leaf` as text, as JSON with and without escapes, and as Python writes it."""
     if isinstance(leaf, str):
         quoted = [json.dumps(leaf, ensure_ascii=False), json.dumps(leaf), repr(leaf)]
-        written = [leaf, *(text[1:-1] for text in quoted)]
+        single = leaf.replace("'", "\\'")  # in single quotes, whatever Python would take
+        written = [leaf, *(text[1:-1] for text in quoted), single, repr('"' + leaf)[2:-1]]
     else:
         written = [json.dumps(leaf), str(leaf)]
-    return list(dict.fromkeys(map(_packed, written)))
+    return list(dict.fromkeys(written))
 
 
 def _packed(text: str) -> str:

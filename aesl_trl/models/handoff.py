@@ -16,7 +16,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error, tell
@@ -192,7 +192,7 @@ def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
     scores = log_probs(model, texts)
     differences = compare(reference, scores)
     check_differences(differences, effect, mode, model.dtype)
-    stopped = check_stops(model, AutoProcessor.from_pretrained(folder), source, stops)
+    stopped = check_stops(model, load_processing_class(folder, **trust), source, stops)
     return {
         "mode": mode,
         "step": source.step,

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
 from ..values import without_none
@@ -110,12 +117,16 @@ def _check_eos(tokenizer, subject: str, name: str, settings: Any) -> None:
 def load_processing_class(place: str, **kwargs) -> Any:
     """Load the tokenizer in the folder or hub name `place`, or a vision-language model's processor.
 
-    A tokenizer that encodes nothing is refused.
+    Where the processor's own parts are missing, such as torchvision, the tokenizer serves for text. A tokenizer that
+    encodes nothing is refused.
     """
     try:
         processing_class = AutoProcessor.from_pretrained(place, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"no tokenizer in {place}: {in_one_line(error)}") from None
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        try:
+            processing_class = AutoTokenizer.from_pretrained(place, **kwargs)
+        except (OSError, ValueError, ImportError, AttributeError):
+            raise InputError(f"no tokenizer in {place}: {in_one_line(error)}") from None
     if not tokenizer_of(processing_class)("a", add_special_tokens=False)["input_ids"]:
         # Without the files transformers silently builds an empty tokenizer from the model's type.
         raise InputError(f"no tokenizer in {place}, what is there encodes nothing: copy tokenizer*.json as well")

@@ -109,7 +109,8 @@ def _unmatched(
             yield "target_parameters", name, parameters, "parameter"
     for setting in PATTERN_SETTINGS:
         for pattern in getattr(peft_config, setting, None) or ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):
+            # PEFT itself adds patterns of the experts' parameters
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*modules, *parameters)):
                 yield setting, pattern, modules, "module"
     tokens = getattr(peft_config, "trainable_token_indices", None)
     for name in tokens if isinstance(tokens, dict) else ():

@@ -36,9 +36,11 @@ def num_positions_at(place: str, **kwargs) -> int | None:
     The config alone does not tell learned positions from computed ones, so the model is built without memory.
     """
     config = AutoConfig.from_pretrained(place, **kwargs)
-    with torch.device("meta"), torch.random.fork_rng():
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         try:
-            return num_positions(AutoModelForCausalLM.from_config(config))
+            return num_positions(
+                AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+            )
         except (ValueError, ImportError):  # code of the model's own, or no language model
             return None
 

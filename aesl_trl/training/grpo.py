@@ -88,9 +88,10 @@ def check_rl_samples(
     model: ModelFolder, rows: Any, reward_funcs: list, training_args: GRPOConfig, *, field: str, access: dict
 ) -> list[str]:
     """Check samples as GRPOTrainer will draw them, by [`~aesl_trl.data.sampled.check_samples`]."""
+    has_images = {"image", "images"} & {*(getattr(rows, "column_names", None) or ())}  # decoded, they fill the memory
     return check_samples_of(
         model,
-        list(rows if hasattr(rows, "__len__") else islice(rows, STREAMED_ROWS)),
+        list(rows if hasattr(rows, "__len__") and not has_images else islice(rows, STREAMED_ROWS)),
         reward_funcs,
         training_args.max_completion_length,
         field=field,

@@ -29,7 +29,7 @@ NEEDS_PEFT = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_
 # What a rehearsal must not do, and what it has no use for: make a repository on the hub, start vLLM, load a reference
 # model, start processes for the data, print a bar
 QUIET = {"push_to_hub": False, "use_vllm": False, "beta": 0.0, "dataset_num_proc": None, "disable_tqdm": True}
-QUIET |= {"model_init_kwargs": None}
+QUIET |= {"model_init_kwargs": None, "sync_ref_model": False}
 
 
 def rehearse(
@@ -51,6 +51,8 @@ def rehearse(
                 network = skeleton(model, attn_implementation=loading.get("attn_implementation"), **access)
                 if peft_config is not None:
                     check_peft_config(peft_config, network, prefix="lora_")
+                if args.deepspeed_plugin is not None:  # accelerate takes it once in a process, for the real trainer
+                    return
                 trainer = kind(
                     model=network,
                     args=_quiet(args),

@@ -1,5 +1,6 @@
 """Rows on their way to TRL: ShareGPT becomes messages, the template is held to each row, and calls stay whole."""
 
+import copy
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,12 @@ class RowsMixin:
             check(dataset, field=field, num_proc=args.dataset_num_proc)
             if not hasattr(dataset, "__len__") and is_conversational(next(iter(dataset), {})):
                 dataset = checked_when_read(dataset, check, field=field)
-        if not isinstance(processing_class, ProcessorMixin):
-            processing_class = ChatWriter(processing_class, defaults=defaults)
+        writer = ChatWriter(processing_class, defaults=defaults)
+        if isinstance(processing_class, ProcessorMixin):  # TRL asks for its class
+            processing_class = copy.copy(processing_class)
+            processing_class.apply_chat_template = writer.apply_chat_template
+        else:
+            processing_class = writer
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
 

@@ -88,7 +88,7 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         _refuse_unsupported(model, args, given.get("compute_loss_func"))
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
         if isinstance(peft_config := given.get("peft_config"), PeftConfig):
-            loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+            loading = {"trust_remote_code": args.trust_remote_code, **_loading(args), "revision": revision}
             network = skeleton(model, **loading) if isinstance(model, str) else model
             check_peft_config(list_as_written(peft_config), network, prefix="peft_config.")
         # Before TRL prepares the rows and completes PEFT's settings
@@ -270,6 +270,12 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         if chosen:
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _loading(args: AESLSFTConfig) -> dict:
+    """Return the keywords among `model_init_kwargs` that say how a model's config is read."""
+    given = args.model_init_kwargs or {}
+    return {name: given[name] for name in ("trust_remote_code", "token", "cache_dir", "subfolder") if name in given}
 
 
 def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:

@@ -187,3 +187,30 @@ def test_processes_share_the_rows(bare, monkeypatch):
     how = {"field": "data", "chat_template": TEMPLATES["qwen3"], "num_proc": 4}
     refused(["row 2 (from 0)", '"Thought1"'], check_rendered, rows, bare, **how)
     assert asked == [4]
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [
+        (r"""q Let me look get(x='it\'s') "{\"t\": 22}" done""", ""),
+        (r"""q get(x='it\'s') {"t": 22} Let me look done""", ""),
+        (r"""q Let me look get(x='it\'s') done""", "the text of message 2 (tool)"),
+        (r"""q Let me look get() {"t": 22} done""", "the arguments of the tool call of message 1"),
+    ],
+    ids=["JSON in JSON", "text behind the result", "no result", "no argument"],
+)
+def test_calls_and_results_are_found_as_templates_spell_them(written, lost):
+    call = {"type": "function", "function": {"name": "get", "arguments": {"x": "it's"}}}
+    asking = {**said("Let me look"), "tool_calls": [call]}
+    messages = [user("q"), asking, {"role": "tool", "content": '{"t": 22}'}, said("done")]
+    assert lost_part(messages, written).startswith(lost) and bool(lost_part(messages, written)) == bool(lost)
+
+
+@pytest.mark.parametrize("system", ["/no_think", "Be brief. /think Please."])
+def test_a_switch_may_leave_the_system_message(system):
+    messages = [{"role": "system", "content": system}, user("q")]
+    assert lost_part(messages, "Be brief.  Please. q") == ""
+    assert (
+        lost_part([{"role": "system", "content": "Be long."}, user("q")], "q")
+        == 'the text of message 0 (system), "Be long."'
+    )

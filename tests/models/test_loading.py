@@ -7,6 +7,7 @@ import pytest
 from adapters import make_adapter
 
 from aesl_trl.errors import InputError
+from aesl_trl.models import loading
 from aesl_trl.models.loading import load_model, put_adapter
 
 
@@ -26,3 +27,13 @@ def test_a_generation_config_that_is_no_json_is_refused(tmp_path, tiny_model_dir
     with pytest.raises(InputError, match="adapter: generation_config.json cannot be read: ") as caught:
         put_adapter(load_model(tiny_model_dir, device="cpu"), str(adapter), tiny_model_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_serves_where_parts_of_the_processor_are_missing(tiny_model_dir, monkeypatch):
+    def unavailable(*args, **kwargs):
+        raise ImportError("it requires the Torchvision library")
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", unavailable)
+    assert loading.load_processing_class(tiny_model_dir)("a")["input_ids"]
+    with pytest.raises(InputError, match="Torchvision"):
+        loading.load_processing_class(str(Path(tiny_model_dir) / "nowhere"))

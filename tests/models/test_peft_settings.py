@@ -2,6 +2,7 @@
 
 import pytest
 from peft import IA3Config, LoraConfig, PromptTuningConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from aesl_trl.errors import InputError
@@ -92,3 +93,11 @@ def test_a_list_of_one_stays_a_list(given, expected):
 
 def test_without_peft_there_is_nothing_to_do():
     assert list_as_written(None) is None
+
+
+def test_patterns_that_peft_adds_for_experts_are_its_own():
+    """PEFT moves the experts of such a model to parameters, and names them in `rank_pattern`."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **layers, num_experts=4, num_experts_per_tok=2))
+    check_peft_config(LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), model, prefix="")

@@ -6,10 +6,11 @@ import pytest
 from peft import LoraConfig
 from small_runs import prompt_completion_rows, small_config
 from transformers import PreTrainedModel
-from trl import ModelConfig, SFTTrainer
+from trl import GRPOConfig, ModelConfig, SFTTrainer
 
 from aesl_trl.errors import InputError
 from aesl_trl.training import rehearsal
+from aesl_trl.training.grpo import trainer_class
 from aesl_trl.training.rehearsal import peft_config_of, refusals_in_one_line, rehearse
 
 
@@ -42,6 +43,25 @@ def test_a_template_with_new_tokens_passes(tiny_model_dir, tmp_path, tokenizer):
     other.save_pretrained(tmp_path / "other")
     args = small_config(tmp_path, chat_template_path=str(tmp_path / "other"))
     rehearse(SFTTrainer, tiny_model_dir, args, prompt_completion_rows(), peft_config=LoraConfig())
+
+
+def test_under_deepspeed_the_names_of_modules_alone_are_checked(tiny_model_dir, tmp_path):
+    """accelerate takes DeepSpeed's plugin once in a process: a second trainer would be refused."""
+    args = small_config(tmp_path)
+    args.deepspeed_plugin = object()
+    rows = prompt_completion_rows()
+    rehearse(lambda **_: pytest.fail("a trainer was built"), tiny_model_dir, args, rows, peft_config=LoraConfig())
+    with pytest.raises(InputError, match="did you mean 'q_proj'"):
+        rehearse(SFTTrainer, tiny_model_dir, args, rows, peft_config=LoraConfig(target_modules=["q_porj"]))
+
+
+def test_a_reference_model_that_follows_is_no_contradiction(tiny_model_dir, tmp_path):
+    """The rehearsal sets beta to 0, for which TRL refuses `sync_ref_model`."""
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "num_generations": 4, "report_to": "none"}
+    args = GRPOConfig(**settings, per_device_train_batch_size=4, beta=0.1, sync_ref_model=True, max_steps=1)
+    rows = prompt_completion_rows().select_columns(["prompt"])
+    rehearse(trainer_class(), tiny_model_dir, args, rows, reward_funcs=[lambda completions, **_: [0.0] * 4])
+    assert args.sync_ref_model and args.beta == 0.1
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import trl
 from datasets import Dataset
 from small_runs import trainer_for
+from tiny_vision import vision_language_model
 
-from aesl_trl.data.rows import load_rows
+from aesl_trl.data.rows import load_rows, with_json_text
 from aesl_trl.errors import InputError
 from aesl_trl.models.handoff_checks import encode
 from aesl_trl.models.tokens import prompt_ids
@@ -180,3 +181,15 @@ def test_the_rest_of_a_stream_is_held_against_the_template(written_by, tmp_path)
     )
     with pytest.raises(InputError, match=r"the train dataset, row 70 .* leaves out the reasoning"):
         list(trainer.train_dataset)
+
+
+def test_calls_reach_the_template_of_a_processor_as_mappings(tmp_path):
+    """A function's rows keep the arguments of calls as JSON text; TRL asks for the processor's own class."""
+    model, processor = vision_language_model()
+    processor.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3_5_think.jinja").read_text()
+    rows = [
+        with_json_text(calling(name, **arguments)) for name, arguments in (("f", {"city": "Rome"}), ("g", {"a": 1}))
+    ]
+    trainer = trainer_for(processor, tmp_path, model, Dataset.from_list(rows), max_length=None)
+    written = processor.tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+    assert "<parameter=city>\nRome\n</parameter>" in written and "<parameter=a>" not in written

@@ -366,6 +366,6 @@ def read_log(folder: Path) -> list[dict]:
     places = [own_folder(folder) / TRAINER_STATE, folder / TRAINER_STATE, *newest]
     path = next((path for path in places if path.is_file()), None)
     history = read_object(path).get("log_history") if path else []
-    if not isinstance(history, list):
-        raise InputError(f"{path} has no list 'log_history'")
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise InputError(f"{path} has no list 'log_history' of objects")
     return history

@@ -15,7 +15,7 @@ MIN_CLUSTERS = 3  # fewer clusters than this, resampled, give no interval
 
 def is_number(value: float | None) -> bool:
     """Return whether a figure is known: not None (which JSON has for NaN), not NaN and not infinite."""
-    return value is not None and math.isfinite(value)
+    return not isinstance(value, str | list | dict | None) and bool(abs(value) < math.inf)
 
 
 def with_interval(value: float | None, ends: Sequence[float | None] | None, digits: int = 2) -> str:

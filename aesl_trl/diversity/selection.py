@@ -78,7 +78,8 @@ def select_checkpoint(
     points = {name: turning_point_of(measured.values(), name, patience) for name in METRICS}
     turning_points = {name: {"step": it.step, "reason": it.reason, **it.evidence} for name, it in points.items()}
     evaluated = measured.values() if best_eval_metric == "pass@1" else eval_rows
-    evaluations = {row["step"]: row[best_eval_metric] for row in evaluated if is_number(row.get(best_eval_metric))}
+    known = [row for row in evaluated if is_number(row.get(best_eval_metric)) and isinstance(row.get("step"), int)]
+    evaluations = {row["step"]: row[best_eval_metric] for row in known}
     entries = (readiness or {}).get("checkpoints", []) if rule == "readiness" else []
     probed = [entry for entry in entries if entry.get("step") in candidates]
     if rule == "readiness" and not probed:
@@ -118,7 +119,12 @@ def _apply(
     """Return the rule in effect after fallbacks, the step that it wants, and why."""
     reason = ""
     if rule == "readiness":
-        best, reason = rank(probed)
+        try:
+            best, reason = rank(probed)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"{files.READINESS} has a value of another kind ({error!r}): run aesl probe again"
+            ) from None
         if len(probed) < len(candidates):
             reason += f" ({len(probed)} of {len(candidates)} candidates were probed)"
         if best is not None:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .. import files
 from ..errors import InputError
@@ -29,8 +31,22 @@ def by_step(rows: Iterable[dict]) -> dict[int, dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("step"), int):
             raise InputError(f"{files.DIVERSITY}, row {number} has no whole number 'step': {row.get('step')!r}")
+        by_prompt = row.get("by_prompt") or {}
+        if not isinstance(by_prompt, dict):
+            raise InputError(f"{files.DIVERSITY}, row {number}: 'by_prompt' is no object")
+        for name in METRICS:
+            values = by_prompt.get(name) or []
+            if not isinstance(values, list) or not all(map(_is_figure, values)):
+                raise InputError(f"{files.DIVERSITY}, row {number}: {name!r} of 'by_prompt' is no list of numbers")
+            if not _is_figure(row.get(name)):
+                raise InputError(f"{files.DIVERSITY}, row {number}: {name!r} is no number: {reprlib.repr(row[name])}")
         found[row["step"]] = row
     return dict(sorted(found.items()))
+
+
+def _is_figure(value: Any) -> bool:
+    """Say whether a value of a file is a number that a float can hold, or unknown."""
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
 
 
 def turning_point_of(rows: Iterable[dict], metric: str, patience: int = 3) -> Selection:

@@ -109,7 +109,7 @@ def test_what_is_too_long_is_not_parsed(graders):
     digits = r"\boxed{" + "9" * 10_000_000 + "}"
     start = time.monotonic()
     assert graders.grade([math(digits), math(r"\boxed{2}", digits)], 10.0) == [Grade(0.0, "too long")] * 2
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 5.0  # 10 s is its deadline
     padded = " " * (MAX_CHARS - 9) + r"\boxed{2}"
     assert len(padded) == MAX_CHARS
     assert graders.grade([math(padded), math(padded + " ")], 60.0) == [RIGHT, Grade(0.0, "too long")]
@@ -314,9 +314,9 @@ def test_a_pool_shares_a_batch(stand_in):
     graders = stand_in(size=2)
     assert graders.grade([math("plain")], 5.0) == [RIGHT] and len(pids(graders)) == 1
     start = time.monotonic()
-    grades = graders.grade([run("import time; time.sleep(60)")] * 2 + [math("plain")] * 20, 2.0)
+    grades = graders.grade([run("import time; time.sleep(60)")] * 2 + [math("plain")] * 20, 6.0)
     assert grades == [Grade(0.0, "timeout")] * 2 + [RIGHT] * 20
-    assert time.monotonic() - start < 3.9  # both waits at once
+    assert time.monotonic() - start < 12.0  # both waits at once
 
 
 @pytest.mark.parametrize(

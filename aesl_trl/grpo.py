@@ -9,7 +9,6 @@ import sys
 
 from .arguments import parse
 from .errors import exit_on_input_error
-from .files import TRAINED_WITH, own_folder, write_json
 from .rewards.golds import check_golds
 from .training import grpo
 from .training.grpo import ARGUMENT_TYPES, NAME
@@ -47,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             grpo.check_resumed(ingredients, checkpoint, args.output_dir)
         with guarded_training(args, signals):
             trainer = grpo.build_trainer(script_args, args, model_args, reward_funcs, train_rows, eval_rows)
-            if trainer.accelerator.is_main_process:
-                write_json(own_folder(args.output_dir) / TRAINED_WITH, ingredients)
+            trainer.add_callback(grpo.Ingredients(ingredients))
             train(trainer, checkpoint, signals)
             check_finished(trainer, NAME)
             grpo.save(trainer, script_args, model_args)

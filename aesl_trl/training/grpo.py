@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor, TrainerCallback, set_seed
 from trl import GRPOConfig, ModelConfig, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
@@ -143,6 +143,17 @@ def check_resumed(found: dict, checkpoint: Path, output_dir: str) -> None:
     """Refuse to go on from `checkpoint` with something else than its steps were trained with."""
     recorded = read_object(own_folder(checkpoint.absolute().parent) / TRAINED_WITH)
     refuse_other_ingredients(found, checkpoint, output_dir, recorded)
+
+
+class Ingredients(TrainerCallback):
+    """Writes what the steps are trained with beside the checkpoints. A training that saves none leaves no record."""
+
+    def __init__(self, found: dict):
+        self.found = found
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(own_folder(args.output_dir) / TRAINED_WITH, self.found)
 
 
 def trainer_class() -> type:

@@ -269,7 +269,7 @@ def test_thousands_of_runs(run, undrawn, new, rng):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(MANY, max_examples=150)
+@settings(MANY, max_examples=40)
 @given(new=VALUES, rng=st.randoms())
 def test_runs_with_their_plots(run, new, rng):
     check_run(run, new, rng)

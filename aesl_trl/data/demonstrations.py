@@ -4,16 +4,16 @@ A demonstration is judged as SFT will see it, written by the model's chat templa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..diversity.figures import Group
 from ..errors import InputError
 from ..models.chat import ChatWriter
 from ..rewards.functions import score_groups
-from ..rewards.golds import say_lost
-from ..rewards.maths import right_answers
+from ..rewards.golds import rewards_of_golds, say_lost
 from .config import DataArguments
 from .output import progress
 from .problems import BATCH, Drops, Problem
@@ -26,11 +26,8 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
     Raises:
         InputError: a reward of maths can give nothing for more than half of the solutions.
     """
-    solutions = list(dict.fromkeys(problem.solution for problem in problems))
-    whole, last = zip(*map(right_answers, solutions), strict=True) if solutions else ((), ())
-    rewards = dict(zip(solutions, grade(solutions, whole, reward), strict=True))
-    others = {gold: answer for gold, answer in zip(solutions, last, strict=True) if not rewards[gold] >= threshold}
-    rewards |= zip(others, grade(list(others), list(others.values()), reward), strict=True)
+    solutions = [problem.solution for problem in problems]
+    rewards = rewards_of_golds(solutions, partial(grade, reward=reward), right=threshold)
     kept = []
     for problem in problems:
         if rewards[problem.solution] >= threshold:  # false for nan, which stands where the reward does not apply
@@ -42,7 +39,7 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
     return kept
 
 
-def grade(solutions: list[str], answers: Sequence[str], reward: Callable) -> list[float]:
+def grade(solutions: list[str], answers: list[str], reward: Callable) -> list[float]:
     """Return the reward of each answer, nan where it does not apply."""
     prompt = [{"role": "user", "content": ""}]
     groups = [Group(prompt, [answer], [0], [False], [math.nan]) for answer in answers]

@@ -12,7 +12,7 @@ from typing import Any
 from trl.chat_template_utils import get_training_chat_template
 
 from ..errors import InputError, in_one_line
-from ..models.chat import REFUSALS, ChatWriter, arguments_of, template_kwargs
+from ..models.chat import IMAGES, REFUSALS, ChatWriter, arguments_of, has_images, template_kwargs
 from ..values import without_none
 from .checks import peek
 
@@ -23,7 +23,7 @@ THINK = re.compile(r"</?think>")
 SWITCHES = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3's template reads them and takes them out
 TEXT = "the text"
 LEAVES_OUT = "the chat template leaves out"
-COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "image", "images")
+COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", *IMAGES)
 _passed: set[tuple] = set()  # datasets and templates that were looked at; the trainer asks again what a command asked
 
 
@@ -67,7 +67,7 @@ def check_rendered(
 
 def _problems(rows: Any, writer: ChatWriter, num_proc: int | None, field: str) -> Iterator[tuple[int, str]]:
     if getattr(rows, "column_names", None):
-        if {"image", "images"} & {*rows.column_names}:  # such rows are TRL's, and reading them decodes the images
+        if {*IMAGES} & {*rows.column_names}:  # such rows are TRL's, and reading them decodes the images
             return iter(())
         rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
         if not rows.column_names:  # token ids
@@ -88,7 +88,7 @@ def template_problem(row: dict, writer: ChatWriter) -> str:
     """Say what the template does to `row` that it should not; return an empty string where there is no such thing."""
     before, after = row.get("prompt"), row.get("completion")
     before, after = ([], row.get("messages")) if before is None else (before, after or [])
-    if not isinstance(before, list) or not isinstance(after, list) or row.get("image") or row.get("images"):
+    if not isinstance(before, list) or not isinstance(after, list) or has_images(row):
         return ""
     messages = without_none([*before, *after])
     if problem := _prefilled(before, after) or _unreadable(row, messages):

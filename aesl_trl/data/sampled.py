@@ -14,7 +14,7 @@ from typing import Any
 
 from ..diversity.figures import Group
 from ..errors import InputError
-from ..models.chat import ChatWriter, template_kwargs
+from ..models.chat import ChatWriter, has_images, template_kwargs
 from ..models.folder import ModelFolder
 from ..models.loading import load_processing_class, tokenizer_of
 from ..models.positions import check_room, num_positions_at
@@ -152,7 +152,7 @@ def warn_of_unrewarded(
 
 def _pair(row: dict) -> tuple[dict, Any, Any] | None:
     """Return a row with its prompt, the prompt and what follows; None where they are not told apart."""
-    if row.get("image") or row.get("images"):
+    if has_images(row):
         return None
     if "prompt" in row and "completion" in row:
         prompt, answer = without_none(row["prompt"]), without_none(row["completion"])

@@ -15,10 +15,15 @@ from trl.data_utils import prepare_multimodal_messages
 from ..values import without_none
 
 
+IMAGES = ("image", "images")  # the columns in which TRL looks for them
 # What a template raises on a conversation that it cannot write
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # A call by which we learn how a template wants arguments. Where a mapping and text both do, both give the same text
 CALL = {"type": "function", "function": {"name": "convert", "arguments": {"amount": 1234, "city": "Rome"}}}
+
+
+def has_images(row: dict) -> bool:
+    return any(row.get(name) for name in IMAGES)
 
 
 def template_kwargs(row: dict, defaults: dict | None = None) -> dict:

@@ -19,7 +19,7 @@ from transformers import (
 
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
 from ..values import without_none
-from .chat import REFUSALS
+from .chat import REFUSALS, has_images
 from .folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, ModelFolder, check_weights, open_tensors
 from .tokens import check_ids, prompt_ids, tokenizer_of, turn_end_id
 from .vocabulary import ResizedBase, let_head_run, num_embeddings
@@ -86,7 +86,7 @@ def check_tokenizer(
     tokenizer = tokenizer_of(processing_class)
     if getattr(settings, "chat_template_path", None):  # brings a template, and enlarges the model for its tokens
         return
-    texts = [row for row in rows if not (row.get("image") or row.get("images"))]
+    texts = [row for row in rows if not has_images(row)]
     prompts = [without_none(row.get("prompt") or row.get("messages")) for row in texts]
     if processing_class.chat_template is None and any(isinstance(prompt, list) for prompt in prompts):
         where = ", set chat_template_path" if settings is not None else ""

@@ -1,18 +1,15 @@
 """PEFT settings against the model's own names: a name that matches nothing is refused, and a list stays a list.
 
 PEFT itself raises an error when no target is found at all. It trains without a name that matches nothing beside others
-that do. The names are known without weights: [`skeleton`] is the model on PyTorch's meta device.
+that do. The names are known without weights ([`~aesl_trl.models.skeleton.skeleton`]).
 """
 
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError, nearest
 
@@ -24,24 +21,6 @@ PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern")
 SHORTHANDS = ("all-linear", "dummy-target-modules")
 # The number of a module's layer, as PEFT finds it
 LAYER = r".*?\.[^.]*\.(\d+)\."
-
-
-def skeleton(name: str, **kwargs: Any) -> torch.nn.Module:
-    """Build the model `name`, a folder or a name on the hub, without weights, of the class that TRL would load.
-
-    `kwargs` are those for loading its config, such as `revision` and `trust_remote_code`.
-    """
-    config = AutoConfig.from_pretrained(name, **kwargs)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if kind is None:
-            trust = kwargs.get("trust_remote_code", False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        else:
-            model = kind(config)
-    # The embeddings of added tokens are drawn around the mean of the others, which have no values here
-    model.resize_token_embeddings = partial(model.resize_token_embeddings, mean_resizing=False)
-    return model
 
 
 def list_as_written(peft_config: Any) -> Any:
@@ -59,7 +38,7 @@ def list_as_written(peft_config: Any) -> Any:
 def check_peft_config(peft_config: Any, model: torch.nn.Module, *, prefix: str = "") -> None:
     """Refuse a PEFT config in which a setting, or one of the names in it, matches nothing in the model.
 
-    The weights do not matter, so `model` may be a [`skeleton`]. `prefix` opens the settings' names in the message.
+    The weights do not matter, so `model` may be a skeleton. `prefix` opens the settings' names in the message.
 
     Raises:
         InputError: one line with the setting, the name, and the nearest name that the model has.

@@ -7,9 +7,9 @@ on a GPU ends the process. Rotary models go on beyond `max_position_embeddings`,
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError
+from .skeleton import skeleton
 
 
 RESERVED = 4  # rows of a table before the first position: OPT and BART have two
@@ -35,14 +35,10 @@ def num_positions_at(place: str, **kwargs) -> int | None:
 
     The config alone does not tell learned positions from computed ones, so the model is built without memory.
     """
-    config = AutoConfig.from_pretrained(place, **kwargs)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        try:
-            return num_positions(
-                AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
-            )
-        except (ValueError, ImportError):  # code of the model's own, or no language model
-            return None
+    try:
+        return num_positions(skeleton(place, **kwargs))
+    except (ValueError, ImportError):  # code of the model's own, or no language model
+        return None
 
 
 def check_room(limit: int, prompts: list[list[int]], new_tokens: int, *, field: str, setting: str) -> None:

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import InputError
 from .folder import ModelFolder, open_tensors
-from .peft_settings import skeleton
+from .skeleton import skeleton
 
 
 # What PEFT calls a tensor of an embedding (without the module's name): the dimension that counts tokens

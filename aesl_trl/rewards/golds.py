@@ -4,10 +4,12 @@ TRL's `accuracy_reward` gives nothing, silently, where it cannot read a gold: of
 500. RL would draw and grade samples that teach nothing, and an evaluation would count them as wrong.
 """
 
+import math
 import os
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -55,11 +57,30 @@ def is_checked(reward: Any) -> bool:
 
 def lost_golds(reward: GradedReward, golds: list[str | None]) -> list[str | None]:
     """Return the golds that do not earn 1.0 where they, or their last formula, are given as the answer."""
-    different = list(dict.fromkeys(filter(None, golds)))
-    pairs = [(gold, answer) for gold in different for answer in dict.fromkeys(right_answers(gold))]
-    grades = reward.grade([Answer(reward.__name__, answer, gold) for gold, answer in pairs])
-    earned = {gold for (gold, _), grade in zip(pairs, grades, strict=True) if grade.reward == 1.0}
-    return [gold for gold in golds if gold not in earned]
+
+    def grade(different: list[str], answers: list[str]) -> list[float]:
+        grades = reward.grade(list(map(partial(Answer, reward.__name__), answers, different)))
+        return [math.nan if grade.reward is None else grade.reward for grade in grades]
+
+    rewards = rewards_of_golds(list(filter(None, golds)), grade, right=1.0)
+    return [gold for gold in golds if not rewards.get(gold, math.nan) >= 1.0]
+
+
+def rewards_of_golds(
+    golds: Iterable[str], grade: Callable[[list[str], list[str]], list[float]], right: float
+) -> dict[str, float]:
+    """Return the reward that each gold earns as the answer to itself.
+
+    A gold that earns less than `right` is tried again by its last formula alone, as the answer of a solution in prose.
+
+    Args:
+        grade: takes golds and an answer to each, and returns the rewards, nan where the reward does not apply.
+    """
+    whole = {gold: right_answers(gold)[0] for gold in golds}
+    rewards = dict(zip(whole, grade(list(whole), list(whole.values())), strict=True))
+    last = {gold: right_answers(gold)[1] for gold in whole if not rewards[gold] >= right}
+    last = {gold: answer for gold, answer in last.items() if answer != whole[gold]}
+    return rewards | dict(zip(last, grade(list(last), list(last.values())), strict=True))
 
 
 def say_lost(reward: Any, lost: list[str | None], num: int, *, where: str) -> None:

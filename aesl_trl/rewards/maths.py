@@ -124,7 +124,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
 
 def gold_answers(gold: str) -> list[str]:
     """Return the contents of the gold's last boxes; without a box, the text after GSM8K's `####` or all of it."""
-    return last_boxes(gold) or [after_hashes(gold) or gold]
+    return last_boxes(gold) or [_answer_text(gold)]
 
 
 def after_hashes(solution: Any) -> str | None:
@@ -135,10 +135,13 @@ def after_hashes(solution: Any) -> str | None:
     return (text if text.startswith(BRACKETS) else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)) or None
 
 
+def _answer_text(gold: str) -> str:
+    return after_hashes(gold) or gold
+
+
 def readable_gold(gold: str) -> str:
     """Write a gold for math-verify: its boxes, its own LaTeX, or the bare answer in a box."""
-    formulas = _delimited(gold)
-    return brace_arguments(after_hashes(gold) or gold) if formulas else _in_boxes(gold_answers(gold))
+    return brace_arguments(_answer_text(gold)) if _delimited(gold) else _in_boxes(gold_answers(gold))
 
 
 def _delimited(gold: str) -> list[str]:
@@ -146,7 +149,7 @@ def _delimited(gold: str) -> list[str]:
 
     The dollars of a GSM8K solution are money: we look behind its `####`.
     """
-    return [] if last_boxes(gold) else DELIMITED.findall(after_hashes(gold) or gold)
+    return [] if last_boxes(gold) else DELIMITED.findall(_answer_text(gold))
 
 
 def readable_answer(completion: str) -> str:
@@ -168,7 +171,7 @@ def right_answers(gold: str) -> tuple[str, str]:
     if not formulas:
         boxes = " and ".join(rf"\boxed{{{answer.strip()}}}" for answer in gold_answers(gold))
         return (f"The final answer is {boxes}",) * 2
-    text = (after_hashes(gold) or gold).strip()
+    text = _answer_text(gold).strip()
     last = rf"The final answer is \boxed{{{EDGES.sub('', formulas[-1])}}}"
     return last if formulas == [text] else f"The final answer is {text}", last
 

@@ -14,7 +14,7 @@ from ..data.rendered import check_rendered
 from ..diversity.selection import RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
 from ..errors import InputError, tell, visible
-from ..models.chat import template_columns
+from ..models.chat import IMAGES, template_columns
 from ..models.vocabulary import let_head_run
 from ..rewards.functions import load_reward_funcs
 from ..sampling.backends import VLLMSettings
@@ -110,7 +110,7 @@ class DiversityCallback(TrainerCallback):
                 "(accelerate: zero3_save_16bit_model) to true"
             )
         rows = held_out_rows(prompts)
-        if any(row.get(name) is not None for row in rows for name in ("image", "images")):
+        if any(row.get(name) is not None for row in rows for name in IMAGES):
             raise InputError("prompts holds images: samples are drawn from text prompts only")
         check_rendered(rows, trainer.processing_class, field="the held-out prompts", defaults=chat_template_kwargs)
         rewards = load_reward_funcs(reward_funcs)

@@ -15,6 +15,7 @@ from ..data.checks import STREAMED_ROWS, check_prompts
 from ..data.sampled import check_samples_of
 from ..errors import InputError
 from ..files import RUN, TRAINED_WITH, own_folder, read_object, write_json
+from ..models.chat import IMAGES
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from ..models.tokens import id_list, stop_ids
@@ -88,7 +89,7 @@ def check_rl_samples(
     model: ModelFolder, rows: Any, reward_funcs: list, training_args: GRPOConfig, *, field: str, access: dict
 ) -> list[str]:
     """Check samples as GRPOTrainer will draw them, by [`~aesl_trl.data.sampled.check_samples`]."""
-    has_images = {"image", "images"} & {*(getattr(rows, "column_names", None) or ())}  # decoded, they fill the memory
+    has_images = {*IMAGES} & {*(getattr(rows, "column_names", None) or ())}  # decoded, they fill the memory
     return check_samples_of(
         model,
         list(rows if hasattr(rows, "__len__") and not has_images else islice(rows, STREAMED_ROWS)),

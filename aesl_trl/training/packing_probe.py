@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from accelerate.utils import is_peft_model
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..errors import InputError, in_one_line
+from ..models.skeleton import access_of, builder_of
 
 
 FIRST_TOKENS, SECOND_TOKENS = 7, 9
@@ -90,15 +90,10 @@ def architecture_of(model, args, peft_config) -> Architecture:
     if not isinstance(model, str):
         base = model.get_base_model() if is_peft_model(model) else model
         return Architecture(base.config, type(base), base.config._attn_implementation, peft_config)
-    given = args.model_init_kwargs or {}
-    trust = given.get("trust_remote_code", args.trust_remote_code)
-    config = AutoConfig.from_pretrained(model, revision=given.get("revision"), trust_remote_code=trust)
-    named = getattr(transformers, (config.architectures or [""])[0], None)  # as TRL chooses the class
-
-    def by_config(small: PreTrainedConfig) -> nn.Module:
-        return AutoModelForCausalLM.from_config(small, trust_remote_code=trust)
-
-    return Architecture(config, named or by_config, given.get("attn_implementation"), peft_config)
+    access = access_of(args)
+    config = AutoConfig.from_pretrained(model, **access)
+    build = builder_of(config, trust_remote_code=access["trust_remote_code"])
+    return Architecture(config, build, (args.model_init_kwargs or {}).get("attn_implementation"), peft_config)
 
 
 def check_documents_apart(architecture: Architecture, collator, device: torch.device, setting: str, unverified: bool):

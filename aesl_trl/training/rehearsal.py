@@ -19,7 +19,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import get_peft_config
 
 from ..errors import InputError, in_one_line
-from ..models.peft_settings import check_peft_config, list_as_written, skeleton
+from ..models.peft_settings import check_peft_config, list_as_written
+from ..models.skeleton import access_of, skeleton
 
 
 ROWS = 8  # rows that the rehearsal prepares
@@ -43,12 +44,11 @@ def rehearse(
     Raises:
         InputError: what a library refuses, in its own words.
     """
-    loading = args.model_init_kwargs or {}
-    access = {"revision": loading.get("revision") or "main", "trust_remote_code": args.trust_remote_code}
+    access, attention = access_of(args), (args.model_init_kwargs or {}).get("attn_implementation")
     with silence():
         try:
             with refusals_in_one_line():
-                network = skeleton(model, attn_implementation=loading.get("attn_implementation"), **access)
+                network = skeleton(model, attn_implementation=attention, **access)
                 if peft_config is not None:
                     check_peft_config(peft_config, network, prefix="lora_")
                 if args.deepspeed_plugin is not None:  # accelerate takes it once in a process, for the real trainer

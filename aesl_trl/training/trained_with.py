@@ -20,6 +20,7 @@ from accelerate.utils import is_peft_model
 from .. import files
 from ..errors import InputError
 from ..losses.rules import TOKEN_RULES
+from ..models.chat import IMAGES
 from ..models.digests import tokenizer_digest, weights_digest
 from ..models.folder import ModelFolder
 from ..rewards.functions import reward_name
@@ -39,7 +40,6 @@ NOT_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_v
 MODEL, DATA = "model", "training_data"
 # What is compared of the model, wherever it lies
 DIGESTS = {"model_weights": weights_digest, "model_tokenizer": tokenizer_digest}
-IMAGES = {"image", "images"}
 BATCH = 1000  # rows hashed at a time
 
 
@@ -118,7 +118,7 @@ def data_digest(rows: Any) -> str | None:
     digest = hashlib.sha256()
     for table in rows.with_format("arrow").iter(BATCH):
         given = {name for name in table.column_names if table[name].null_count < len(table)}
-        for name in sorted(given - IMAGES):
+        for name in sorted(given - {*IMAGES}):
             digest.update(name.encode())
             digest.update(_column_bytes(table[name]))
     return f"{len(rows)} rows, sha256 {digest.hexdigest()}"

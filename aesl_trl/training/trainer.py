@@ -20,8 +20,9 @@ from ..errors import InputError
 from ..losses.old_policy import OLD_LOG_PROBS, OldPolicy
 from ..losses.rules import TOKEN_RULES, TokenRule
 from ..losses.scoring import TokenScores, add_fused_head
-from ..models.peft_settings import check_peft_config, list_as_written, skeleton
+from ..models.peft_settings import check_peft_config, list_as_written
 from ..models.positions import num_positions
+from ..models.skeleton import access_of, skeleton
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import stop_ids
 from ..models.vocabulary import let_head_run
@@ -86,16 +87,15 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         args = _convert_args(args, model)
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
         _refuse_unsupported(model, args, given.get("compute_loss_func"))
-        revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        access = access_of(args)
         if isinstance(peft_config := given.get("peft_config"), PeftConfig):
-            loading = {"trust_remote_code": args.trust_remote_code, **_loading(args), "revision": revision}
-            network = skeleton(model, **loading) if isinstance(model, str) else model
+            network = skeleton(model, **access) if isinstance(model, str) else model
             check_peft_config(list_as_written(peft_config), network, prefix="peft_config.")
         # Before TRL prepares the rows and completes PEFT's settings
         is_name, has_adapter = isinstance(model, str), not isinstance(model, str) and is_peft_model(model)
         peft = peft_settings(model.active_peft_config if has_adapter else peft_config)
         name = model if is_name else getattr(model.config, "_name_or_path", None)
-        self._given = {"model": name, "peft": peft, "rows": given.get("train_dataset"), "revision": revision}
+        self._given = {"model": name, "peft": peft, "rows": given.get("train_dataset"), "revision": access["revision"]}
         _refuse_rows_that_leak(model, args, given.get("peft_config"), given.get("data_collator"))
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
         super().__init__(model, args, *positional, **kwargs)
@@ -270,12 +270,6 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         if chosen:
             lines.append(f"- selected step: {chosen['step']} ({chosen['reason']})")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _loading(args: AESLSFTConfig) -> dict:
-    """Return the keywords among `model_init_kwargs` that say how a model's config is read."""
-    given = args.model_init_kwargs or {}
-    return {name: given[name] for name in ("trust_remote_code", "token", "cache_dir", "subfolder") if name in given}
 
 
 def _convert_args(args: TrainingArguments | None, model) -> AESLSFTConfig:

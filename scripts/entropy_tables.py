@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 12
 
 
 def print_training() -> None:
-    runs = sorted((RECIPE / "results" / "nll_last").glob("seed-*/sft"))
+    runs = sorted((RECIPE / "results" / "first" / "nll_last").glob("seed-*/sft"))
     print(f"Plain nll on the demonstrations, mean of {len(runs)} seeds, nats per token:\n")
     print("| step | TRL `entropy` | TRL `eval_entropy` | own samples | pass@8 |\n| ---: | ---: | ---: | ---: | ---: |")
     logs = [read_json(run / TRAINER_STATE)["log_history"] for run in runs]

@@ -1,6 +1,6 @@
 """Record a finished chain run without its weights, so that a report can lay other runs over it.
 
-    python scripts/record_run.py RUN... --output recipes/skills-tiny/results [--samples]
+    python scripts/record_run.py RUN... --output recipes/skills-tiny/results/first [--samples]
 
 Copies what the report reads (figures, selection, handoff, settings) of `.../<arm>/seed-<n>` to
 `<output>/<arm>/seed-<n>`; with `--samples` also the samples of the base, the selected and the last step. A shared SFT

@@ -36,7 +36,7 @@ from aesl_trl.diversity.turning_point import (
 
 TUNING, REPORT = 1, 2  # first word of every seed
 PROMPTS = 64
-RECORDED = Path(__file__).parents[1] / "recipes/skills-tiny/results/by_prompt"
+RECORDED = Path(__file__).parents[1] / "recipes/skills-tiny/results/first/by_prompt"
 WITHIN = 0.1  # of the rise: places this near to the true peak count as the turning point
 FALSE_STOPS = 0.05  # promised within THRESHOLD_COUNTS[-1] = 40 measurements
 

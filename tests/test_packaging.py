@@ -112,6 +112,11 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
+def carried_recipes() -> set[str]:
+    """Return the files of the recipes that the wheel has: all but what was recorded."""
+    return {name for name in files_below(ROOT / "recipes") if "results" not in Path(name).parts}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Build the wheel from a copy: a build/ left in the checkout would add files that are no longer there."""
@@ -128,12 +133,13 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_carries_the_package_and_every_recipe_file(wheel):
+def test_wheel_carries_the_package_and_the_recipes_without_results(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"aesl_trl/{name}" for name in files_below(ROOT / "aesl_trl")}
-    expected |= {f"aesl_trl/recipe_files/{name}" for name in files_below(ROOT / "recipes")}
+    expected |= {f"aesl_trl/recipe_files/{name}" for name in carried_recipes()}
     carried = {name for name in names if ".dist-info/" not in name}
     assert carried == expected
+    assert wheel.stat().st_size < 20e6
     assert "aesl_trl/py.typed" in carried  # type checkers then read our annotations
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -149,11 +155,22 @@ def test_wheel_works_from_any_folder(wheel, tmp_path):
     assert found.returncode == 0, found.stderr
     folder = Path(found.stdout.strip())
     assert folder.is_relative_to(target.resolve())
-    assert files_below(folder) == files_below(ROOT / "recipes")
+    assert files_below(folder) == carried_recipes()
     assert (folder / "skills-tiny" / "chain.yaml").is_file()
     assert (folder / "skills-tiny" / "base" / "config.json").is_file()
+    checked = run(target / "bin" / "aesl", "recipes", "check", folder / "skills-tiny", cwd=tmp_path, env=environment)
+    assert checked.returncode == 0, checked.stdout
     helped = run(target / "bin" / "aesl", "--help", cwd=tmp_path, env=environment)
     assert helped.returncode == 0, helped.stderr
+
+
+def test_each_recipe_has_at_most_one_small_base():
+    """A quick stand-in for the wheel's size: weights are nearly all of it."""
+    weights = [path for path in (ROOT / "recipes").rglob("*.safetensors") if "results" not in path.parts]
+    assert {path.parent.name for path in weights} == {"base"} and len({path.parent for path in weights}) == len(
+        weights
+    )
+    assert sum(path.stat().st_size for path in weights) < 19e6
 
 
 # The recipes

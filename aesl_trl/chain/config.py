@@ -1,5 +1,7 @@
 """chain.yaml: its sections as dataclasses, read strictly, with absolute paths."""
 
+import glob
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +58,8 @@ class ReportOptions:
 class ChainConfig:
     """chain.yaml with absolute paths. `{seed}` in an output folder or a compared run stands for the seed.
 
+    A compared run may be a pattern with `*`, `?` or `[]`: those that are there are compared.
+
     Without a `probe` section the probe runs with GRPO's config, and null turns it off. With `ignore_readiness` the
     chain goes on to RL whatever the probe's verdict is.
     """
@@ -110,7 +114,10 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
                 check_config_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
     if config.sft and config.sft.output_dir:
         config.sft.output_dir = absolute(config.sft.output_dir)
-    config.report.compare = [absolute(run) for run in config.report.compare]
+    runs = map(absolute, config.report.compare)
+    # An installed package carries no recorded runs: a pattern may match none of them, a plain name has to be there
+    matched = (sorted(glob.glob(run)) if glob.has_magic(run) and not Path(run).exists() else [run] for run in runs)
+    config.report.compare = list(itertools.chain.from_iterable(matched))
     for run in config.report.compare:
         if not Path(run).is_dir():
             raise InputError(f"{path}: report.compare: {run} is no run folder")

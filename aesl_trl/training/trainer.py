@@ -76,7 +76,8 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         "citation": textwrap.dedent("""\
             @inproceedings{li2026getting,
                 title        = {{Getting Your LLMs Ready for Reinforcement Learning with Lightweight SFT}},
-                author       = {Li and others},
+                author       = {Xinran Li and Guangda Huzhang and Siqi Shen and Qing-Guo Chen and Zhao Xu and
+                                Weihua Luo and Kaifu Zhang and Jun Zhang},
                 booktitle    = {International Conference on Learning Representations},
                 year         = 2026,
                 url          = {https://openreview.net/forum?id=yezWGJmODg}

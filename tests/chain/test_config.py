@@ -1,5 +1,7 @@
 """chain.yaml: what is read, where its paths lead, and what is refused."""
 
+import os
+
 import pytest
 
 from aesl_trl.chain.config import read_config
@@ -43,6 +45,15 @@ def test_the_probe_is_on_unless_turned_off(project, tmp_path):
     (tmp_path / "probe.yaml").write_text("num_samples: 8\n")
     config = read_config(project(probe={"config": "probe.yaml"}, ignore_readiness=True))
     assert (config.probe.config, config.ignore_readiness) == (str(tmp_path / "probe.yaml"), True)
+
+
+def test_a_pattern_compares_the_runs_that_are_there(project, tmp_path):
+    """An installed package carries no recorded runs: a pattern may match none, and a plain name has to be there."""
+    for name in ("seed-1", "seed-0", "seed-[x]"):
+        (tmp_path / "recorded" / name).mkdir(parents=True)
+    given = ["recorded/seed-[01]", "none/seed-*", "recorded/seed-[x]", "recorded/seed-{seed}"]
+    found = read_config(project(report={"compare": given}), seed=1).report.compare
+    assert [os.path.relpath(run, tmp_path / "recorded") for run in found] == ["seed-0", "seed-1", "seed-[x]", "seed-1"]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import yaml
 from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from aesl_trl.files import read_json
+from aesl_trl.files import POSITIONS, TRAINER_STATE, read_json, read_jsonl
 
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "skills-tiny"
-RESULTS = RECIPE / "results"
+RESULTS = RECIPE / "results" / "first"
 
 task = builder.task
 GENERATORS = [task.demonstrations, task.eval_demonstrations, task.rl_problems, task.held_out]
@@ -339,6 +339,20 @@ def test_the_results_readme_says_what_each_ablation_ended_at():
     assert len(seeds) == 29 and {len(shown.split()) for shown in seeds.values()} == {5}  # mean, bar, three seeds
     for shown in seeds.values():
         assert f"| {shown} |" in section, shown
+
+
+def test_the_results_readme_says_when_aesl_acted():
+    """Loss / nll is the weight of what is being learnt: near 1 until step 40, near 0 from step 80 on."""
+    text = (RESULTS / "README.md").read_text()
+    runs = [RESULTS / "aesl_last" / f"seed-{seed}" / "sft" for seed in range(5)]
+    logs = [
+        {row["step"]: row for row in read_json(run / TRAINER_STATE)["log_history"] if "loss" in row} for run in runs
+    ]
+    positions = {row["step"]: row for row in read_jsonl(runs[0] / POSITIONS)}
+    for step in (10, 20, 40, 60, 80):
+        shares = " ".join(f"{log[step]['loss'] / log[step]['nll']:.2f}" for log in logs)
+        mean, first = logs[0][step]["weight_mean"], positions[step]["weight"][0]
+        assert f"| step {step} | {shares} | {mean:.2f} | {first:.2f} |" in text
 
 
 def test_what_two_comparisons_have_in_common_is_the_same():

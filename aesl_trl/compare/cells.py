@@ -146,7 +146,8 @@ class Cell:
             return None
         facts, run = files.read_object(self.home / CELL), source(self.home)
         evaluation = run / files.EVALUATION
-        models = files.read_json(evaluation)["models"]
+        result = files.read_json(evaluation)
+        models = result["models"]
         if missing := {"start", "final"} - models.keys():
             raise InputError(f"{evaluation} has no model {missing.pop()!r}: it is no evaluation of a chain")
         before, after = (
@@ -163,6 +164,8 @@ class Cell:
             "applied": chosen.get("applied"),
             "same_as": facts.get("same_as"),
             "outdated": not self.is_done(),
+            # On benchmarks the shares of groups are means over benchmarks, and give no counts.
+            "problems": None if "benchmarks" in result else result.get("num_prompts"),
             "before": before,
             "after": after,
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},

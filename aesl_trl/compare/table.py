@@ -1,39 +1,56 @@
-"""The statistics of a comparison: finished cells -> means, intervals, paired differences, rank correlations.
+"""The statistics of a comparison: finished cells -> means, intervals, differences, p values, rank correlations.
 
-Nothing here reads files or imports torch. The unit is the seed: a seed changes demonstrations, their order, RL's
-problems and all sampling, and problems inside a seed are averaged. Intervals over seeds are Student's t at 95 %,
+Nothing here reads files or imports torch. The unit is the start: a seed, or a base and a seed where there are several
+base models. A seed changes demonstrations, their order, RL's problems and all sampling. Problems inside a start are
+averaged, and so are the RL runs from it. Intervals over starts are Student's t at 95 %,
 
     mean ± t(0.975, n - 1) * s / sqrt(n)        s: standard deviation with n - 1 in its denominator
 
-two-sided, as narrow as few seeds allow, not clipped to [0, 1], and not adjusted for the number of rows compared.
+two-sided, as narrow as few starts allow. Those of shares are taken on the scale of log-odds and stay inside [0, 1].
 """
 
 import math
+import re
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-from ..diversity.intervals import LEVEL, spearman, spearman_interval, t_quantile
+from ..diversity.intervals import (
+    LEVEL,
+    holm,
+    permutation_p,
+    share_interval,
+    spearman,
+    spearman_interval,
+    t_probability,
+    t_quantile,
+)
 from ..errors import InputError, nearest
 
 
 MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds would decide
 SIGNAL = "groups_mixed"
+TIMES = ("before", "after")  # RL
+# The figures that are shares, in [0, 1]; the others are nats, counts and rewards
+SHARES = re.compile(r"(pass|avg|maj)@.*|groups_.*|self_bleu|distinct_\d|unique|truncated|eos_prob|no_answer")
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, ends of the interval (low, high), sd and n of one value a seed.
+def summary(values: Sequence[float], *, is_share: bool = False) -> dict[str, Any]:
+    """Return mean, ends of the interval (low, high), sd and n of one value a start.
 
-    Below two seeds low, high and sd are None, and without a seed the mean too.
+    Below two starts low, high and sd are None, and without a start the mean too. The interval of a share is that of
+    [`share_interval`].
     """
     n = len(values)
     mean = statistics.fmean(values) if n else None
     if n < 2:
         return {"mean": mean, "low": None, "high": None, "sd": None, "n": n}
     sd = statistics.stdev(values)
-    half = t_quantile(n - 1) * sd / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "n": n}
+    error = sd / math.sqrt(n)
+    half = t_quantile(n - 1) * error
+    low, high = share_interval(mean, error, n - 1) if is_share else (mean - half, mean + half)
+    return {"mean": mean, "low": low, "high": high, "sd": sd, "n": n}
 
 
 def seeds_to_decide(mean: float, sd: float) -> int | None:
@@ -53,23 +70,74 @@ def seeds_to_decide(mean: float, sd: float) -> int | None:
     return n if n <= MAX_SEEDS else None
 
 
-def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
-    """Return the [`summary`] of `values - reference` over the seeds that both have, and whether it excludes zero.
+def paired(values: dict[Hashable, float], reference: dict[Hashable, float]) -> dict[str, Any]:
+    """Return the [`summary`] of `values - reference` over the starts that both have, and whether it excludes zero.
 
-    Seeds are paired because they share demonstrations and RL's problems: what a seed does to both drops out.
-    `decided` and `seeds_to_decide` are None below two seeds.
+    Starts are paired because they share base, demonstrations and RL's problems: what these do to both drops out. `p`
+    is that of the paired t test, below 0.05 where the interval excludes zero. `decided`, `p` and `seeds_to_decide` are
+    None below two starts. `p` is None as well where every difference is zero: these are the same runs.
     """
-    seeds = sorted(values.keys() & reference.keys())
-    found = summary([values[seed] - reference[seed] for seed in seeds])
-    known = found["sd"] is not None
+    starts = sorted(values.keys() & reference.keys())
+    found = summary([values[start] - reference[start] for start in starts])
+    mean, sd = found["mean"], found["sd"]
+    known = sd is not None
     decided = (found["low"] > 0 or found["high"] < 0) if known else None
-    needed = seeds_to_decide(found["mean"], found["sd"]) if known else None
-    return {**found, "seeds": seeds, "decided": decided, "seeds_to_decide": needed}
+    needed = seeds_to_decide(mean, sd) if known else None
+    p = None
+    if known and (mean or sd):
+        t = math.inf if sd == 0 else abs(mean) / (sd / math.sqrt(len(starts)))
+        p = max(0.0, 1 - t_probability(t, len(starts) - 1))
+    return {**found, "seeds": starts, "decided": decided, "p": p, "seeds_to_decide": needed}
+
+
+def starts_of(cells: Sequence[dict]) -> list[dict]:
+    """Return one record a row and start, its figures the means over the RL runs from it, with their number `runs`."""
+    by_start: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        by_start.setdefault((cell["row"], cell.get("base", ""), cell["seed"]), []).append(cell)
+    return [
+        {**of[0], "runs": len(of), **{when: _means([cell[when] for cell in of]) for when in TIMES}}
+        for of in by_start.values()
+    ]
+
+
+def _means(figures: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    known = {name: [each[name] for each in figures if each.get(name) is not None] for name in figures[0]}
+    return {name: statistics.fmean(values) for name, values in known.items() if values}
+
+
+def rl_noise(cells: Sequence[dict], name: str) -> dict[str, Any]:
+    """Return the sd of RL runs from one start, pooled over the starts of a row, and its degrees of freedom.
+
+    It is RL's own chance: the runs share the model that they start from, and differ in RL's seed. None without a start
+    that has two runs.
+    """
+    by_start: dict[tuple, list[float]] = {}
+    for cell in cells:
+        if cell["after"].get(name) is not None:
+            by_start.setdefault((cell.get("base", ""), cell["seed"]), []).append(cell["after"][name])
+    repeated = [values for values in by_start.values() if len(values) > 1]
+    df = sum(len(values) - 1 for values in repeated)
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in repeated)
+    return {"sd": math.sqrt(squares / df) if df else None, "df": df}
+
+
+def solved(cells: Sequence[dict]) -> dict[str, int] | None:
+    """Return, over all runs, the problems with every sample `right` after RL, those `mixed`, and how many there are.
+
+    None where a run does not say how many problems it was evaluated on (benchmarks, and records of older versions).
+    """
+    if not cells or not all(cell.get("problems") and "groups_all_right" in cell["after"] for cell in cells):
+        return None
+    right, mixed = (
+        sum(round(cell["after"][name] * cell["problems"]) for cell in cells) for name in ("groups_all_right", SIGNAL)
+    )
+    return {"right": right, "mixed": mixed, "of": sum(cell["problems"] for cell in cells)}
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
     """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of groups with signal."""
-    known = [set(cell[when]) for cell in cells for when in ("before", "after")]
+    known = [set(cell[when]) for cell in cells for when in TIMES]
     shared = set.intersection(*known) if known else set()
     powers = [name for name in shared if name.startswith("pass@") and name[5:].isdigit()]
     largest = max(powers, key=lambda name: int(name[5:]), default="pass@1")
@@ -92,37 +160,78 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
     options = {name for cell in cells for name in cell["after"]}
     if cells and metric not in options:
         raise InputError(f"metric: no finished cell has {metric!r}{nearest(metric, options)}")
-    figures = tuple(dict.fromkeys((*figure_names(cells), metric)))
-    by_row = {row["row"]: [cell for cell in cells if cell["row"] == row["row"]] for row in rows}
+    starts = starts_of(cells)
+    figures = tuple(dict.fromkeys((*figure_names(starts), metric)))
+    by_row = {row["row"]: [start for start in starts if start["row"] == row["row"]] for row in rows}
+    found = [_row(row, rows, by_row, figures, reference, metric) for row in rows]
+    for row in found:
+        mine = [cell for cell in cells if cell["row"] == row["row"]]
+        row |= {"rl_noise": rl_noise(mine, metric), "solved": solved(mine)}
+    for name in reference:
+        _adjust([row["differences"][name]["after"][metric] for row in found if name in row["differences"]])
     return {
         "metric": metric,
         "level": LEVEL,
         "figures": list(figures),
-        "rows": [_row(row, rows, by_row, figures, reference) for row in rows],
-        "correlations": correlations(cells, figures, metric),
+        "rows": found,
+        "correlations": correlations(starts, figures, metric),
     }
 
 
-def _row(row: dict, rows: Sequence[dict], by_row: dict[str, list[dict]], figures, reference) -> dict[str, Any]:
+def _row(row: dict, rows: Sequence[dict], by_row: dict[str, list[dict]], figures, reference, metric) -> dict[str, Any]:
     mine = by_row[row["row"]]
     others = {other["name"]: other["row"] for other in rows if other["setting"] == row["setting"]}
-    found = {**row, "seeds": [cell["seed"] for cell in mine], "steps": [cell["step"] for cell in mine]}
-    for when in ("before", "after"):
-        found[when] = {name: summary(list(_by_seed(mine, when, name).values())) for name in figures}
+    found = {**row, **{f"{key}s": [start[key] for start in mine] for key in ("seed", "step")}}
+    found["runs"] = [start["runs"] for start in mine]
+    for when in TIMES:
+        found[when] = {
+            name: summary(list(_by_start(mine, when, name).values()), is_share=bool(SHARES.fullmatch(name)))
+            for name in figures
+        }
+    of_base = _by_base(mine, metric)
+    found["bases"] = {
+        base: summary(values, is_share=bool(SHARES.fullmatch(metric))) for base, values in of_base.items()
+    }
     found["differences"] = {}
     for name in reference:
         if name in others and name != row["name"]:
             theirs = by_row[others[name]]
             found["differences"][name] = {
-                when: {key: paired(_by_seed(mine, when, key), _by_seed(theirs, when, key)) for key in figures}
-                for when in ("before", "after")
+                when: {key: paired(_by_start(mine, when, key), _by_start(theirs, when, key)) for key in figures}
+                for when in TIMES
             }
+            their_bases = _by_base(theirs, metric)
+            strata = [(values, their_bases.get(base, [])) for base, values in of_base.items()]
+            found["differences"][name]["after"][metric]["permutation_p"] = permutation_p(strata)
     return found
 
 
-def _by_seed(cells: Sequence[dict], when: str, name: str) -> dict[int, float]:
-    values = {cell["seed"]: cell[when].get(name) for cell in cells}
-    return {seed: value for seed, value in values.items() if value is not None}
+def _adjust(differences: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's adjusted p values to the differences to one reference, which are one family.
+
+    Rows that are the same runs count once, and a row that is the reference's runs does not count.
+    """
+    for key in ("p", "permutation_p"):
+        contrasts = {(each["mean"], each["p"]): each[key] for each in differences if each["p"] is not None}
+        adjusted = dict(zip(contrasts, holm(list(contrasts.values())), strict=True))
+        for each in differences:
+            each[f"{key}_holm"] = adjusted.get((each["mean"], each["p"]))
+
+
+def _by_start(starts: Sequence[dict], when: str, name: str) -> dict[Hashable, float]:
+    """Return a figure by seed, or by base and seed where there are several bases."""
+    known = [start for start in starts if start[when].get(name) is not None]
+    return {
+        (start["base"], start["seed"]) if start.get("base") else start["seed"]: start[when][name] for start in known
+    }
+
+
+def _by_base(starts: Sequence[dict], metric: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for start in starts:
+        if start["after"].get(metric) is not None:
+            found.setdefault(start.get("base", ""), []).append(start["after"][metric])
+    return found
 
 
 def correlations(cells: Sequence[dict], names: Sequence[str], metric: str) -> list[dict[str, Any]]:
@@ -146,7 +255,8 @@ def distinct_runs(cells: Sequence[dict]) -> list[dict]:
     found: dict[Any, dict] = {}
     for cell in cells:
         start = cell["step"] if cell["selection"] is not None else None
-        key = (cell["setting"], cell["method"], cell.get("point"), cell["seed"], start)
+        place = (cell.get("base"), cell["setting"], cell["method"], cell.get("point"))
+        key = (*place, cell["seed"], cell.get("run"), start)
         found.setdefault(key, cell)
     return list(found.values())
 

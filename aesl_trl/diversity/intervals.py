@@ -1,5 +1,6 @@
-"""Intervals: bootstrap over prompts, Student's t over seeds, rank correlations."""
+"""Intervals and tests: bootstrap over prompts, Student's t over seeds, permutations, rank correlations."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +12,8 @@ from ..errors import InputError
 
 LEVEL = 0.95  # share of the repetitions in which an interval is to hold the true value
 MIN_CLUSTERS = 3  # fewer clusters than this, resampled, give no interval
+EXACT = 200_000  # so many ways to hand values out are all tried; of more, `permutation_p` draws some
+TIE = 1e-9  # relative; sums of the same values in another order differ by less
 
 
 def is_number(value: float | None) -> bool:
@@ -148,6 +151,74 @@ def t_quantile(df: int, level: float = LEVEL) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_probability(middle, df) < level else (low, middle)
     return (low + high) / 2
+
+
+def share_interval(mean: float, error: float, df: int, *, level: float = LEVEL) -> tuple[float, float]:
+    """Return the t interval of a mean of shares, taken on the scale of log-odds: it lies inside [0, 1].
+
+        logit(mean) ± t(level, df) * error / (mean (1 - mean))
+
+    mapped back (delta method; as the "logit" intervals of proportions in the R package survey). Far from 0 and 1 it is
+    the plain t interval, near them its longer side points inwards. `error` is the mean's standard error. A mean of 0
+    or 1, which only equal values have, is returned twice.
+    """
+    if not 0 < mean < 1:
+        return mean, mean
+    middle = math.log(mean / (1 - mean))
+    half = t_quantile(df, level) * error / (mean * (1 - mean))
+    low, high = ((1 + math.tanh((middle + side) / 2)) / 2 for side in (-half, half))
+    return min(low, mean), max(high, mean)  # rounding may put an end past the mean where the error is 0
+
+
+def permutation_p(
+    strata: Sequence[tuple[Sequence[float], Sequence[float]]], *, draws: int = 20_000, seed: int = 0
+) -> float | None:
+    """Return the two-sided p of a difference of means under permutation, in (0, 1]; no distribution is assumed.
+
+    The values of both sides are handed out anew, each stratum's among itself. p is the share of the ways to do so in
+    which the sum on our side lies at least as far from its expectation as the observed one. All ways are tried where
+    they are [`EXACT`] or fewer: five values against five have 252, and p is at least 2/252. Else `draws` of them are
+    drawn from a generator of their own, and p is (1 + found) / (1 + draws) (Phipson and Smyth, arXiv 1603.05766).
+
+    Args:
+        strata: (our values, those of the reference), such as a pair for each base model. A stratum without one of its
+            sides is left out: it says nothing of the difference.
+
+    Returns:
+        None without a stratum.
+    """
+    pools = [(np.array([*ours, *theirs], dtype=float), len(ours)) for ours, theirs in strata if ours and theirs]
+    if not pools:
+        return None
+    is_exact = math.prod(math.comb(len(pool), size) for pool, size in pools) <= EXACT
+    generator = np.random.default_rng(seed)
+    sums, observed = np.zeros(1), 0.0  # on our side, less their expectation
+    for pool, size in pools:
+        pool = pool - pool.mean()
+        observed += pool[:size].sum()
+        if is_exact:
+            chosen = np.array(list(itertools.combinations(range(len(pool)), size)))
+            sums = np.add.outer(sums, pool[chosen].sum(axis=1)).ravel()
+        else:
+            drawn = generator.permuted(np.tile(pool, (draws, 1)), axis=1)
+            sums = sums + drawn[:, :size].sum(axis=1)
+    slack = TIE * sum(np.abs(pool - pool.mean()).sum() for pool, _ in pools)
+    found = int((np.abs(sums) >= abs(observed) - slack).sum())
+    return found / len(sums) if is_exact else (1 + found) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p values adjusted for their number by Holm's step-down method (Scand. J. Statist. 6, 1979).
+
+    The smallest of n is multiplied by n, the next by n - 1, and so on; none falls below a smaller one's, none exceeds
+    1. An adjusted p below 0.05 keeps the chance of any false decision in the family below 0.05, however the values
+    depend on each other.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:

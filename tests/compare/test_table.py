@@ -13,12 +13,15 @@ from aesl_trl.compare.table import (
     distinct_runs,
     figure_names,
     paired,
+    rl_noise,
     seeds_to_decide,
+    solved,
+    starts_of,
     summary,
     table,
     tuned,
 )
-from aesl_trl.diversity.intervals import t_quantile
+from aesl_trl.diversity.intervals import share_interval, t_quantile
 from aesl_trl.errors import InputError
 
 
@@ -31,6 +34,14 @@ def test_interval_by_hand():
     assert (found["mean"], found["n"]) == (3.0, 5)
     assert found["sd"] == pytest.approx(1.58114, abs=1e-5)
     assert (found["low"], found["high"]) == pytest.approx((1.0368, 4.9632), abs=1e-4)
+
+
+def test_a_share_keeps_inside():
+    values = [0.98, 0.98, 0.90, 0.99, 0.97]
+    plain, share = summary(values), summary(values, is_share=True)
+    assert plain["high"] > 1.0 > share["high"] and share["mean"] == plain["mean"]
+    assert (share["low"], share["high"]) == share_interval(plain["mean"], plain["sd"] / math.sqrt(5), 4)
+    assert summary([1.0, 1.0], is_share=True)["low"] == 1.0
 
 
 def test_one_seed_has_no_interval_and_none_no_mean():
@@ -59,6 +70,21 @@ def test_paired_by_hand():
     assert found["sd"] == pytest.approx(0.07301, abs=1e-5)
     assert (found["low"], found["high"]) == pytest.approx((-0.04466, 0.13666), abs=1e-4)
     assert (found["seeds"], found["decided"], found["seeds_to_decide"]) == ([0, 1, 2, 3, 4], False, 13)
+    # t = 0.046 / (0.07301 / sqrt(5)) = 1.4088 with 4 degrees of freedom
+    assert found["p"] == pytest.approx(0.2317, abs=1e-3)
+
+
+def test_the_same_runs_have_no_p_and_an_equal_difference_has_none_left():
+    same, shifted = {0: 0.5, 1: 0.75}, {0: 0.625, 1: 0.875}
+    assert paired(same, same)["p"] is None and paired(shifted, same)["p"] == 0.0
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
+def test_p_is_small_where_the_interval_excludes_zero(differences):
+    found = paired(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+    if found["p"] is not None and abs(found["p"] - 0.05) > 1e-9:
+        assert found["decided"] is (found["p"] < 0.05)
 
 
 def test_only_common_seeds_are_paired():
@@ -133,6 +159,67 @@ def test_differences_stay_inside_a_setting():
     rows = [row("nll/last"), row("nll/last", "few"), row("aesl/last", "few")]
     found = table(cells, rows, reference=["nll/last"], metric="pass@1")
     assert found["rows"][2]["differences"]["nll/last"]["after"]["pass@1"]["mean"] == 0.0
+
+
+def test_rl_runs_are_averaged_within_a_start():
+    """Two starts with two RL runs and one with one: three units. RL's own sd by hand: 0.02 + 0.02 over two degrees."""
+    after = {0: [0.7, 0.9], 1: [0.6, 0.8], 2: [0.5]}
+    cells = [cell(seed=seed, after=value, run=run) for seed, of in after.items() for run, value in enumerate(of)]
+    starts = starts_of(cells)
+    assert [start["after"]["pass@1"] for start in starts] == pytest.approx([0.8, 0.7, 0.5])
+    assert [start["runs"] for start in starts] == [2, 2, 1]
+    noise = rl_noise(cells, "pass@1")
+    assert (noise["sd"], noise["df"]) == (pytest.approx(math.sqrt(0.02)), 2)
+    assert rl_noise(cells[:1], "pass@1") == {"sd": None, "df": 0}
+    (found,) = table(cells, [row("nll/last")], reference=[], metric="pass@1")["rows"]
+    assert (found["seeds"], found["runs"], found["after"]["pass@1"]["n"]) == ([0, 1, 2], [2, 2, 1], 3)
+    assert found["after"]["pass@1"]["mean"] == pytest.approx(2 / 3) and found["rl_noise"] == noise
+
+
+def test_the_unit_is_a_base_with_a_seed():
+    """Two bases at different levels: the level drops out of the pairs, and of the permutations."""
+    level = {"small": 0.2, "large": 0.6}
+    cells = [
+        cell(name, seed, base=base, after=level[base] + seed / 100 + shift)
+        for name, shift in (("nll/last", 0.0), ("aesl/last", 0.1))
+        for base in level
+        for seed in (0, 1, 2)
+    ]
+    nll, aesl = table(cells, [row("nll/last"), row("aesl/last")], reference=["nll/last"], metric="pass@1")["rows"]
+    means = {base: found["mean"] for base, found in nll["bases"].items()}
+    assert means == pytest.approx({"small": 0.21, "large": 0.61})
+    assert (nll["bases"]["small"]["n"], nll["after"]["pass@1"]["n"]) == (3, 6)
+    found = aesl["differences"]["nll/last"]["after"]["pass@1"]
+    assert found["seeds"][:2] == [("large", 0), ("large", 1)] and found["mean"] == pytest.approx(0.1)
+    assert found["permutation_p"] == pytest.approx(2 / 20**2)  # the observed one and its mirror image
+
+
+def test_holm_is_over_the_rows_of_a_reference_and_counts_the_same_runs_once():
+    after = {
+        "nll/last": (0.5, 0.5, 0.5),
+        "nll/best_eval": (0.5, 0.5, 0.5),
+        "a/last": (0.70, 0.71, 0.72),
+        "b/last": (0.60, 0.65, 0.62),
+        "b/best_eval": (0.60, 0.65, 0.62),
+    }
+    cells = [cell(name, seed, after=value) for name, of in after.items() for seed, value in enumerate(of)]
+    found = table(cells, [row(name) for name in after], reference=["nll/last"], metric="pass@1")["rows"]
+    of = {each["row"]: each["differences"]["nll/last"]["after"]["pass@1"] for each in found[1:]}
+    assert of["nll/best_eval"]["p"] is None is of["nll/best_eval"]["p_holm"]
+    # two contrasts: a's p is smaller and counts twice, b's once
+    assert of["a/last"]["p_holm"] == pytest.approx(2 * of["a/last"]["p"])
+    assert of["b/last"]["p_holm"] == of["b/best_eval"]["p_holm"] == pytest.approx(of["b/last"]["p"])
+    assert of["a/last"]["permutation_p"] == pytest.approx(0.1)  # 2 of 20 ways
+    assert of["a/last"]["permutation_p_holm"] == pytest.approx(0.2)
+
+
+def test_problems_are_counted():
+    one = cell(problems=16)
+    one["after"] |= {"groups_all_right": 14 / 16, "groups_mixed": 1 / 16}
+    two = cell(seed=1, problems=16)
+    two["after"] |= {"groups_all_right": 1.0, "groups_mixed": 0.0}
+    assert solved([one, two]) == {"right": 30, "mixed": 1, "of": 32}
+    assert solved([one, cell(seed=2)]) is None and solved([]) is None
 
 
 def test_the_largest_pass_that_every_cell_has():

@@ -75,10 +75,11 @@ elif name == "eval":
         noise = (seed * 7 % 5) / 100
         p = found["quality"] + noise
         return {"pass@1": p, "pass@8": 2 * p, "entropy": found["entropy"], "self_bleu": 1 - found["entropy"],
-                "groups_mixed": found["entropy"] * 2, "pass@1_interval": [0, 1]}
+                "groups_mixed": found["entropy"] * 2, "groups_all_right": round(10 * p) / 10,
+                "pass@1_interval": [0, 1]}
     seed = int(sys.argv[6])
     write(output, {"models": {"start": figures(entropy_of(run / "handoff"), seed),
-                              "final": figures(entropy_of(run / "grpo"), seed)}})
+                              "final": figures(entropy_of(run / "grpo"), seed)}, "num_prompts": 10})
 else:
     write(output, {})
 """

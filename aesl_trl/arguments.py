@@ -68,8 +68,8 @@ ENV_NAMES = frozenset(
 )
 # We look up a relative value of these fields beside the config. A name that is not there may be one on the hub.
 INPUT_FIELDS = set(
-    "model_name_or_path adapter_name_or_path reward_model_name_or_path start final run base dataset_name "
-    "eval_dataset_name diversity_dataset_name data_dir reward_funcs decontaminate pass_rate_file "
+    "model_name_or_path adapter_name_or_path reward_model_name_or_path reference start final run base "
+    "dataset_name eval_dataset_name diversity_dataset_name data_dir reward_funcs decontaminate pass_rate_file "
     "resume_from_checkpoint deepspeed fsdp_config accelerator_config chat_template_path".split()
 )
 OUTPUT_FIELDS = {"output_dir", "logging_dir", "output"}

@@ -196,13 +196,13 @@ def intervals(
 def by_prompt(
     groups: Sequence[Group] | PromptSums, *, success_threshold: float = 1.0
 ) -> dict[str, list[float | None]]:
-    """Return `entropy`, `self_bleu` and, of graded groups, every `pass@k` of each prompt; None where it has none.
+    """Return `entropy`, `self_bleu`, and of graded groups every `pass@k` and coverage, of each prompt, or None.
 
     They serve [`~intervals.paired_interval`]: steps measured on the same prompts differ by less than their intervals
     suggest.
     """
     sums = prompt_sums(groups, success_threshold)
-    kept = [name for name in sums if name in ("entropy", "self_bleu") or name.startswith("pass@")]
+    kept = [name for name in sums if name in ("entropy", "self_bleu") or name.startswith(("pass@", "coverage_"))]
     return {name: [part / whole if whole else None for part, whole in sums[name]] for name in kept}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .coverage import coverage_sums, lost_sentence
 from .figures import Group, intervals, known_sum, measure, prompt_sums, right_counts
 from .intervals import is_number, with_interval
 from .passk import expected_group_variance
@@ -49,7 +50,11 @@ def critical_rate(group_size: int) -> float:
 
 
 def figures_of(
-    groups: Sequence[Group], *, success_threshold: float = 1.0, reward_weights: Sequence[float] | None = None
+    groups: Sequence[Group],
+    *,
+    success_threshold: float = 1.0,
+    reward_weights: Sequence[float] | None = None,
+    base: Sequence[Group] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the figures of graded groups, and their 95% intervals over prompts.
 
@@ -64,6 +69,7 @@ def figures_of(
       as the mean, p = pass@1: [`~passk.expected_group_variance`] and [`expected_mixed`]. Both are concave in p: if
       prompts differ in difficulty, the observed value is lower, and the gap is the signal lost to prompts that are
       always right or wrong. (At each prompt's own p the predicted variance is the observed one.)
+    - with `base`, its groups on the same prompts: `coverage_lost` and `coverage_gained`, see [`coverage`].
     """
     sums = prompt_sums(groups, success_threshold)
     rewards = [[_total(sample, reward_weights) for sample in group.rewards or []] for group in groups]
@@ -73,6 +79,8 @@ def figures_of(
     sums["signal"] = [known_sum([None if std is None else std > 1e-8]) for std in stds]
     sums["reward_std"] = [known_sum([std]) for std in stds]
     sums["variance"] = [known_sum([_variance(values) if values else None]) for values in right]
+    if base is not None:
+        sums |= coverage_sums(base, groups, success_threshold)
     figures, ends = measure(sums), intervals(sums)
     group_size = max(len(group.completions) for group in groups)
     rate, (low, high) = figures["pass@1"], ends["pass@1"]
@@ -155,7 +163,7 @@ def judge(
             "aesl handoff makes the files agree on eos; if answers are this long, raise max_completion_length"
         )
         return Verdict(NEVER_STOPS, reasons)
-    cautions = _cautions(figures, ends, temperature)
+    cautions = _cautions(figures, ends, temperature, group_size)
     signal = f"{shown['signal']} of the groups differ in reward"
     if (figures["signal"] or 0.0) >= MIN_SIGNAL:
         return Verdict(READY, [f"{signal}; {MIN_SIGNAL:g} or more is enough to learn from", *cautions])
@@ -185,9 +193,10 @@ def _collapse(figures: dict, had_signal: list[int]) -> str:
     )
 
 
-def _cautions(figures: dict, ends: dict, temperature: float) -> list[str]:
+def _cautions(figures: dict, ends: dict, temperature: float, group_size: int) -> list[str]:
     """Return reasons that do not decide and should be seen."""
-    cautions = []
+    lost = lost_sentence(figures, ends, group_size)
+    cautions = [CAUTION + lost] if lost else []
     entropy, mixed, signal = (figures.get(key) for key in ("entropy", "groups_mixed", "signal"))
     if temperature == 1.0 and is_number(entropy) and entropy < ENTROPY_FLAG:
         shown = with_interval(entropy, ends.get("entropy"))
@@ -232,9 +241,11 @@ def entry(
     step: int | None = None,
     history: History | None = None,
     unearnable: Sequence[str] = (),
+    base: Sequence[Group] | None = None,
 ) -> dict:
-    """Return the entry of one checkpoint in readiness.json, its `rl` left None."""
-    figures, ends = figures_of(groups, success_threshold=success_threshold, reward_weights=reward_weights)
+    """Return the entry of one checkpoint in readiness.json, its `rl` left None; arguments are as above."""
+    how = {"success_threshold": success_threshold, "reward_weights": reward_weights}
+    figures, ends = figures_of(groups, base=base, **how)
     size = max(len(group.completions) for group in groups)
     how = {"group_size": size, "temperature": temperature}
     verdict = judge(figures, ends, **how, history=history, unearnable=unearnable)

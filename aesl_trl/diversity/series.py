@@ -10,6 +10,7 @@ from typing import Any
 from .. import files
 from ..errors import InputError
 from ..values import without_none
+from .figures import Group
 from .turning_point import Selection, find_turning_point
 
 
@@ -127,10 +128,10 @@ def nearest_step(step: int, saved: Iterable[int]) -> int:
     return min(saved, key=lambda candidate: (abs(candidate - step), candidate))
 
 
-def base_completions(folder: Path, prompts: list) -> list[list[str]] | None:
+def base_groups(folder: Path, prompts: list) -> list[Group] | None:
     """Return the samples of step 0 in an SFT folder, by prompt; None where step 0 has no samples of these prompts."""
     path = folder / files.SAMPLES / "step-0.jsonl"
     if not path.exists():
         return None
-    rows = files.read_jsonl(path)
-    return [row["completions"] for row in rows] if [row["prompt"] for row in rows] == prompts else None
+    groups = [Group.from_row(row, f"{path}, row {number}") for number, row in enumerate(files.read_jsonl(path), 1)]
+    return groups if [group.prompt for group in groups] == prompts else None

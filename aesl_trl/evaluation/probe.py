@@ -1,7 +1,8 @@
 """`aesl probe CHECKPOINT... --config FILE`: is a checkpoint ready for RL? -> readiness.json and a table.
 
 The config is GRPO's with a few keys more, so an RL run's own config serves. `rl_steps` adds a short RL run from each
-checkpoint, of equal budget. Whatever can be refused is refused before the first model loads.
+checkpoint, of equal budget. `reference` names the base, against which coverage lost and gained are measured. Whatever
+can be refused is refused before the first model loads.
 """
 
 import copy
@@ -21,6 +22,8 @@ from trl import GRPOConfig, ModelConfig
 from .. import files
 from ..arguments import check_folder, parse, positionals
 from ..data.prompts import check_held_out, prompt_rows
+from ..diversity.coverage import GAINED, LOST
+from ..diversity.figures import Group
 from ..diversity.intervals import with_interval
 from ..diversity.passk import powers_of_two
 from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, History, entry
@@ -65,6 +68,9 @@ class ProbeArguments(GRPOScriptArguments):
         hint="0 makes no RL run",
     )
     success_threshold: float = option(1.0, "Reward from which a sample counts as right.")
+    reference: str | None = option(
+        None, "The base model. It is sampled as well, for the coverage lost and gained against it."
+    )
     output: str | None = option(
         None, "File to write, or its folder. Default: the run whose candidates are probed, else here."
     )
@@ -90,11 +96,16 @@ def main(argv: list[str] | None = None) -> None:
     if not checkpoints:
         usage = f"{NAME} CHECKPOINT... --config probe.yaml"
         raise InputError(f"which checkpoint? {usage}; a run's folder stands for its candidates")
+    reference = find_reference(script_args.reference)
     target = find_target(script_args.output, checkpoints)
     check_folder("output", target.parent)
     reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
+    if reference:
+        check_model_and_tokenizer(reference.path, "reference", rows, training_args.trust_remote_code)
+        untrained = replace(script_args, rl_steps=0)
+        base_settings = settings_for(reference, untrained, training_args, model_args)
     measured = "eval_dataset_name" if script_args.eval_dataset_name else "dataset_name"
     unearnable = []
     for checkpoint in checkpoints:
@@ -106,10 +117,14 @@ def main(argv: list[str] | None = None) -> None:
     say = print if training_args.process_index == 0 else lambda *_, **__: None
     if len(rows) < script_args.num_prompts:
         say(f"{NAME}: only {len(rows)} prompts, {script_args.num_prompts} were asked for: the intervals are wide")
-    entries = []
+    entries, base = [], None
+    if reference:
+        say(f"{NAME}: {reference.name}, the reference", flush=True)
+        base = base_samples(base_settings, reward_funcs, rows)
     for number, (checkpoint, its_settings) in enumerate(zip(checkpoints, settings, strict=True), 1):
         say(f"{NAME}: {checkpoint.name}, {number} of {len(checkpoints)}", flush=True)
-        entries.append(probe(checkpoint, its_settings, reward_funcs, rows, train, unearnable[number - 1]))
+        how = {"unearnable": unearnable[number - 1], "base": base}
+        entries.append(probe(checkpoint, its_settings, reward_funcs, rows, train, **how))
     result = describe(entries, len(rows), script_args, training_args, target)
     if training_args.process_index == 0:
         files.write_json(target, result)
@@ -139,6 +154,15 @@ def find_checkpoints(name: str) -> list[Checkpoint]:
     if run is not None and run.candidates_folder.is_dir():
         return [Checkpoint(str(run.candidate(step)), f"step-{step}", run.path, step) for step in run.candidates]
     return [Checkpoint(name, path.name if path.is_dir() else name, *run_and_step_of(path))]
+
+
+def find_reference(name: str | None) -> Checkpoint | None:
+    """Return the model to compare with, named as a checkpoint is; None without a name."""
+    found = find_checkpoints(name) if name else [None]
+    if len(found) != 1:
+        example = f", such as {found[-1].path}" if found else ""
+        raise InputError(f"reference: {name} holds {len(found)} candidates, but must be one model{example}")
+    return found[0]
 
 
 def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
@@ -234,19 +258,18 @@ def probe(
     reward_funcs: list,
     rows: list[dict],
     train: Any | None,
+    *,
     unearnable: list[str],
+    base: list[Group] | None,
 ) -> dict:
-    """Measure a checkpoint and return its entry in readiness.json; its model is freed at the end."""
-    from datasets import Dataset
+    """Measure a checkpoint and return its entry in readiness.json; its model is freed at the end.
 
+    `base` holds the samples of the reference, `unearnable` why rewards cannot be earned (see [`~readiness.judge`]).
+    """
     script_args, training_args, _ = settings
     threshold, began = script_args.success_threshold, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
-        training_args.output_dir = scratch
-        # GRPOTrainer insists on a training set: without RL it gets the prompts, and never reads them.
-        train_dataset = train or Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-        trainer = build_trainer(*settings, reward_funcs, train_dataset, kind=probe_class())
-        trainer.remove_callback(PrinterCallback)
+        trainer = trainer_in(scratch, settings, reward_funcs, rows, train)
         groups = sample(trainer, rows, script_args.num_samples)
         found = entry(
             checkpoint.name,
@@ -257,6 +280,7 @@ def probe(
             step=checkpoint.step,
             history=history_of(checkpoint),
             unearnable=unearnable,
+            base=base,
         )
         found["path"] = checkpoint.path
         if train is not None:
@@ -266,6 +290,26 @@ def probe(
     del trainer
     release_memory()
     return found
+
+
+def base_samples(settings: tuple, reward_funcs: list, rows: list[dict]) -> list[Group]:
+    """Return the samples of the reference; its model is freed at the end."""
+    with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
+        groups = sample(trainer_in(scratch, settings, reward_funcs, rows), rows, settings[0].num_samples)
+    release_memory()
+    return groups
+
+
+def trainer_in(folder: str, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None = None) -> Any:
+    """Build the trainer that samples the checkpoint of `settings`; what it writes goes to `folder`."""
+    from datasets import Dataset
+
+    settings[1].output_dir = folder
+    # GRPOTrainer insists on a training set: without RL it gets the prompts, and never reads them.
+    train_dataset = train or Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    trainer = build_trainer(*settings, reward_funcs, train_dataset, kind=probe_class())
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def find_target(output: str | None, checkpoints: list[Checkpoint]) -> Path:
@@ -282,8 +326,7 @@ def describe(
 ) -> dict:
     """Return the content of readiness.json; paths in it are relative to its folder."""
     for each in entries:
-        if Path(each["path"]).is_dir():
-            each["path"] = os.path.relpath(each["path"], target.parent)
+        each["path"] = relative(each["path"], target)
     return {
         "checkpoints": entries,
         "num_prompts": num_prompts,
@@ -292,9 +335,15 @@ def describe(
         "success_threshold": script_args.success_threshold,
         **{key: getattr(training_args, key) for key in ("temperature", "max_completion_length", "seed")},
         "dataset": script_args.eval_dataset_name or script_args.dataset_name,
+        **({"reference": relative(script_args.reference, target)} if script_args.reference else {}),
         "num_processes": training_args.world_size,
         "versions": package_versions(),
     }
+
+
+def relative(path: str, target: Path) -> str:
+    """Return a folder as seen from the folder of `target`; a name on the hub stays."""
+    return os.path.relpath(path, target.parent) if Path(path).is_dir() else path
 
 
 def table(result: dict) -> str:
@@ -302,6 +351,7 @@ def table(result: dict) -> str:
     entries, largest = result["checkpoints"], powers_of_two(result["num_samples"])[-1]
     keys = ("entropy", "pass@1", f"pass@{largest}", "signal", "groups_mixed", "mixed_if_alike", "variance")
     keys += ("variance_if_alike", "reward_std", "truncated", "eos_prob")
+    keys += (LOST, GAINED) if result.get("reference") else ()
     headings = {"groups_mixed": "mixed", "eos_prob": "P(eos)"}  # the others are the keys with spaces
     parts = []
     for start in range(0, len(entries), BLOCK):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from ..diversity.coverage import lost_sentence
 from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import headline_panels
 from .runs import Arm, Run, values_of
@@ -12,15 +13,26 @@ SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of
 
 
 def story(arms: list[Arm]) -> str:
-    """Say each arm's pass@1 after RL, the best first, and what a reader may not conclude."""
+    """Say each arm's pass@1 after RL, the best first, what its start had lost, and what a reader may not conclude."""
     after = [(mean(values_of((run.final for run in arm.runs), "pass@1")), arm) for arm in arms]
     ranked = sorted((pair for pair in after if math.isfinite(pair[0])), key=lambda pair: -pair[0])
+    lost = _lost(arms[0])
     if not ranked:
-        return f"{arms[0].label} has not been evaluated after RL; this page shows the story so far."
+        return f"{arms[0].label} has not been evaluated after RL; this page shows the story so far.{lost}"
     named = [f"{arm.label}{' (recorded)' if arm.recorded else ''} {value:.2f}" for value, arm in ranked]
     single = [arm.label for _, arm in ranked if len(arm.runs) == 1]
     caution = f" One seed only: {', '.join(single)}; an interval covers the problems drawn, not the seed."
-    return f"pass@1 after RL: {', '.join(named)}." + (caution if single and len(ranked) > 1 else "")
+    return f"pass@1 after RL: {', '.join(named)}.{lost}" + (caution if single and len(ranked) > 1 else "")
+
+
+def _lost(arm: Arm) -> str:
+    """Say what coverage the arm's first run had lost at the step that went to RL; "" where nothing is sure."""
+    run = arm.runs[0]
+    row = next((row for row in run.diversity if row["step"] == run.selection.get("step")), {})
+    if not row.get("num_samples"):
+        return ""
+    lost = lost_sentence(row, row.get("intervals") or {}, row["num_samples"])
+    return f" {arm.label}, step {row['step']}: {lost}." if lost else ""
 
 
 def warnings(arms: list[Arm]) -> list[str]:

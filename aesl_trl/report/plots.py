@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ..diversity.coverage import GAINED, LOST
 from .parts import LIGHT, Panel, Row, mean, name_ends, ring_dot_whisker, shorten, y_axis
 from .runs import Arm, series, values_of
 
@@ -58,6 +59,8 @@ TITLES = {
         "distinct_2": "Distinct 2-grams (share)",
         "pass@1": "pass@1",
         "pass@{k}": "pass@{k}",
+        LOST: "Coverage lost against step 0",
+        GAINED: "Coverage gained against step 0",
     },
     "sft_log": {
         "nll": "Plain nll (nats per token)",

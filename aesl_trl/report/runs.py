@@ -27,7 +27,7 @@ WHOLE = (int,)
 NUMBER = (int, float, type(None))  # null stands for nan
 PAIR = [NUMBER, NUMBER]
 FIGURES = {
-    optional("entropy|self_bleu|distinct_2|unique|length|truncated|reward|no_answer|groups_.*"): NUMBER,
+    optional("entropy|self_bleu|distinct_2|unique|length|truncated|reward|no_answer|(groups|coverage)_.*"): NUMBER,
     optional(r"(pass|avg|maj)@\d+(_tied)?"): NUMBER,
     optional(".*_interval"): PAIR,
 }
@@ -43,7 +43,7 @@ SHAPES: dict[str, Any] = {
     files.EVALUATION: MODELS | {optional("benchmarks"): {ANY_KEY: MODELS}},
     files.READINESS: {optional("checkpoints"): [PROBED]},
     files.TRAINER_STATE: [{"step": WHOLE, optional(LOGGED): NUMBER}],
-    files.DIVERSITY: [FIGURES | MEASURED | {"step": WHOLE}],
+    files.DIVERSITY: [FIGURES | MEASURED | {"step": WHOLE, optional("num_samples"): WHOLE}],
     files.POSITIONS: [{"step": WHOLE, "position": [NUMBER], "weight": [NUMBER], "temperature": [NUMBER]}],
     files.SAMPLES: [{optional("prompt_index"): WHOLE}],
 }

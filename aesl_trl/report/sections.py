@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from ..diversity.coverage import GAINED, LOST
 from ..diversity.intervals import paired_interval
 from .evidence import evidence
 from .headline import headline
@@ -69,7 +70,10 @@ def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
     for before, after in pairwise(steps):
         head += [f"step {after}", f"change from {before}"]
     names = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "pass@1": "pass@1", f"pass@{k}": f"pass@{k}"}
+    names |= {LOST: "coverage lost", GAINED: "coverage gained"}
     shown, lines = [by_step[step] for step in steps], []
+    if steps[0] == 0:
+        shown[0] = {LOST: 0.0, GAINED: 0.0} | shown[0]  # step 0 is what the others are compared with
     for key, name in names.items():
         if all(row.get(key) is not None for row in shown):
             figures = [figure_cell(row[key], (row.get("intervals") or {}).get(key), 3) for row in shown]
@@ -78,6 +82,8 @@ def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
                 line += [cell, _change(before, after, key)]
             lines.append(line)
     caption = "In brackets: 95% intervals over prompts; those of a change are paired, each prompt with itself."
+    if any(GAINED in row for row in shown[1:]):
+        caption += " Coverage is against step 0, beyond what two samplings of step 0 differ by."
     return Table(head, lines, caption=caption)
 
 
@@ -135,6 +141,8 @@ def _readiness(arms: list[Arm]) -> list[Section]:
     """Return the chapter on what aesl probe found; none where nothing was probed."""
     keys = ["entropy", "pass@1", "signal", "mixed_if_alike", "variance", "variance_if_alike"]
     keys += ["reward_std", "truncated", "eos_prob"]
+    probed = [entry["figures"] for arm in arms for entry in arm.runs[0].readiness]
+    keys += [LOST, GAINED] if any(LOST in figures for figures in probed) else []
     titles = {"signal": "groups with signal", "eos_prob": "P(eos)"}
     head = [titles.get(key, key.replace("_", " ")) for key in keys]
     sentences, rows = [], []
@@ -148,6 +156,7 @@ def _readiness(arms: list[Arm]) -> list[Section]:
         "In brackets: 95% interval over prompts. Groups with signal are those whose rewards differ; variance is of "
         'right and wrong within a group; "if alike" is what is expected if every prompt were as hard as the mean.'
     )
+    caption += " Coverage is against the probe's reference." if LOST in keys else ""
     table = Table(["run", "checkpoint", "verdict", *head], rows, texts=3, caption=caption)
     return [Section("readiness", "Readiness for RL", sentences[0], first_table=table)] if rows else []
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from accelerate.utils import is_peft_model
 
 from .. import files
+from ..diversity.coverage import coverage_sums
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
 from ..diversity.selection import METRICS
-from ..diversity.series import base_completions, check_prompts, check_settings, prompts_digest
+from ..diversity.series import base_groups, check_prompts, check_settings, prompts_digest
 from ..errors import InputError, visible
 from ..losses.scoring import has_fused_head
 from ..models.positions import check_room, num_positions
@@ -161,7 +162,7 @@ class Measurement:
                 return None, groups
             if self.reward_funcs:
                 groups = score_groups(groups, self.rows, self.reward_funcs, trainer_state=trainer.state)
-            base = base_completions(folder, [group.prompt for group in groups]) if step > 0 else None
+            base = base_groups(folder, [group.prompt for group in groups]) if step > 0 else None
             figures = _figures(groups, base)
         if "gap" in figures:
             trainer.accelerator.print(
@@ -171,9 +172,11 @@ class Measurement:
         return row, groups
 
 
-def _figures(groups: list[Group], base: list[list[str]] | None) -> dict:
+def _figures(groups: list[Group], base: list[Group] | None) -> dict:
     """Return the figures of the samples; all are nan, a gap, where the model's logits were not finite."""
-    sums = prompt_sums(groups, base_completions=base)
+    sums = prompt_sums(groups, base_completions=base and [group.completions for group in base])
+    if base:
+        sums |= coverage_sums(base, groups)
     figures = measure(sums)
     broken = sum(
         any(value is not None and not math.isfinite(value) for value in values)

@@ -271,6 +271,22 @@ def test_table():
     assert sentences.count(": ready\n  - 0.50 [") == 7
 
 
+def test_lost_coverage_is_said_and_decides_nothing():
+    """The base solves the first 40 prompts half of the time, the model never and the others instead."""
+    base, own = right_and_wrong(*[4] * 40, *[0] * 24), right_and_wrong(*[0] * 40, *[4] * 24)
+    found = entry("late", own, base=base)
+    assert found["verdict"] == READY and found["figures"]["coverage_lost"] > 0.4
+    low, high = found["intervals"]["coverage_lost"]
+    said = f"caution: coverage lost is {found['figures']['coverage_lost']:.2f} [{low:.2f}, {high:.2f}]: prompts that"
+    assert sum(reason.startswith(said) for reason in found["reasons"]) == 1
+    text = table({"checkpoints": [found], "num_samples": 8, "reference": "base"})
+    assert "coverage lost" in text and f"  - {said} the base solves within 4 samples" in text
+    itself = entry("base", base, base=base)
+    assert (itself["figures"]["coverage_lost"], itself["intervals"]["coverage_lost"]) == (0.0, [0.0, 0.0])
+    assert not any("coverage" in reason for reason in itself["reasons"])
+    assert "coverage_lost" not in entry("late", own)["figures"]
+
+
 def test_no_torch_is_needed():
     code = (
         "import sys; from aesl_trl.diversity import readiness, selection; "

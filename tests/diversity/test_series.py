@@ -7,7 +7,7 @@ from aesl_trl import files
 from aesl_trl.diversity.selection import select_checkpoint
 from aesl_trl.diversity.series import (
     SETTINGS,
-    base_completions,
+    base_groups,
     by_step,
     check_prompts,
     check_settings,
@@ -114,10 +114,10 @@ def test_the_prompts_of_a_series_must_stay(has_digest, tmp_path):
         check_prompts(tmp_path, 15, others)
 
 
-def test_base_completions(tmp_path):
+def test_base_groups(tmp_path):
     prompts = ["2+3=", user("hello")]
-    assert base_completions(tmp_path, prompts) is None
+    assert base_groups(tmp_path, prompts) is None
     samples = [{"prompt": prompt, "completions": [str(place), "x"]} for place, prompt in enumerate(prompts)]
     files.write_jsonl(tmp_path / files.SAMPLES / "step-0.jsonl", samples)
-    assert base_completions(tmp_path, prompts) == [["0", "x"], ["1", "x"]]
-    assert base_completions(tmp_path, prompts[:1]) is None
+    assert [group.completions for group in base_groups(tmp_path, prompts)] == [["0", "x"], ["1", "x"]]
+    assert base_groups(tmp_path, prompts[:1]) is None

@@ -9,6 +9,7 @@ from small_probe import probe_tokenizer, run
 from tiny_models import build_model
 
 from aesl_trl import files
+from aesl_trl.diversity.coverage import GAINED, LOST
 from aesl_trl.diversity.readiness import READY
 from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
@@ -29,6 +30,22 @@ def test_fewer_prompts_in_the_data_are_all_taken(project, capsys):
     (project.folder / "rows.jsonl").write_text("".join(lines[:9]))
     assert run(project, batch_size=8)["num_prompts"] == 9
     assert "only 9 prompts" in capsys.readouterr().out
+
+
+def test_coverage_against_a_reference(project, capsys):
+    other = project.folder / "other"
+    shutil.copytree(project.model, other)
+    build_model(probe_tokenizer(project), seed=7).save_pretrained(other)
+    result = run(project, project.model, str(other), reference="other")
+    assert result["reference"] == "../other"
+    own, itself = result["checkpoints"]
+    for name in (LOST, GAINED):
+        assert itself["figures"][name] == 0.0 and itself["intervals"][name] == [0.0, 0.0]
+        assert own["intervals"][name][0] < own["figures"][name] < own["intervals"][name][1]
+    change = own["figures"]["pass@4"] - itself["figures"]["pass@4"]  # k is half of the 8 samples
+    assert own["figures"][GAINED] - own["figures"][LOST] == pytest.approx(change, abs=1e-12)
+    out = capsys.readouterr().out
+    assert "aesl probe: other, the reference" in out and "coverage lost" in out
 
 
 # ---- Runs and their candidates
@@ -111,6 +128,10 @@ def lost_base(project) -> str:
     return str(adapter)
 
 
+def two_candidates(project) -> dict:
+    return {"reference": str(sft_run(project))}
+
+
 RL = {"rl_steps": 2, "eval_dataset_name": "held_out.jsonl"}
 REFUSED = {
     "no checkpoint": ([], {}, "which checkpoint?", "aesl probe CHECKPOINT"),
@@ -133,6 +154,8 @@ REFUSED = {
     "trained on": (None, {**RL, "eval_dataset_name": "rows.jsonl"}, "64 of 64 prompts of eval_dataset_name are in"),
     "adapter twice": (None, {**RL, "use_peft": True, "lora_r": 0}, "lora_r is 0, but must be at least 1"),
     "output": (None, {"output": "rows.jsonl/out"}, "rows.jsonl", "is a file"),
+    "lost reference": (None, {"reference": "./modl"}, "reference: ./modl does not exist", "did you mean 'model'"),
+    "a run as reference": (None, two_candidates, "holds 2 candidates, but must be one model, such as", "step-20"),
     "temperature": (None, {"temperature": 0.0}, "temperature is 0.0, but must be above 0"),
 }
 
@@ -145,7 +168,7 @@ def test_refusals(project, monkeypatch, checkpoints, changes, parts):
     else:
         names = [checkpoints(project)] if callable(checkpoints) else [str(project.folder / one) for one in checkpoints]
     with pytest.raises(InputError) as error:
-        probe.main([*names, *project(**changes)])
+        probe.main([*names, *project(**(changes(project) if callable(changes) else changes))])
     assert all(part in str(error.value) for part in parts), str(error.value)
     assert not (project.folder / "out").exists()
 

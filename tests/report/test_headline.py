@@ -4,7 +4,8 @@ import json
 
 from report_runs import Page, fake_run, written_page
 
-from aesl_trl.files import write_json
+from aesl_trl.diversity.coverage import LOST
+from aesl_trl.files import read_json, read_jsonl, write_json, write_jsonl
 
 
 def test_headline_table_holds_the_figures_of_the_files(chain):
@@ -34,6 +35,18 @@ def test_the_mean_over_seeds_stands_in_the_table(tmp_path, undrawn):
     words = written_page(runs).words
     assert f"{sum(finals) / 3:.2f} {min(finals):.2f} to {max(finals):.2f}" in words
     assert "aesl recorded 3 seeds" in words
+
+
+def test_a_start_that_lost_coverage_says_so(tmp_path, undrawn):
+    run = fake_run(tmp_path / "nll", "nll_last")
+    assert "coverage" not in written_page([run]).words
+    step, path = read_json(run / "selection.json")["step"], run / "sft/diversity.jsonl"
+    lost = {LOST: 0.25, "intervals": {LOST: [0.2, 0.3]}}
+    write_jsonl(path, [row | lost if row["step"] == step else row for row in read_jsonl(path)])
+    assert (
+        f"nll, step {step}: coverage lost is 0.25 [0.20, 0.30]: prompts that the base solves"
+        in written_page([run]).words
+    )
 
 
 def test_runs_evaluated_differently_are_pointed_out(tmp_path, undrawn):

@@ -3,6 +3,7 @@
 import numpy as np
 from report_runs import STEPS, Page, fake_run, readiness, written_page
 
+from aesl_trl.diversity.coverage import GAINED, LOST
 from aesl_trl.diversity.intervals import paired_interval
 from aesl_trl.files import write_json, write_jsonl
 from aesl_trl.report.parts import Cell
@@ -48,6 +49,23 @@ def test_what_is_not_there_is_left_out():
     assert changes(rows[:1], 5, 8).head == ["own samples", "step 0"]
 
 
+def test_coverage_against_step_0():
+    """Step 0 is what the others are compared with. A version without coverage left no such lines."""
+    figures = [{}, {LOST: 0.2, GAINED: 0.1}, {LOST: 0.3, GAINED: 0.05}]
+    values = [{}, {LOST: [0.1, 0.3], GAINED: [0.0, 0.2]}, {LOST: [0.3, 0.3], GAINED: [0.1, 0.0]}]
+    rows = [
+        row(step, 0.2) | measured | ({"by_prompt": each} if each else {})
+        for step, measured, each in zip((0, 10, 20), figures, values, strict=True)
+    ]
+    table = changes(rows, 10, 8)
+    _, (name, *lost), (_, *gained) = table.rows
+    assert name == Cell("coverage lost") and lost[:4] == [Cell("0.000"), Cell("0.200"), Cell("+0.200"), Cell("0.300")]
+    _, low, high = paired_interval([0.1, 0.3], [0.3, 0.3])
+    assert lost[4] == Cell("+0.100", f"[{low:+.3f}, {high:+.3f}]") and gained[4].text == "-0.050"
+    assert "against step 0" in table.caption
+    assert len(changes([row(0, 0.2), row(10, 0.5)], 10, 8).rows) == 1
+
+
 def test_readiness_of_the_start_and_of_the_candidates(tmp_path, undrawn):
     run, other = fake_run(tmp_path / "aesl", "aesl", weights=True), fake_run(tmp_path / "base", "base")
     assert "Readiness" not in written_page([run], [other]).words
@@ -65,6 +83,11 @@ def test_readiness_of_the_start_and_of_the_candidates(tmp_path, undrawn):
         ["step-800", "collapsed: go back to step 20"],
     ]
     assert rows[1][5] == r"0.50 \[0.40, 0.60\]" and rows[1][-1] == "–"
+    with_reference = readiness(800, 0.3)
+    with_reference["figures"] |= {LOST: 0.25, GAINED: 0.0}
+    write_json(run / "readiness.json", {"checkpoints": [with_reference], "reference": "base"})
+    words = written_page([run], [other]).words
+    assert "coverage lost coverage gained" in words and "Coverage is against the probe's reference." in words
 
 
 def test_a_turning_point_is_marked_whatever_rule_selected(chain, tmp_path, undrawn):

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from aesl_trl import AESLSFTTrainer, DiversityCallback, files
+from aesl_trl.diversity.coverage import GAINED, LOST, coverage
 from aesl_trl.errors import InputError
 from aesl_trl.sampling import generate
 from aesl_trl.training import callback
@@ -125,8 +126,17 @@ def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
     prompts = [{**row, "answer": "x"} for row in PROMPTS]
     trainer = monitored_trainer(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
     trainer.train()
+    base = files.read_jsonl(tmp_path / files.OWN / files.SAMPLES / "step-0.jsonl")
     for row in series(tmp_path):
         samples = files.read_jsonl(tmp_path / files.OWN / files.SAMPLES / f"step-{row['step']}.jsonl")
+        if row["step"] == 0:
+            assert LOST not in row and GAINED not in row
+        else:
+            pairs = [[sum(side["rewards"], []) for side in pair] for pair in zip(base, samples, strict=True)]
+            lost, gained = zip(*(coverage(*pair, 2) for pair in pairs), strict=True)
+            assert (row["by_prompt"][LOST], row["by_prompt"][GAINED]) == (list(lost), list(gained))
+            assert (row[LOST], row[GAINED]) == pytest.approx((np.mean(lost), np.mean(gained)))
+            assert row["intervals"][LOST][0] <= row[LOST] <= row["intervals"][LOST][1]
         rewards = [[float(len(text) % 2)] for sample in samples for text in sample["completions"]]
         assert [reward for sample in samples for reward in sample["rewards"]] == rewards
         assert row["pass@1"] == pytest.approx(np.mean(rewards))
@@ -390,6 +400,7 @@ def test_a_new_run_in_an_older_versions_folder_leaves_nothing_to_be_pushed(steps
 
 def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"prompts": [{**row, "answer": "x"} for row in PROMPTS], "reward_funcs": [rewarding]}
     model = {"attention_dropout": 0.3}
     whole = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     whole.train()
@@ -398,6 +409,7 @@ def test_resumed_series_is_that_of_an_uninterrupted_run(tokenizer, tmp_path):
     resumed = monitored_trainer(tokenizer, tmp_path, model=build_model(tokenizer, **model), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert series(tmp_path) == before and [row["step"] for row in before] == [0, 2, 4, 6]
+    assert all(LOST in row and GAINED in row for row in before[1:])
     assert {path.name: path.read_text() for path in (tmp_path / files.OWN / files.SAMPLES).iterdir()} == samples
     assert all(torch.equal(trained_weights(whole)[name], weight) for name, weight in trained_weights(resumed).items())
     again = files.read_json(tmp_path / files.OWN / files.SELECTION)

@@ -37,16 +37,18 @@ def describe_comparison(
 ) -> None:
     """Run a script: `describe` gives a cell's figures from its groups, `table` a markdown table of all cells.
 
-    The figures before and after RL go to the file `--output` as a JSON list with a line for each cell.
+    The figures before and after RL go to the file `--output` as a JSON list with a line for each cell. Such a file may
+    stand in place of the comparison.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    cells = [
-        facts | {when: describe(groups) for when, groups in samples.items()}
-        for facts, samples in compared_samples(args.comparison)
-    ]
+    if args.comparison.is_file():
+        cells = read_json(args.comparison)
+    else:
+        found = compared_samples(args.comparison)
+        cells = [facts | {when: describe(groups) for when, groups in samples.items()} for facts, samples in found]
     if args.output:
         rows = ",\n".join(json.dumps(cell) for cell in cells)
         args.output.write_text(f"[\n{rows}\n]\n", encoding="utf-8")

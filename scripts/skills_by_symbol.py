@@ -2,9 +2,10 @@
 
     python scripts/skills_by_symbol.py runs/skills-tiny/compare [--output by_symbol.json]
 
-It reads the samples that each cell's evaluation left. There are three kinds of symbols: those whose rare skill SFT
-demonstrates, those of a rare skill that SFT shows under another symbol, and those of a skill that the base prefers and
-SFT never shows.
+It reads the samples that each cell's evaluation left, or the file that it wrote of them. There are three kinds of
+symbols: those whose rare skill SFT demonstrates, those of a rare skill that SFT shows under another symbol, and those
+of a skill that the base prefers and SFT never shows. Coverage is that of aesl_trl/diversity/coverage.py for 8 samples,
+against the row `base`, with a symbol in place of a prompt.
 """
 
 from collections import defaultdict
@@ -17,6 +18,7 @@ from recipe_task import recipe_task
 task = recipe_task("skills-tiny")
 
 DEMONSTRATED, RARE, COMMON = "demonstrated", "rare skill, other symbol", "common skill"
+K = 8  # samples within which a symbol is to be solved, for its coverage
 SOLVED = 0.5  # a symbol below this pass@1 counts as lost: it is nearly always 0 or 1
 
 
@@ -36,9 +38,20 @@ def by_symbol(groups: list[dict]) -> dict[str, float]:
     return {symbol: round(fmean(rights[symbol]), 4) for symbol in task.SYMBOLS}
 
 
+def coverage(cell: dict, base: dict) -> tuple[float, float]:
+    """Return the coverage before RL that a cell has lost and gained against the base of its seed, mean over symbols.
+
+    A symbol has some 200 samples, so its rate serves as the chance that a sample is right.
+    """
+    chances = [[1 - (1 - side["before"][symbol]) ** K for symbol in task.SYMBOLS] for side in (base, cell)]
+    pairs = list(zip(*chances, strict=True))
+    return fmean(p * (p - q) for p, q in pairs), fmean((1 - p) * (q - p) for p, q in pairs)
+
+
 def table(found: list[dict]) -> str:
-    kinds = (COMMON, DEMONSTRATED, RARE)
-    lines = [f"| RL starts from | {' | '.join(kinds)} | lost after RL, by seed |", "| --- | --- | --- | --- | --- |"]
+    kinds, bases = (COMMON, DEMONSTRATED, RARE), {cell["seed"]: cell for cell in found if cell["row"] == "base"}
+    head = ["RL starts from", *kinds, "lost after RL, by seed", f"coverage at {K} before RL, lost / gained"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in dict.fromkeys(cell["row"] for cell in found):
         mine = [cell for cell in found if cell["row"] == row]
         means = []
@@ -47,7 +60,9 @@ def table(found: list[dict]) -> str:
             before, after = (fmean(cell[when][s] for cell in mine for s in of_kind) for when in ("before", "after"))
             means.append(f"{before:.3f} -> {after:.3f}")
         lost = ["".join(s for s in task.SYMBOLS if cell["after"][s] < SOLVED) or "none" for cell in mine]
-        lines.append(f"| {row} | {' | '.join(means)} | {' '.join(lost)} |")
+        against = [coverage(cell, bases[cell["seed"]]) for cell in mine if cell["seed"] in bases]
+        share = " / ".join(f"{fmean(side):.2f}" for side in zip(*against, strict=True)) or "-"
+        lines.append(f"| {row} | {' | '.join(means)} | {' '.join(lost)} | {share} |")
     return "\n".join(lines)
 
 

@@ -212,16 +212,27 @@ def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
         say(f"ended {len(ended)} processes that a killed {what} had left at work in {folder}")
 
 
+def lock_beside(folder: Path) -> Path:
+    """Return the file whose lock a chain holds for `folder`: it lies beside it, as the folder may be moved aside."""
+    folder = folder.resolve()
+    return folder.parent / f".{folder.name}.lock"
+
+
+def is_stage_of(folder: Path) -> bool:
+    """Say whether a chain, which holds the lock beside `folder`, has started this process to work there."""
+    return MARK in os.environ and Path(os.environ[MARK]).resolve() == folder.resolve()
+
+
 @contextmanager
-def lock(path: Path, message: str) -> Iterator[None]:
+def lock(path: Path, message: str, *, again: bool = False) -> Iterator[None]:
     """Hold the lock of the file `path` inside the block, or raise InputError(message) where another process holds it.
 
-    It ends with this process, however that ends.
+    It ends with this process, however that ends. With `again` a block may stand inside another of the same process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     open(path, "ab", opener=in_place).close()  # in a folder that takes no files the error is not about locks
     # filelock's fallback, a file that marks the lock by being there, would outlive a killed process.
-    held = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    held = filelock.FileLock(path, timeout=0, fallback_to_soft=False, is_singleton=again)
     try:
         held.acquire()
     except filelock.Timeout:

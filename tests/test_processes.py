@@ -9,19 +9,10 @@ import time
 
 import filelock
 import pytest
+from held_locks import held_elsewhere
 
 from aesl_trl import processes
 from aesl_trl.errors import InputError
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from aesl_trl.processes import lock
-with lock(Path(sys.argv[1]), ""):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -43,20 +34,29 @@ def child():
 # ---- The lock
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, child):
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     path = tmp_path / "new" / ".lock"
-    holder = child(HOLD, path)
-    assert holder.stdout.readline() == "held\n"
-    for _ in range(2):  # a refusal takes nothing from the holder
-        with (
-            pytest.raises(InputError, match="^another one is at work$"),
-            processes.lock(path, "another one is at work"),
-        ):
-            pass
-    holder.kill()
-    holder.wait()
+    with held_elsewhere(path):
+        for again in (False, True):  # a refusal takes nothing from the holder
+            with (
+                pytest.raises(InputError, match="^another one is at work$"),
+                processes.lock(path, "another one is at work", again=again),
+            ):
+                pass
     with processes.lock(path, "it is taken"):
         assert path.is_file()
+
+
+def test_a_process_that_asks_again_holds_the_lock_until_its_last_block_ends(tmp_path):
+    path = tmp_path / ".lock"
+    with processes.lock(path, "held", again=True):
+        for _ in range(2):
+            with processes.lock(path, "held", again=True):
+                pass
+        with pytest.raises(InputError, match="held"), processes.lock(path, "held"):
+            pass
+    with processes.lock(path, "held"):
+        pass
 
 
 def test_a_lock_is_released_and_its_file_stays(tmp_path):

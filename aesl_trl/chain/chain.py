@@ -22,7 +22,17 @@ from ..diversity.selection import select_run
 from ..errors import UNFINISHED, InputError, tell
 from ..errors import say as complain
 from ..evaluation.figures import aligned
-from ..processes import DRY_RUN, HERE, Interrupts, check_in_child, end_orphans, exit_code, lock, run_process
+from ..processes import (
+    DRY_RUN,
+    HERE,
+    Interrupts,
+    check_in_child,
+    end_orphans,
+    exit_code,
+    lock,
+    lock_beside,
+    run_process,
+)
 from ..training.checkpoints import find_checkpoint, sweep
 from .config import read_config
 from .fingerprints import Inputs, walk
@@ -199,12 +209,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        for folder in {chain.run, chain.sft_dir or chain.run}:
-            # The lock lies beside the folder, which may be moved aside while the lock is held.
-            place = folder.with_name(f".{folder.name}.lock")
-            stack.enter_context(lock(place, f"another chain is at work in {folder}"))
-        for folder in filter(None, (chain.run, chain.sft_dir, chain.run / files.GRPO_DIR)):
+        trained = list(filter(None, (chain.sft_dir, chain.run / files.GRPO_DIR)))
+        for folder in dict.fromkeys([chain.run, *trained]):
+            message = f"another chain is at work in {folder}, or a training of its own: end it first"
+            stack.enter_context(lock(lock_beside(folder), message))
             end_orphans(folder, say, "chain")
+        for folder in filter(Path.is_dir, trained):
+            with lock(folder / files.OWN / files.TRAINING_LOCK, f"a training is at work in {folder}: end it first"):
+                pass  # no stage but its own may read, or move aside, what is still being written
         check_in_child("chain", argv)
         for line in where_sft_lies(chain):
             say(line)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .candidates import Candidates
 from .hub import check_parts, push_parts
 from .measurement import Measurement, MeasurementSettings
 from .run_record import forget_after, write_log, write_record
+from .session import training_lock
 from .trained_with import refuse_other_training
 
 
@@ -120,6 +122,7 @@ class DiversityCallback(TrainerCallback):
         self.seconds = 0.0  # wall time spent measuring
         self._began = time.perf_counter()
         self._measured = 0
+        self._held = ExitStack()  # the folder's locks, where the trainer does not take them itself
 
     @property
     def _folder(self) -> Path:
@@ -130,14 +133,18 @@ class DiversityCallback(TrainerCallback):
         return step % self.settings.steps == 0 or step == last_step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Measure the base, or on resume drop the measurements that came after the checkpoint."""
+        """Measure the base, or on resume drop the measurements that came after the checkpoint.
+
+        An [`InputError`] refuses a folder in which another training, or a chain, is at work.
+        """
         self._began, self.seconds, self._measured = time.perf_counter(), 0.0, 0
         self.measurement.announce()
         self.measurement.refuse_other_series(self._folder, state.global_step)
-        if state.global_step > 0 and not hasattr(
-            type(self.trainer), "ingredients"
-        ):  # AESLSFTTrainer's were compared before
-            refuse_other_training(self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if not hasattr(type(self.trainer), "ingredients"):  # AESLSFTTrainer has done both before
+            self._held.close()  # of a training that an error ended
+            self._held.enter_context(training_lock(args))
+            if state.global_step > 0:
+                refuse_other_training(self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if state.global_step == 0:
             self._measure(state.global_step)  # drops old files once the rewards have proved to work
         elif args.should_save:
@@ -173,6 +180,10 @@ class DiversityCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Log what measuring took, and select a candidate."""
+        with self._held:
+            self._finish(args)
+
+    def _finish(self, args) -> None:
         trainer = self.trainer
         share = self.seconds / (time.perf_counter() - self._began)
         trainer.log_metrics(

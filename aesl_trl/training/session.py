@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..data.checks import checked_when_read
 from ..data.rows import load_rows
 from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
 from ..files import OWN, TRAINING_LOCK
-from ..processes import lock
+from ..processes import is_stage_of, lock, lock_beside
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .resuming import CheckpointCallback
 from .signals import StopCallback, StopSignals
@@ -85,16 +85,33 @@ def resume_point(args: Any, command: str) -> Path | None:
 
 
 @contextmanager
-def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
-    """Keep a second training out of the output folder, and end in one line when a signal or the disk is the reason.
+def training_lock(args: Any) -> Iterator[None]:
+    """Keep other trainings, and chains that read what is trained, out of `args.output_dir` inside the block.
 
-    The other training may be one whose launcher was killed and left it behind. The exit code is 128 + signal after a
-    signal, and 1 when the disk takes no more.
+    The other training may be one whose launcher was killed and left it behind. A chain that trains in the folder holds
+    the lock beside it, from its first stage to its last. The first process takes the locks, as often as it asks.
+    """
+    with ExitStack() as stack:
+        if args.process_index == 0:
+            folder = Path(args.output_dir)
+            message = f"another training is at work in {folder}: end it first"
+            stack.enter_context(lock(folder.resolve() / OWN / TRAINING_LOCK, message, again=True))
+            beside = lock_beside(folder)
+            if beside.exists() and not is_stage_of(folder):  # a folder that no chain has seen has none
+                message = f"a chain is at work with {folder}: end it first, or name another output_dir"
+                stack.enter_context(lock(beside, message, again=True))
+        yield
+
+
+@contextmanager
+def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
+    """Hold the folder's locks, and end in one line when a signal or the disk is the reason.
+
+    The exit code is 128 + signal after a signal, and 1 when the disk takes no more.
     """
     folder = Path(args.output_dir)
     args.enable_jit_checkpoint = False  # it would take SIGTERM for itself, and return as if all steps were done
-    message = f"another training is at work in {folder}: end it first"
-    with lock(folder / OWN / TRAINING_LOCK, message) if args.process_index == 0 else nullcontext():
+    with training_lock(args):
         try:
             yield
         except Exception as error:

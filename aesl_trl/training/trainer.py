@@ -32,6 +32,7 @@ from .config import AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .packing_probe import architecture_of, check_documents_apart, packed_rows_collator
 from .rows import RowsMixin
+from .session import training_lock
 from .token_sums import TokenSums
 from .trained_with import peft_settings, refuse_other_training, trained_with
 
@@ -143,12 +144,14 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         """Train, or go on from a checkpoint as `aesl sft` does: `True` and `"true"` ask for the last whole one.
 
         With other data, another loss, model or PEFT config than the steps so far had, an [`InputError`] says which.
+        An [`InputError`] also refuses a folder in which another training, or a chain, is at work.
         """
         folder, say = Path(self.args.output_dir), self.accelerator.print
-        checkpoint = find_checkpoint(resume_from_checkpoint, folder, lambda line: say(f"aesl_trl: {line}"))
-        if checkpoint is not None:
-            refuse_other_training(self, checkpoint)
-        return super().train(None if checkpoint is None else str(checkpoint), *positional, **kwargs)
+        with training_lock(self.args):
+            checkpoint = find_checkpoint(resume_from_checkpoint, folder, lambda line: say(f"aesl_trl: {line}"))
+            if checkpoint is not None:
+                refuse_other_training(self, checkpoint)
+            return super().train(None if checkpoint is None else str(checkpoint), *positional, **kwargs)
 
     def create_token_rule(self) -> TokenRule:
         """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py)."""

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_chain import FAKE, run, started
@@ -19,7 +21,8 @@ from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
 from aesl_trl.chain.stages import BUILDERS
 from aesl_trl.errors import InputError
-from aesl_trl.processes import lock
+from aesl_trl.processes import MARK, lock
+from aesl_trl.training.session import training_lock
 
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +245,40 @@ def test_two_chains_in_one_folder_are_refused(project, fakes):
     assert run(path) == ALL
 
 
+def trains_in(folder: Path) -> AbstractContextManager:
+    return training_lock(SimpleNamespace(output_dir=str(folder), process_index=0))
+
+
+@pytest.mark.parametrize("name", ["sft", files.GRPO_DIR])
+def test_no_training_begins_in_a_chains_folder_at_a_later_stage(project, fakes, monkeypatch, name):
+    """What RL and the evaluation start from would change. The stage itself trains under the chain's lock."""
+    path, select = project(), chains._select
+    folder = Path(read_config(path).output_dir) / name
+
+    def select_while_another_trains(chain, log):
+        with pytest.raises(InputError, match=f"^a chain is at work with {folder}: end it first, or name another"):
+            with trains_in(folder):
+                pass
+        monkeypatch.setenv(MARK, str(folder))
+        with trains_in(folder):
+            return select(chain, log)
+
+    monkeypatch.setattr(chains, "_select", select_while_another_trains)
+    assert run(path) == ALL
+    monkeypatch.delenv(MARK)
+    with trains_in(folder), pytest.raises(InputError, match=f"another chain is at work in {folder}, or a training"):
+        run(path)
+
+
+def test_no_chain_begins_where_a_training_is_at_work(project, fakes):
+    """A folder that no chain has seen has no lock beside it; what is trained there must not be moved aside."""
+    path = project()
+    folder = Path(read_config(path).output_dir) / "sft"
+    with trains_in(folder), pytest.raises(InputError, match=f"^a training is at work in {folder}: end it first"):
+        run(path)
+    assert run(path) == ALL
+
+
 def test_select_calls_the_selection(project, monkeypatch, tmp_path):
     seen = {}
 
@@ -444,7 +481,7 @@ def test_leftovers_of_killed_stages_are_removed(project, fakes):
     (folder / ".chain.json.4194305.tmp").write_text("{")
     (folder / ".mine").write_text("x")
     run(path)
-    assert {item.name for item in folder.glob(".*")} == {".mine", ".sft.lock"}
+    assert {item.name for item in folder.glob(".*")} == {".mine", ".sft.lock", ".grpo.lock"}
 
 
 # ---- The end

@@ -1,13 +1,19 @@
-"""The line that says how long a training has left: when, with what pace, and by whom."""
+"""What both trainings share: one training at a time in a folder, how it may be left, how long it has left."""
 
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
-from small_runs import trainer_for
+from held_locks import held_elsewhere
+from small_runs import cpu_settings, prompt_completion_rows, trainer_for
+from tiny_models import build_model
 from transformers import TrainerState
+from trl import SFTConfig, SFTTrainer
 
+from aesl_trl import DiversityCallback, files
 from aesl_trl.errors import InputError
+from aesl_trl.processes import MARK, lock, lock_beside
 from aesl_trl.training import session
 from aesl_trl.training.session import HoursLeft
 
@@ -55,6 +61,62 @@ def test_a_real_training_without_a_progress_bar_says_it(tokenizer, tmp_path, cap
     trainer.add_callback(HoursLeft("aesl sft"))
     trainer.train()
     assert re.search(r"^aesl sft: step 3 of 4, \S+ s a step, \S+ h left$", capsys.readouterr().out, re.MULTILINE)
+
+
+# ---- One training at a time in a folder
+
+
+def own(tokenizer, folder):
+    return trainer_for(tokenizer, folder, max_steps=1)
+
+
+def plain_with_callback(tokenizer, folder):
+    """TRL's trainer takes no lock: DiversityCallback does."""
+    model = build_model(tokenizer)
+    args = SFTConfig(**cpu_settings(folder, max_steps=1))
+    trainer = SFTTrainer(model, args, train_dataset=prompt_completion_rows(), processing_class=tokenizer)
+    trainer.add_callback(DiversityCallback(trainer, ["2+2="], steps=1, samples=2, max_new_tokens=2))
+    return trainer
+
+
+@pytest.mark.parametrize("build", [own, plain_with_callback])
+def test_no_training_begins_where_another_process_trains(build, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    trainer, taken = build(tokenizer, out), out / files.OWN / files.TRAINING_LOCK
+    with held_elsewhere(taken), pytest.raises(InputError, match=f"^another training is at work in {out}: end it"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not (out / files.OWN / files.RUN).exists()
+    trainer.train()  # the other one was killed
+    assert trainer.state.global_step == 1 and os.listdir(tmp_path) == ["out"]
+    with lock(taken, "it is still held"):
+        pass
+
+
+@pytest.mark.parametrize("build", [own, plain_with_callback])
+def test_a_training_that_an_error_ends_leaves_the_folder_to_the_next(build, tokenizer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    trainer = build(tokenizer, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(trainer, "training_step", fail)
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_stage_trains_under_the_lock_of_its_chain_and_nobody_else_does(tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with held_elsewhere(lock_beside(out)):
+        with pytest.raises(InputError, match=f"^a chain is at work with {out}: end it first, or name another output_"):
+            own(tokenizer, out).train()
+        monkeypatch.setenv(MARK, str(out))
+        own(tokenizer, out).train()
+
+
+def test_only_the_first_process_takes_the_lock(tmp_path):
+    with session.training_lock(SimpleNamespace(output_dir=str(tmp_path), process_index=1)):
+        assert not os.listdir(tmp_path)
 
 
 # ---- How a training may be left

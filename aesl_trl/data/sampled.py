@@ -17,10 +17,11 @@ from ..errors import InputError
 from ..models.chat import ChatWriter, has_images, template_kwargs
 from ..models.folder import ModelFolder
 from ..models.loading import load_processing_class, tokenizer_of
-from ..models.positions import check_room, num_positions_at
+from ..models.positions import check_prompt_tokens, check_room, num_positions_at
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import row_prompt_ids
 from ..rewards.functions import check_columns, reward_name, score_groups
+from ..sampling.draws import PROMPT_TOKENS
 from ..values import without_none
 from .checks import STREAMED_ROWS
 from .rendered import check_rendered
@@ -55,8 +56,14 @@ def check_samples(
         Why a reward cannot be earned, a line for each such reward.
     """
     check_rendered(rows, processing_class, field=field, defaults=template_defaults)
+    # A token holds at least a byte, and a character at most four: of other rows we need not ask
+    asked = [positions is not None or 4 * len(str(row["prompt"])) > PROMPT_TOKENS for row in rows]
+    prompts = [
+        row_prompt_ids(processing_class, row, template_defaults) if is_asked else []
+        for row, is_asked in zip(rows, asked, strict=True)
+    ]
+    check_prompt_tokens(prompts, PROMPT_TOKENS, field=field)
     if positions is not None:
-        prompts = [row_prompt_ids(processing_class, row, template_defaults) for row in rows]
         check_room(positions, prompts, new_tokens, field=field, setting=setting)
     found = opened_by_template(processing_class, rows[0], reward_funcs, template_defaults)
     for line in found:

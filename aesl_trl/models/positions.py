@@ -41,6 +41,19 @@ def num_positions_at(place: str, **kwargs) -> int | None:
         return None
 
 
+def check_prompt_tokens(prompts: list[list[int]], most: int, *, field: str) -> None:
+    """Refuse the longest prompt, given as token ids, if it has more than `most` tokens. `field` names the prompts.
+
+    Rotary models would read on, until the memory of the machine ends.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if (longest := max(lengths, default=0)) > most:
+        raise InputError(
+            f"{field}: the prompt of row {lengths.index(longest)} (from 0) has {longest} tokens, and at most {most} "
+            "are read at once: take longer prompts out"
+        )
+
+
 def check_room(limit: int, prompts: list[list[int]], new_tokens: int, *, field: str, setting: str) -> None:
     """Refuse the longest prompt, given as token ids, if it leaves no room for `new_tokens` within `limit` positions.
 

@@ -14,6 +14,10 @@ from accelerate.utils import gather_object
 from ..errors import InputError
 
 
+# Tokens of the prompts that transformers reads at once, and of one prompt: 128 prompts of 1,024 tokens
+PROMPT_TOKENS = 131_072
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How completions are sampled. Four fields are for engines that load a model."""

@@ -20,7 +20,7 @@ from trl.models.utils import unwrap_model_for_generation
 from ..errors import InputError
 from ..models.loading import release_memory
 from ..models.tokens import left_pad, stop_ids
-from .draws import Draw, Request, SamplingFailed, failure_on_any_rank, is_out_of_memory
+from .draws import PROMPT_TOKENS, Draw, Request, SamplingFailed, failure_on_any_rank, is_out_of_memory
 
 
 class StepRecorder(LogitsProcessor):
@@ -56,21 +56,23 @@ class StepRecorder(LogitsProcessor):
 
 
 class GenerateEngine:
-    """Draws with `model.generate`, `batch_size` completions at once on each process.
+    """Draws with `model.generate`, `batch_size` completions at once on each process, fewer where prompts are long.
 
-    When memory runs out, `batch_size` is halved for this draw and for all later draws.
+    The prompts of a batch, padded, take at most `prompt_tokens` tokens; a longer prompt is a batch of its own. When
+    memory runs out, `batch_size` is halved for this draw and for all later draws.
     """
 
     name = "generate"
 
-    def __init__(self, batch_size: int = 64):
+    def __init__(self, batch_size: int = 64, prompt_tokens: int = PROMPT_TOKENS):
         self.batch_size = batch_size
+        self.prompt_tokens = prompt_tokens
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw as [`~aesl_trl.sampling.draws.Engine`] says, with smaller batches until the memory suffices."""
         batch_size = self.batch_size
         while True:
-            drawn, error = _attempt(request, batch_size)
+            drawn, error = _attempt(request, batch_size, self.prompt_tokens)
             failure = failure_on_any_rank(error, request.accelerator)
             if failure is None:
                 break
@@ -88,13 +90,13 @@ class GenerateEngine:
         return drawn
 
 
-def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception | None]:
+def _attempt(request: Request, batch_size: int, prompt_tokens: int) -> tuple[list[Draw], Exception | None]:
     """Return (draws, error)."""
     drawn, error = [], None
     try:
         with unwrapped_whole(request) as model:
             try:
-                drawn = _draw_in_batches(model, request, batch_size)
+                drawn = _draw_in_batches(model, request, batch_size, prompt_tokens)
             except Exception as caught:  # TRL's context leaves the model unusable when an error passes through it
                 error = caught
     except Exception as caught:  # the weights could not be gathered
@@ -103,9 +105,21 @@ def _attempt(request: Request, batch_size: int) -> tuple[list[Draw], Exception |
     return drawn, error.with_traceback(None) if error is not None and is_out_of_memory(error) else error
 
 
-def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
+def batches_of(prompts: list[list[int]], batch_size: int, prompt_tokens: int) -> list[list[list[int]]]:
+    """Split prompts, in their order, into batches that hold at most `prompt_tokens` tokens once they are padded."""
+    batches, width = [], 0
+    for prompt in prompts:
+        width = max(width, len(prompt))
+        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * width > prompt_tokens:
+            batches.append([])
+            width = len(prompt)
+        batches[-1].append(prompt)
+    return batches
+
+
+def _draw_in_batches(model, request: Request, batch_size: int, prompt_tokens: int) -> list[Draw]:
     torch.manual_seed(request.rank_seed)
-    tokenizer, prompts = request.tokenizer, request.prompt_of_each_sample
+    tokenizer = request.tokenizer
     generation_config = GenerationConfig(
         do_sample=True,
         temperature=request.settings.temperature,
@@ -117,7 +131,7 @@ def _draw_in_batches(model, request: Request, batch_size: int) -> list[Draw]:
         eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    batches = batches_of(request.prompt_of_each_sample, batch_size, prompt_tokens)
     return [draw for batch in batches for draw in _generate(model, batch, generation_config)]
 
 

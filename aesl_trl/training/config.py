@@ -62,7 +62,8 @@ class AESLSFTConfig(SFTConfig):
         diversity_token_budget: completion tokens that a measurement may cost over all prompts and samples (prompts x
             samples x max_new_tokens). A larger measurement is made smaller, and a line says so: first its prompts,
             down to 16, then its length, down to 256, then its samples, down to 4. `None` is 32,768 with `"generate"`
-            and 131,072 with vLLM, 0 no limit.
+            and 131,072 with vLLM, 0 no limit. Prompts count too: `model.generate` reads at most this many of their
+            tokens at once (never less than 32,768; 131,072 without a limit), so that a batch of long ones is split.
         diversity_backend: how to sample: `"generate"` is `model.generate`; `"vllm_colocate"` shares the training's
             GPUs, `"vllm_server"` is a `vllm serve` of its own; `"auto"` takes a server where one is named, vLLM where
             it is installed and there is a GPU, else `"generate"`, and says which.

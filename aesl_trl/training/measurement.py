@@ -13,11 +13,11 @@ from ..diversity.selection import METRICS
 from ..diversity.series import base_groups, check_prompts, check_settings, prompts_digest
 from ..errors import InputError, visible
 from ..losses.scoring import has_fused_head
-from ..models.positions import check_room, num_positions
+from ..models.positions import check_prompt_tokens, check_room, num_positions
 from ..models.tokens import row_prompt_ids
 from ..rewards.functions import score_groups
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, choose_backend
-from ..sampling.draws import SamplingFailed, SamplingSettings, failure_on_any_rank
+from ..sampling.draws import PROMPT_TOKENS, SamplingFailed, SamplingSettings, failure_on_any_rank
 from ..sampling.generate import GenerateEngine
 from ..sampling.groups import sample_groups
 from ..sampling.vllm_synced import SyncedVLLM
@@ -86,16 +86,18 @@ class Measurement:
         self.reward_funcs = reward_funcs
         obstacle = _vllm_obstacle(trainer.model, settings.temperature)
         self.backend, self._why = choose_backend(settings.backend, settings.vllm, obstacle)
+        self.token_budget = budget_of(self.backend, settings.token_budget)
         if self.backend == "generate":
-            self.engine = GenerateEngine(settings.batch_size)
+            prompt_tokens = max(self.token_budget or PROMPT_TOKENS, DEFAULT_BUDGETS["generate"])
+            self.engine = GenerateEngine(settings.batch_size, prompt_tokens)
         else:
             self.engine = SyncedVLLM(self.backend, settings.vllm, trainer.args.per_device_train_batch_size)
-        self.token_budget = budget_of(self.backend, settings.token_budget)
         self.asked = settings.size(len(rows))
         self.size = size = fit(self.asked, self.token_budget)
         self.rows = rows[: size.num_prompts]
+        prompts = [row_prompt_ids(trainer.processing_class, row, template) for row in self.rows]
+        check_prompt_tokens(prompts, PROMPT_TOKENS, field="diversity_prompts")
         if (positions := num_positions(trainer.model)) is not None:
-            prompts = [row_prompt_ids(trainer.processing_class, row, template) for row in self.rows]
             where = {"field": "diversity_prompts", "setting": "max_new_tokens"}
             check_room(positions, prompts, settings.max_new_tokens, **where)
         seed = trainer.args.seed

@@ -62,6 +62,15 @@ def test_samples_need_room_and_a_reward_that_they_can_earn():
         check_samples(tokenizer, None, [{"prompt": ASK}], [asks_for("plan")], 4, **how)
 
 
+def test_a_prompt_beyond_any_length_is_refused_before_the_model_loads():
+    """A rotary model has no limit of its own: this one took 11 GB."""
+    rows = [{"prompt": ASK}, {"prompt": "9" * 200_000}]
+    parts = ["held-out: the prompt of row 1 (from 0) has 200000 tokens, and at most 131072 are read at once: take"]
+    how = {"field": "held-out", "setting": "max_new_tokens"}
+    refused(parts, check_samples, build_tokenizer(), None, rows, [says_yes], 4, **how)
+    check_samples(build_tokenizer(), None, [{"prompt": ASK}, {"prompt": "9" * 131_072}], [says_yes], 4, **how)
+
+
 def test_demonstrations_that_earn_nothing_as_samples_are_said():
     """As text the demonstration has its tags; as special tokens they are lost when the sample is decoded."""
     tokenizer = build_tokenizer()

@@ -5,13 +5,15 @@ Several processes: test_groups_processes.py.
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_draws import PROMPTS, STOPS, KeepingEngine, draw, ending_model, no_memory_beyond, stopping_model
 from tiny_models import build_model, build_tokenizer
 
 from aesl_trl.errors import InputError
 from aesl_trl.sampling import generate as generating
 from aesl_trl.sampling.draws import SamplingFailed, SamplingSettings
-from aesl_trl.sampling.generate import GenerateEngine
+from aesl_trl.sampling.generate import GenerateEngine, batches_of
 from aesl_trl.sampling.groups import sample_groups
 
 
@@ -71,6 +73,43 @@ def test_settings_of_the_models_generation_config_do_not_leak(tokenizer):
 
 
 # ---- Memory
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=30), batch_size=st.integers(1, 8), prompt_tokens=st.integers(1, 200)
+)
+def test_no_batch_of_prompts_takes_more_than_its_tokens(lengths, batch_size, prompt_tokens):
+    prompts = [[place] * length for place, length in enumerate(lengths)]
+    batches = batches_of(prompts, batch_size, prompt_tokens)
+    assert [prompt for batch in batches for prompt in batch] == prompts
+    sizes = [len(batch) * max(map(len, batch)) for batch in batches]
+    assert all(len(batch) <= batch_size for batch in batches)
+    assert all(size <= prompt_tokens or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+    for batch, after in zip(batches, batches[1:], strict=False):  # the next prompt had no room
+        width = max(map(len, [*batch, after[0]]))
+        assert len(batch) == batch_size or (len(batch) + 1) * width > prompt_tokens
+
+
+def test_batches_worked_out_by_hand():
+    prompts = [[1] * length for length in (3, 3, 5, 2, 2, 12, 1)]
+    lengths = [[len(prompt) for prompt in batch] for batch in batches_of(prompts, 3, 10)]
+    assert lengths == [[3, 3], [5, 2], [2], [12], [1]]  # 3 x 5 > 10, 3 x 5 > 10, 2 x 12 > 10, a prompt of its own
+    assert [len(batch) for batch in batches_of(prompts[:5], 3, 10**6)] == [3, 2]
+
+
+def test_long_prompts_are_read_a_few_at_a_time(tokenizer, monkeypatch):
+    """16 samples of prompts of 300 tokens: the model is never given more than 1,000 tokens at once."""
+    model, shapes = build_model(tokenizer), []
+    forward = type(model.model).forward
+
+    def noting(self, input_ids=None, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", noting)
+    rows = [{"prompt": str(digit) * 300} for digit in range(2)]
+    groups = sample_groups(model, tokenizer, rows, SamplingSettings(8, 1.0, 1), engine=GenerateEngine(64, 1_000))
+    assert shapes == [(3, 300)] * 5 + [(1, 300)] and [len(group.completions) for group in groups] == [8, 8]
 
 
 def test_out_of_memory_is_answered_by_half_the_batch_that_is_kept(tokenizer, monkeypatch, capsys):

@@ -116,6 +116,7 @@ class Graders:
         lengths = [max(len(answer.completion), len(answer.solution or "")) for answer in answers]
         grades = [Grade(0.0, "too long") if length > MAX_CHARS else None for length in lengths]
         pending, tries = deque(index for index, grade in enumerate(grades) if grade is None), 0
+        struck = set()
         with self._lock:
             self._drop(lambda child: child.process.poll() is not None)
             try:
@@ -129,7 +130,10 @@ class Graders:
                             child.send(index, answers[index], deadline_s)
                     for child, is_late in self._wait():
                         index, grade = child.hear(is_late)
-                        if grade is not None:
+                        if child.was_struck and index not in struck:
+                            struck.add(index)  # it is no fault of the answer's, unless that comes again
+                            pending.appendleft(index)
+                        elif grade is not None:
                             grades[index] = grade
                         if child.is_spent and not child.is_ready:
                             tries += 1  # where memory ran short the kernel killed it, and the next one may start
@@ -199,6 +203,7 @@ class _Child:
         self._index = None
         self.deadline = time.monotonic() + START_S
         self.is_ready = self.is_spent = self.is_greedy = False
+        self.was_struck = False  # killed by somebody else in the midst of an answer: by the kernel, for memory, say
 
     @property
     def is_busy(self) -> bool:
@@ -235,6 +240,7 @@ class _Child:
             return None, None
         if self.is_greedy:
             return index, Grade(0.0, "memory")
+        self.was_struck = not is_late and code == -signal.SIGKILL
         return index, Grade(0.0, "timeout" if is_late or code == -signal.SIGXCPU else "crash")
 
     def look_at_memory(self) -> None:

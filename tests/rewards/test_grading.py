@@ -300,6 +300,24 @@ def test_a_child_that_died_between_batches_costs_nothing(stand_in):
     assert graders.grade([math("plain")] * 2, 5.0) == [RIGHT] * 2
 
 
+def test_an_answer_whose_child_somebody_else_killed_is_graded_again(stand_in):
+    graders = stand_in()
+    assert graders.grade([math("plain")], 5.0) == [RIGHT]
+    strike = threading.Timer(0.5, os.kill, [pids(graders)[0], signal.SIGKILL])
+    strike.start()
+    assert graders.grade([run("import time; time.sleep(2)"), math("plain")], 60.0) == [RIGHT, RIGHT]
+    strike.join()
+    twice = run("import signal; signal.raise_signal(signal.SIGKILL)")
+    assert graders.grade([twice, math("plain")], 60.0) == [Grade(0.0, "crash"), RIGHT]
+
+
+def test_a_child_that_somebody_stops_costs_its_answer(stand_in):
+    graders = stand_in()
+    assert graders.grade([math("plain")], 5.0) == [RIGHT]
+    os.kill(pids(graders)[0], signal.SIGSTOP)
+    assert graders.grade([math("plain")] * 2, 1.0) == [Grade(0.0, "timeout"), RIGHT]
+
+
 def test_a_child_that_nobody_kills_is_stopped_by_its_cpu_limit(stand_in):
     graders = stand_in()
     graders.grade([math("plain")], 5.0)

@@ -154,3 +154,13 @@ def test_every_commands_help_works(command):
     done = aesl(command, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["select", "report"])
+def test_the_command_imports_nothing_from_the_current_folder(command, tmp_path):
+    for name in ("yaml.py", "psutil.py", "matplotlib.py", "aesl_trl.py"):
+        (tmp_path / name).write_text("open('foreign', 'w')\n")
+    line = [Path(sys.executable).with_name("aesl"), command, "no-such-run"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no-such-run is not a folder" in done.stderr, done.stderr
+    assert not (tmp_path / "foreign").exists()

@@ -313,3 +313,21 @@ def test_json_that_python_cannot_read_is_one_line(text, tmp_path):
         with pytest.raises(InputError, match=f"{name}.* is not valid JSON") as error:
             read(tmp_path / name)
         assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "write", [files.write_text, files.write_json, lambda path, text: files.write_jsonl(path, [text])]
+)
+def test_a_file_that_is_written_whole_replaces_a_link(write, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "selection.json").symlink_to(tmp_path / "precious")
+    write(tmp_path / "selection.json", "new")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "selection.json").is_symlink() and "new" in (tmp_path / "selection.json").read_text()
+
+
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(tmp_path):
+    (tmp_path / files.RUN).write_text('{"stage": "sft"}')
+    os.mkfifo(tmp_path / files.DIVERSITY)
+    run = files.RunFolder(tmp_path)
+    assert run.rows(files.DIVERSITY) == [] and run.settings == {"stage": "sft"}

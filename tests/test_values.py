@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -261,3 +262,30 @@ def test_aliases_of_a_sane_size_stay(tmp_path):
 )
 def test_a_value_is_shown_in_a_few_words(value, text):
     assert values.shown(value).startswith(text) and len(values.shown(value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xef\xbb\xbfa: 1\r\nb: 2\r\n", None),  # as Windows writes it
+        ("a: 1\nb: 2\n".encode("utf-16"), "not YAML in UTF-8"),
+        ("a: caf\xe9\n".encode("latin-1"), "not YAML in UTF-8"),
+        (b"a: 1\0\nb: 2\n", "not YAML in UTF-8"),
+        (b"a: 1\n---\nb: 2\n", "line 2: but found another document"),
+        (b"a: !!python/object/apply:os.getpid []\n", "could not determine a constructor"),
+        (None, "does not exist"),
+    ],
+    ids=["BOM and CRLF", "UTF-16", "Latin-1", "NUL", "two documents", "tag", "pipe"],
+)
+def test_a_config_of_other_bytes_is_read_or_one_line(content, says, tmp_path):
+    path = tmp_path / "config.yaml"
+    if content is None:
+        os.mkfifo(path)  # to read it would be to wait for ever
+    else:
+        path.write_bytes(content)
+    if says is None:
+        assert values.load_yaml(path) == {"a": 1, "b": 2}
+        return
+    with pytest.raises(InputError, match=says) as error:
+        values.load_yaml(path)
+    assert "\n" not in str(error.value)

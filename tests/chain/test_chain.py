@@ -21,7 +21,7 @@ from aesl_trl.chain import chain as chains
 from aesl_trl.chain.config import read_config
 from aesl_trl.chain.stages import BUILDERS
 from aesl_trl.errors import InputError
-from aesl_trl.processes import MARK, lock
+from aesl_trl.processes import MARK, lock, lock_beside
 from aesl_trl.training.session import training_lock
 
 
@@ -239,10 +239,19 @@ def test_by_readiness_the_candidates_are_probed_first(project, fakes, tmp_path):
 def test_two_chains_in_one_folder_are_refused(project, fakes):
     path = project()
     folder = Path(read_config(path).output_dir)
-    with lock(folder.with_name(f".{folder.name}.lock"), ""):
+    with lock(lock_beside(folder), ""):
         with pytest.raises(InputError, match="another chain is at work"):
             run(path)
     assert run(path) == ALL
+
+
+def test_a_chain_in_the_folder_by_another_name_is_refused(project, fakes, tmp_path):
+    path = project()
+    folder = Path(read_config(path).output_dir)
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    with lock(lock_beside(folder), ""), pytest.raises(InputError, match="another chain is at work in .*link"):
+        run(path, "--output_dir", str(tmp_path / "link"))
 
 
 def trains_in(folder: Path) -> AbstractContextManager:

@@ -182,6 +182,14 @@ def test_no_name_commands_the_terminal(tmp_path, undrawn, capsys):
 
 
 @pytest.mark.slow
+def test_any_name_of_a_folder_has_its_page(tmp_path):
+    """matplotlib reads mathematics between dollars."""
+    runs = [fake_run(tmp_path / name, "aesl") for name in (r"a$\frac$b", "$$", "100%", "a\nb", "x" * 200)]
+    for run in runs:
+        assert write_report([run]).stat().st_size > 10_000
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_a_hundred_thousand_logged_rows(tmp_path):
     """The page of a long run is no larger and takes no more memory than its rows need."""

@@ -3,8 +3,13 @@
 Under two processes: test_trainer_processes.py.
 """
 
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
+import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -67,6 +72,52 @@ def test_training_is_bit_equal_with_and_without(gradient_checkpointing, tokenize
     assert figures[0] == figures[1] and len(figures[0]) == 4
     first, second = (tmp_path / name / files.OWN / files.POSITIONS for name in ("0", "1"))
     assert first.read_text() == second.read_text()
+
+
+def idle(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def reseeds(completions, **kwargs):
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return idle(completions)
+
+
+def moves_and_forks(completions, **kwargs):
+    os.chdir("/")
+    os.environ.clear()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.map(abs, [-1])
+    return idle(completions)
+
+
+SECRETS = {"HF_TOKEN": "hf_mine", "WANDB_API_KEY": "wandb-mine", "AWS_SECRET_ACCESS_KEY": "aws-mine"}
+
+
+def test_a_training_is_the_same_in_an_odd_world(tokenizer, tmp_path, monkeypatch, capfd):
+    """Rewards that reseed, move and fork, a clock that runs backwards. No secret of the environment is written."""
+    monkeypatch.chdir(tmp_path)  # so that it is put back
+    endings = []
+    with patch.dict(os.environ, SECRETS):
+        for name, reward in {"plain": idle, "clock": idle, "seeds": reseeds, "moves": moves_and_forks}.items():
+            with monkeypatch.context() as world:
+                if name == "clock":
+                    backwards = itertools.count(time.time(), -10_800)
+                    world.setattr(time, "time", lambda times=backwards: next(times))
+                folder = tmp_path / name
+                trainer = monitored_trainer(
+                    tokenizer, folder, reward_funcs=[reward], save_strategy="steps", save_steps=2
+                )
+                trainer.train()
+            samples = [path.read_text() for path in sorted((folder / files.OWN / files.SAMPLES).iterdir())]
+            endings.append((series(folder), samples, (folder / files.OWN / files.POSITIONS).read_text()))
+            endings[-1] += ({key: weight.tolist() for key, weight in trained_weights(trainer).items()},)
+    assert all(ending == endings[0] for ending in endings)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    said = "".join(capfd.readouterr()).encode()
+    assert not any(secret.encode() in written + said for secret in SECRETS.values())
 
 
 # ---- What it writes
@@ -368,7 +419,8 @@ def test_a_new_run_forgets_the_old_one(tokenizer, tmp_path):
 
 
 def as_by_an_older_version(folder):
-    """Move what a training keeps in its own part to where version 0.1.0 kept it."""
+    """Move what a training keeps in its own part to where version 0.1.0 kept it; its trainer took no lock."""
+    (folder / files.OWN / files.TRAINING_LOCK).unlink()
     for path in (folder / files.OWN).iterdir():
         path.rename(folder / path.name)
     (folder / files.OWN).rmdir()
@@ -381,7 +433,7 @@ def test_a_run_of_an_older_version_goes_on_where_it_lies(tokenizer, tmp_path):
     monitored_trainer(tokenizer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [row["step"] for row in files.read_jsonl(tmp_path / files.DIVERSITY)] == [0, 2, 4]
     assert files.read_json(tmp_path / files.SELECTION)["candidates"] == [2, 4] and (tmp_path / files.SELECTED).is_dir()
-    assert not (tmp_path / files.OWN).exists()
+    assert [path.name for path in (tmp_path / files.OWN).iterdir()] == [files.TRAINING_LOCK]
 
 
 @pytest.mark.parametrize("steps", [2, 0])
@@ -459,6 +511,17 @@ def test_a_budget_makes_the_measurement_smaller_and_says_so(tokenizer, tmp_path,
         assert (row["num_prompts"], row["num_samples"], row["max_new_tokens"]) == (3, 3, 256)
         assert row["token_budget"] == 2304
         assert row["asked"] == {"num_prompts": 3, "num_samples": 3, "max_new_tokens": 300}
+
+
+@pytest.mark.parametrize(("budget", "read"), [(None, 32_768), (2304, 32_768), (50_000, 50_000), (0, 131_072)])
+def test_prompts_count_in_the_budget(budget, read, tokenizer, tmp_path):
+    trainer = monitored_trainer(tokenizer, tmp_path, diversity_token_budget=budget)
+    assert trainer.diversity_callback.measurement.engine.prompt_tokens == read
+
+
+def test_a_prompt_beyond_any_length_is_one_line(tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"^diversity_prompts: the prompt of row 1 .* 200000 tokens, and at most"):
+        monitored_trainer(tokenizer, tmp_path, prompts=["2+3=", "9" * 200_000])
 
 
 def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):

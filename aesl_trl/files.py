@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -124,10 +124,15 @@ def swapped(target: str | Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        if target.exists():
+        while new.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(new, target)
+            with suppress(FileNotFoundError):  # there is none, or another process has just moved it aside
+                os.replace(target, old)
+            try:
+                os.replace(new, target)
+            except OSError:
+                if not target.exists():  # else another process was faster, and ours replaces that one's
+                    raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -81,6 +84,42 @@ def test_an_error_inside_leaves_the_old_folder_whole(tmp_path, is_there, error):
         raise error
     assert (target / "weights").read_text() == "old" if is_there else not target.exists()
     assert litter(tmp_path) == []
+
+
+SWAPS = """
+import sys
+from pathlib import Path
+from aesl_trl.files import swapped
+for number in range(50):
+    with swapped(sys.argv[1]) as folder:
+        (folder / "weights").write_text(f"{sys.argv[2]} {number}")
+"""
+
+
+def test_two_processes_that_swap_at_once_leave_one_whole_folder(tmp_path):
+    target = tmp_path / "selected"
+    both = [subprocess.Popen([sys.executable, "-c", SWAPS, target, name]) for name in "ab"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert os.listdir(tmp_path) == ["selected"] and (target / "weights").read_text().endswith("49")
+
+
+def test_a_folder_that_another_process_swaps_at_the_same_moment_is_replaced(tmp_path, monkeypatch):
+    target, replace, moments = tmp_path / "target", os.replace, []
+    files.write_text(target / "weights", "old")
+
+    def replace_late(source, to):
+        moments.append(source)
+        if len(moments) == 1:  # the other process has moved the old one aside
+            shutil.rmtree(target)
+        elif len(moments) == 2:  # and put its own in the place
+            (target / "sub").mkdir(parents=True)
+        replace(source, to)
+
+    with monkeypatch.context() as patch, files.swapped(target) as folder:
+        (folder / "weights").write_text("ours")
+        patch.setattr(files.os, "replace", replace_late)
+    assert [path.name for path in target.iterdir()] == ["weights"] and (target / "weights").read_text() == "ours"
+    assert len(moments) == 4 and litter(tmp_path) == []
 
 
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny_models import build_model, build_tokenizer  # noqa: E402
+from tiny_models import build_tokenizer, save_model  # noqa: E402
 
 
 # Read where a kernel is defined, so before aesl_trl is imported: without a GPU the tests interpret the Triton kernels
@@ -35,10 +35,4 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tokenizer):
     """Save an untrained two-layer Qwen2 of width 16 as a hub model would be, and return the folder."""
-    folder = tmp_path_factory.mktemp("tiny-qwen2")
-    model = build_model(tokenizer)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_model(tokenizer, tmp_path_factory.mktemp("tiny-qwen2")))

@@ -15,69 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from crash_runs import ROOT, SUPPORT, chained, crash_project, without_clock
 
 from aesl_trl import files
 from aesl_trl.training.checkpoints import INCOMPLETE, MANIFEST, is_whole, numbered, read_manifest
-
-
-ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "tests/support"
-REWARD = f"""
-import sys
-sys.path.append({str(SUPPORT)!r})
-import crash_script
-crash_script.install()
-def has_digit(prompts, completions, **kwargs):
-    return [float(any(c.isdigit() for c in str(text))) for text in completions]
-"""
-# Logs, measurements, saves and epochs (of 5 steps) never fall together for long; the last step is inside an epoch.
-SFT = {
-    "model_name_or_path": "model",
-    "dataset_name": "train.jsonl",
-    "eval_dataset_name": "held_out.jsonl",
-    "reward_funcs": ["reward.py:has_digit"],
-    "output_dir": "out",
-    "max_steps": 9,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 0.01,
-    "lr_scheduler_type": "constant",
-    "diversity_steps": 2,
-    "diversity_samples": 2,
-    "diversity_max_new_tokens": 6,
-    "selection": "best_eval",
-    "max_candidates": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "logging_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
-GRPO = {
-    **{key: value for key, value in SFT.items() if key in ("model_name_or_path", "reward_funcs", "output_dir")},
-    "dataset_name": "train.jsonl",
-    "max_steps": 6,
-    "learning_rate": 0.01,
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "logging_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
-CLOCK = re.compile(
-    "runtime|seconds|time_share|per_second|step_time|train_loss|total_flos"
-)  # of this call, or of this machine
 
 
 class Server:
@@ -123,16 +64,7 @@ def counted(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.mktemp("crashes")
-    (folder / "model").symlink_to(tiny_model_dir)
-    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
-    held_out = [{**row, "prompt": "9" + row["prompt"]} for row in rows[:4]]
-    files.write_jsonl(folder / "train.jsonl", rows)
-    files.write_jsonl(folder / "held_out.jsonl", held_out)
-    (folder / "reward.py").write_text(REWARD)
-    (folder / "sft.yaml").write_text(yaml.safe_dump(SFT))
-    (folder / "grpo.yaml").write_text(yaml.safe_dump(GRPO))
-    return folder
+    return crash_project(tmp_path_factory.mktemp("crashes"), tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +93,7 @@ def ending(out: Path) -> dict:
     logs = files.read_json(out / files.OWN / files.TRAINER_STATE)["log_history"]
     found = {
         "weights": (out / "model.safetensors").read_bytes(),
-        "logs": [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in logs],
+        "logs": without_clock(logs),
     }
     if (out / files.OWN / files.DIVERSITY).exists():
         selection = files.read_json(out / files.OWN / files.SELECTION)
@@ -169,7 +101,7 @@ def ending(out: Path) -> dict:
             selection["evidence"]["measured"].pop(name)
         series = files.read_jsonl(out / files.OWN / files.DIVERSITY)
         found |= {
-            "diversity": [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in series],
+            "diversity": without_clock(series),
             "positions": files.read_jsonl(out / files.OWN / files.POSITIONS),
             "selection": selection,
             "samples": {path.name: path.read_text() for path in (out / files.OWN / files.SAMPLES).iterdir()},
@@ -374,39 +306,10 @@ def end_processes_of(launcher: subprocess.Popen) -> None:
 # ---- The whole chain
 
 
-@pytest.fixture
-def chain_config(project):
-    """SFT in two processes under `accelerate launch`, GRPO in one."""
-    recipes = ROOT / "recipes" / "accelerate_configs"
-    sft = {**SFT, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
-    (project / "chain-sft.yaml").write_text(yaml.safe_dump(sft))
-    grpo = {**GRPO, "max_completion_length": 16, "mask_truncated_completions": False}
-    (project / "chain-grpo.yaml").write_text(yaml.safe_dump(grpo))
-    evaluation = {"dataset_name": "held_out.jsonl", "reward_funcs": ["reward.py:has_digit"], "samples": 4}
-    (project / "chain-eval.yaml").write_text(yaml.safe_dump({**evaluation, "max_new_tokens": 16}))
-    values = {
-        "probe": None,
-        "output_dir": "chain",
-        "sft": {"config": "chain-sft.yaml", "accelerate_config": str(recipes / "cpu_2_processes.yaml")},
-        "grpo": {"config": "chain-grpo.yaml", "accelerate_config": str(recipes / "cpu.yaml")},
-        "eval": {"config": "chain-eval.yaml"},
-    }
-    (project / "chain.yaml").write_text(yaml.safe_dump(values))
-    return project / "chain.yaml"
-
-
-def chained(config: Path, out: Path, sleep_s: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "aesl_trl.cli", "chain", "--config", str(config), "--output_dir", str(out)]
-    env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    env |= {"CRASH_FOLDER": str(out), "CRASH_SLEEP": str(sleep_s)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_chain_told_to_stop_and_killed(chain_config, tmp_path):
+def test_a_chain_told_to_stop_and_killed(project, tmp_path):
+    chain_config = project / "chain.yaml"
     whole, out = tmp_path / "whole", tmp_path / "out"
     undisturbed = chained(chain_config, whole)
     printed, _ = undisturbed.communicate()

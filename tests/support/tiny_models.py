@@ -59,3 +59,13 @@ def build_model(tokenizer, seed=0, **overrides):
     }
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).float()
+
+
+def save_model(tokenizer, folder):
+    """Save an untrained [`build_model`] to `folder` as a hub model would be, and return the folder."""
+    model = build_model(tokenizer)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

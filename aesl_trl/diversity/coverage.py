@@ -103,4 +103,5 @@ def lost_sentence(figures: dict, ends: dict, num_samples: int) -> str | None:
     if not is_number(low) or low <= 0:
         return None
     shown, k = with_interval(figures.get(LOST), ends[LOST]), coverage_k(num_samples)
-    return f"coverage lost is {shown}: prompts that the base solves within {k} samples and this model no longer does"
+    what = f"share of prompts that the base solves within {k} samples and this model does not, beyond chance"
+    return f"coverage lost is {shown}: {what}"

@@ -277,10 +277,12 @@ def test_lost_coverage_is_said_and_decides_nothing():
     found = entry("late", own, base=base)
     assert found["verdict"] == READY and found["figures"]["coverage_lost"] > 0.4
     low, high = found["intervals"]["coverage_lost"]
-    said = f"caution: coverage lost is {found['figures']['coverage_lost']:.2f} [{low:.2f}, {high:.2f}]: prompts that"
+    said = (
+        f"caution: coverage lost is {found['figures']['coverage_lost']:.2f} [{low:.2f}, {high:.2f}]: share of prompts"
+    )
     assert sum(reason.startswith(said) for reason in found["reasons"]) == 1
     text = table({"checkpoints": [found], "num_samples": 8, "reference": "base"})
-    assert "coverage lost" in text and f"  - {said} the base solves within 4 samples" in text
+    assert "coverage lost" in text and f"  - {said} that the base solves within 4 samples" in text
     itself = entry("base", base, base=base)
     assert (itself["figures"]["coverage_lost"], itself["intervals"]["coverage_lost"]) == (0.0, [0.0, 0.0])
     assert not any("coverage" in reason for reason in itself["reasons"])

@@ -44,7 +44,7 @@ def test_a_start_that_lost_coverage_says_so(tmp_path, undrawn):
     lost = {LOST: 0.25, "intervals": {LOST: [0.2, 0.3]}}
     write_jsonl(path, [row | lost if row["step"] == step else row for row in read_jsonl(path)])
     assert (
-        f"nll, step {step}: coverage lost is 0.25 [0.20, 0.30]: prompts that the base solves"
+        f"nll, step {step}: coverage lost is 0.25 [0.20, 0.30]: share of prompts that the base solves"
         in written_page([run]).words
     )
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "chain": ("chain.chain", "run the whole story: sft, select, handoff, probe, grpo, eval, report"),
     "select": ("diversity.selection", "choose the checkpoint of a cold start that goes to RL"),
     "handoff": ("models.handoff", "make the folder that RL starts from, and check it"),
+    "mix": ("evaluation.mix", "average a cold start's checkpoint with its base (WiSE-FT), as candidates for RL"),
     "probe": ("evaluation.probe", "judge whether a checkpoint is ready for RL, with reasons"),
     "eval": ("evaluation.evaluate", "measure pass@k and diversity before and after RL"),
     "interpolate": ("models.interpolate", "average two checkpoints of one run (WiSE-FT)"),

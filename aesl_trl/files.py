@@ -39,6 +39,7 @@ SELECTED = "selected"
 HANDOFF = "handoff.json"
 HANDOFF_DIR = "handoff"
 READINESS = "readiness.json"
+MIXES = "mix.json"  # averages of the base and a candidate; in the SFT's own part
 GRPO_DIR = "grpo"
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
@@ -326,9 +327,19 @@ class RunFolder:
             raise InputError(f"{folder} holds no candidate (step-N): train with diversity_steps above 0")
         return steps
 
-    def candidate(self, step: int) -> Path:
-        """Return the folder of the candidate saved at `step`."""
-        return self.candidates_folder / f"step-{step}"
+    def candidate(self, name: int | str) -> Path:
+        """Return the folder of the candidate of a step, or of that name (`mix-0.7`)."""
+        return self.candidates_folder / (name if isinstance(name, str) else f"step-{name}")
+
+    @cached_property
+    def mixes(self) -> dict[str, dict]:
+        """The rows of mix.json by their candidates' names; none where `aesl mix` has not run."""
+        path = own_folder(self.sft) / MIXES
+        rows = read_object(path).get("candidates", [])
+        objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        if not objects or not all(is_mix(row.get("candidate")) for row in rows):
+            raise InputError(f"{path} is not what aesl mix writes: run aesl mix {self.path} again")
+        return {row["candidate"]: row for row in rows}
 
     @property
     def sample_files(self) -> dict[int, Path]:
@@ -340,6 +351,17 @@ class RunFolder:
     def object(self, name: str) -> dict:
         """Return the JSON object `name` of the run, else of its SFT folder, else an empty one."""
         return next((found for place in self.places if (found := read_object(place / name))), {})
+
+
+def is_mix(candidate: Any) -> bool:
+    """Say whether this is the name of an average of the base and a candidate."""
+    return isinstance(candidate, str) and re.fullmatch(r"mix-[0-9.e-]+", candidate) is not None
+
+
+def chosen(selection: dict) -> str | None:
+    """Say what a selection.json chose: `step 400`, or `mix-0.7`; None where it chose nothing."""
+    step, candidate = selection.get("step"), selection.get("candidate")
+    return candidate if is_mix(candidate) else None if step is None else f"step {step}"
 
 
 def is_sft_folder(folder: Path) -> bool:

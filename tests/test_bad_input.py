@@ -335,7 +335,7 @@ RUNS = {
     "select, newer version": (on_run("select", edit=NEWER), "written by aesl_trl 9.1.0", "0.1.0: update aesl_trl"),
     "select, misspelt rule": (
         on_run("select", "--rule", "turningpoint"),
-        "rule is 'turningpoint', but must be one of turning_point, last, best_eval, readiness",
+        "rule is 'turningpoint', but must be one of turning_point, last, best_eval, readiness, mix",
         "mean 'turning_point'",
     ),
     "select, no such flag": (on_run("select", "--rul", "last"), "unrecognized arguments: --rul", "aesl select --help"),

@@ -169,7 +169,7 @@ def _prepare_folder(chain: Chain, stage: Stage, inputs: Inputs) -> Path | None:
 
 def _select(chain: Chain, log: Path) -> int:
     chosen = select_run(chain.sft_dir, out=chain.run, **chain.selection)
-    line = f"step {chosen['step']} by {chosen['applied']}: {chosen['reason']}"
+    line = f"{files.chosen(chosen)} by {chosen['applied']}: {chosen['reason']}"
     line += f"; replaces {chosen['replaces']}" if chosen["replaces"] else ""
     say(line)
     files.write_text(log, line + "\n")
@@ -185,7 +185,7 @@ def closing_table(chain: Chain) -> str:
     """Lay out the figures at RL's start and end, of this run and of the recorded ones. Entropy is in nats a token."""
     rows = [("run", "model", "step", *COLUMNS)]
     for run, label in [(chain.run, ""), *((Path(run), " (recorded)") for run in chain.config.report.compare)]:
-        start = {"start": str(files.read_object(run / files.SELECTION).get("step", "-"))}
+        start = {"start": (files.chosen(files.read_object(run / files.SELECTION)) or "-").removeprefix("step ")}
         for name, figures in files.read_object(run / files.EVALUATION).get("models", {}).items():
             shown = ("-" if figures.get(column) is None else f"{figures[column]:.3f}" for column in COLUMNS)
             rows.append((f"{run_name(run)}{label}", name, start.get(name, ""), *shown))

@@ -25,10 +25,21 @@ class SFTOptions(TrainingOptions):
 
 @dataclass
 class SelectionOptions:
-    rule: Literal["turning_point", "last", "best_eval", "readiness"] | None = None
+    rule: Literal["turning_point", "last", "best_eval", "readiness", "mix"] | None = None
     metric: Literal["entropy", "self_bleu"] | None = None
     patience: int | None = None
     step: int | None = None  # the candidate of this step, in place of a rule's choice
+
+
+@dataclass
+class MixOptions(TrainingOptions):
+    """The averages with the base that `selection.rule: mix` chooses from: the candidate's shares in them.
+
+    Without a config they are measured as SFT's config says.
+    """
+
+    config: str | None = None
+    weights: list[float] | None = None
 
 
 @dataclass
@@ -69,6 +80,7 @@ class ChainConfig:
     seed: int = field(default=0, metadata=SEED_BOUNDS)
     sft: SFTOptions | None = None
     selection: SelectionOptions = field(default_factory=SelectionOptions)
+    mix: MixOptions | None = None
     handoff: HandoffOptions = field(default_factory=HandoffOptions)
     probe: ProbeOptions | None = field(default_factory=ProbeOptions)
     ignore_readiness: bool = False
@@ -83,9 +95,13 @@ def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | 
         InputError: an unknown or mistyped key, or a named file or run that does not exist.
     """
     path, values = Path(path), load_yaml(path)
-    if "sft" not in values and (unused := [name for name in ("selection", "handoff") if name in values]):
+    if "sft" not in values and (unused := [name for name in ("selection", "mix", "handoff") if name in values]):
         raise InputError(f"{path}: {unused[0]} needs an sft section: without one, RL starts from grpo's own model")
-    for name in ("sft", "eval"):  # only of the probe we know what null says: there is one unless it is turned off
+    for name in (
+        "sft",
+        "mix",
+        "eval",
+    ):  # null says something of the probe alone, which is there unless it is turned off
         if name in values and values[name] is None:
             raise InputError(f"{path}: {name} must be a mapping (key: value), got null; leave it out")
     if output_dir is not None:
@@ -106,7 +122,7 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
 
     config.output_dir = absolute(config.output_dir)
     check_folder(f"{path}: output_dir", config.output_dir)
-    for name in ("sft", "probe", "grpo", "eval"):
+    for name in ("sft", "mix", "probe", "grpo", "eval"):
         section = getattr(config, name)
         for key in ("config", "accelerate_config"):
             if (value := getattr(section, key, None)) is not None:

@@ -15,7 +15,7 @@ from .stages import BUILDERS, Chain, Stage, portable
 
 
 # Each stage was a module of its own, which `aesl_trl.cli` and the command's name stand for now.
-MODULES = {name: f"aesl_trl.{name}" for name in ("handoff", "probe", "report")} | {"eval": "aesl_trl.evaluate"}
+MODULES = {name: f"aesl_trl.{name}" for name in ("handoff", "mix", "probe", "report")} | {"eval": "aesl_trl.evaluate"}
 
 
 def renew(chain: Chain) -> None:

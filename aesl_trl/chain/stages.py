@@ -14,7 +14,7 @@ from ..arguments import ENV_NAMES, load_config, parse, resolve
 from ..errors import InputError
 from ..processes import GRACE_S, MARK, child_env
 from ..values import load_yaml
-from .config import ChainConfig, TrainingOptions
+from .config import ChainConfig, MixOptions, TrainingOptions
 
 
 NAME = "aesl chain"
@@ -25,10 +25,15 @@ CLI = [sys.executable, "-m", "aesl_trl.cli"]
 READ_BY = {
     "sft": "aesl_trl.training.sft",
     "candidates": "aesl_trl.evaluation.probe",
+    "mix": "aesl_trl.evaluation.mix",
     "probe": "aesl_trl.evaluation.probe",
     "grpo": "aesl_trl.training.grpo",
     "eval": "aesl_trl.evaluation.evaluate",
 }
+
+
+# The stages that measure candidates between SFT and the selection, and the rule that reads what they measured
+MEASURED_FOR = {"candidates": "readiness", "mix": "mix"}
 
 
 @dataclass
@@ -49,17 +54,16 @@ class Chain:
 
     @property
     def names(self) -> list[str]:
-        candidates = ["candidates"] if self.selects_by_readiness else []
-        cold_start = ["sft", *candidates, "select", "handoff"] if self.config.sft else []
+        measured = [name for name, rule in MEASURED_FOR.items() if self.selects_by(rule)]
+        cold_start = ["sft", *measured, "select", "handoff"] if self.config.sft else []
         probe = ["probe"] if self.config.probe else []
         return [*cold_start, *probe, "grpo", *(["eval"] if self.config.eval else []), "report"]
 
-    @property
-    def selects_by_readiness(self) -> bool:
-        """Whether the chain's rule says so, or the rule of SFT's config, which leaves the selection to the chain."""
+    def selects_by(self, rule: str) -> bool:
+        """Say whether this is the chain's rule, or that of SFT's config, which leaves the selection to the chain."""
         if not self.config.sft:
             return False
-        return (self.config.selection.rule or load_yaml(self.config.sft.config).get("selection")) == "readiness"
+        return (self.config.selection.rule or load_yaml(self.config.sft.config).get("selection")) == rule
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -160,6 +164,17 @@ def build_candidates(chain: Chain) -> Stage:
     return _probe_stage(chain, "candidates", str(chain.sft_dir), output)
 
 
+def build_mix(chain: Chain) -> Stage:
+    """Write and measure averages of the base and a candidate, beside the candidates."""
+    options, seed = chain.config.mix or MixOptions(), chain.config.seed
+    config, accelerate = options.config or chain.config.sft.config, options.accelerate_config
+    weights = ["--weights", *map(str, options.weights)] if options.weights else []
+    arguments = ["mix", str(chain.sft_dir), "--config", config, "--seed", str(seed), *weights]
+    command = launch(accelerate, "aesl_trl.cli", *arguments) if accelerate else [*CLI, *arguments]
+    given = {"seed": seed, **({"weights": options.weights} if options.weights else {})}
+    return Stage("mix", command, files.own_folder(chain.sft_dir) / files.MIXES, config, accelerate, given)
+
+
 def build_probe(chain: Chain) -> Stage:
     """Probe RL's start, after the handoff has settled what ends a sample: before it, a candidate may not stop."""
     return _probe_stage(chain, "probe", chain.start, chain.run / files.READINESS)
@@ -207,6 +222,7 @@ def build_report(chain: Chain) -> Stage:
 BUILDERS = {
     "sft": build_sft,
     "candidates": build_candidates,
+    "mix": build_mix,
     "select": build_select,
     "handoff": build_handoff,
     "probe": build_probe,
@@ -294,8 +310,18 @@ def check_stages(chain: Chain, flags: Sequence[str] = ()) -> None:
         _, args, _ = parse(argument_types("probe"), ["--config", named, *common], prog=NAME)
         if args.deepspeed:
             raise InputError(f"{named}: the probe does without deepspeed: give chain.yaml's probe a config of its own")
-    elif chain.selects_by_readiness:
+    elif chain.selects_by("readiness"):
         raise InputError(f"{chain.path}: selection by readiness needs the probe: leave out probe: null")
+    if chain.selects_by("mix"):
+        stage = build_mix(chain)
+        weights = ["--weights", *map(str, stage.given["weights"])] if "weights" in stage.given else []
+        _, args, _ = parse(argument_types("mix"), ["--config", stage.config, *weights, *common], prog=NAME)
+        if args.deepspeed:
+            raise InputError(
+                f"{stage.config}: aesl mix does without deepspeed: give chain.yaml's mix a config of its own"
+            )
+    elif config.mix:
+        raise InputError(f"{chain.path}: mix is for selection by mix: add selection: {{rule: mix}}, or leave it out")
     if config.eval:
         load_config(config.eval.config, argument_types("eval"))
 

@@ -82,6 +82,8 @@ class Cell:
         chain |= {} if self.selection == "readiness" else {"probe": None}
         found = {}
         for stage, section in config.chain.items():
+            if stage == "mix" and self.selection != "mix":
+                continue
             chain[stage] = dict(section) if isinstance(section, dict) else section
             changes = getattr(setting, stage, None) or {}
             if stage == "sft" and self.selection is not None:
@@ -161,6 +163,7 @@ class Cell:
             "point": str(self.point),
             "folder": os.path.relpath(self.home, self.config.output_dir),
             "step": chosen.get("step"),
+            "start": files.chosen(chosen),
             "applied": chosen.get("applied"),
             "same_as": facts.get("same_as"),
             "outdated": not self.is_done(),

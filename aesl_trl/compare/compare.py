@@ -19,7 +19,7 @@ from typing import Any
 from .. import files
 from ..arguments import ArgumentParser
 from ..chain.stages import ANYWHERE, CLI
-from ..diversity.selection import select_run
+from ..diversity.selection import LEFT_TO, select_run
 from ..errors import InputError, nearest, tell
 from ..errors import say as complain
 from ..processes import DRY_RUN, HERE, MARK, check_in_child, child_env, end_orphans, lock
@@ -120,22 +120,22 @@ def _launch(comparison: Comparison, cell: Cell, environment: dict[str, str]) -> 
 def same_start(cell: Cell) -> Path | None:
     """Return the finished cell of the same cold start and the same step: RL from that step would be the same run.
 
-    None while the cold start is not trained, or where the chain itself has to find the step (by probing candidates).
+    None while the cold start is not trained, or where the chain itself has to measure first (readiness, mix).
     """
     if cell.selection is None or not cell.sft_is_done():
         return None
     chain = chain_of(cell.home)
-    if chain.config.selection.rule == "readiness":
+    if chain.config.selection.rule in LEFT_TO:
         return None
     try:
-        step = select_run(chain.sft_dir, out=cell.home, **chain.selection)["step"]
+        start = files.chosen(select_run(chain.sft_dir, out=cell.home, **chain.selection))
     except InputError:  # the chain will say the same, and only this cell fails
         return None
     for other in cell.config.selections(cell.method):
         sibling = replace(cell, selection=other)
         place = sibling.home
         if place != cell.home and (place / files.SELECTION).exists() and (place / files.CHAIN).exists():
-            if files.read_json(place / files.SELECTION)["step"] == step and sibling.is_done():
+            if files.chosen(files.read_object(place / files.SELECTION)) == start and sibling.is_done():
                 return place
     return None
 

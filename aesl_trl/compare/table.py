@@ -254,7 +254,7 @@ def distinct_runs(cells: Sequence[dict]) -> list[dict]:
     """Return the cells without those that are the same run: a selection that came to the step of an earlier cell."""
     found: dict[Any, dict] = {}
     for cell in cells:
-        start = cell["step"] if cell["selection"] is not None else None
+        start = cell.get("start", cell["step"]) if cell["selection"] is not None else None
         place = (cell.get("base"), cell["setting"], cell["method"], cell.get("point"))
         key = (*place, cell["seed"], cell.get("run"), start)
         found.setdefault(key, cell)

@@ -13,13 +13,15 @@ from ..errors import InputError, exit_on_input_error, tell
 from ..files import RunFolder
 from ..provenance import __version__
 from ..values import check_choice
-from .intervals import is_number
+from .intervals import is_number, with_interval
 from .readiness import rank
 from .series import METRICS, by_step, check_settings, nearest_step, turning_point_of
 
 
 EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # on which side of the figure the model is best
-RULES = ("turning_point", "last", "best_eval", "readiness")
+RULES = ("turning_point", "last", "best_eval", "readiness", "mix")
+# The rules that read what a command measured after the training, and that command
+LEFT_TO = {"readiness": "aesl probe", "mix": "aesl mix"}
 
 
 def select_checkpoint(
@@ -32,6 +34,7 @@ def select_checkpoint(
     patience: int = 3,
     best_eval_metric: str = "eval_nll",
     readiness: dict | None = None,
+    mixes: dict | None = None,
 ) -> dict:
     """Choose one of the saved candidates.
 
@@ -43,6 +46,7 @@ def select_checkpoint(
     - "readiness": the best of the candidates that `aesl probe` found ready ([`~readiness.rank`]): by the reward after
       its short RL runs where it made them, else by the share of groups with signal. Where no candidate is ready it
       falls back to "turning_point".
+    - "mix": the best of the averages with the base that `aesl mix` wrote ([`best_mix`]).
 
     The step that a rule wants may not be saved (the base model, step 0, never is). Then the nearest candidate is
     taken, and the earlier of two that are equally near.
@@ -55,12 +59,14 @@ def select_checkpoint(
         metric: "entropy" or "self_bleu". The turning point of the other metric goes into the evidence.
         best_eval_metric: "eval_nll" (lowest) or "pass@1" of the diversity rows (highest).
         readiness: the contents of readiness.json, which the rule "readiness" needs.
+        mixes: the contents of mix.json, which the rule "mix" needs.
 
     Returns:
-        The contents of selection.json except `path`: `rule` (asked for), `applied`, `step`, `reason`, `evidence`,
-        `candidates`, `metric`. The evidence has `turning_point` (by metric: `step`, `reason` and the numbers),
-        `evaluation` (`metric`, and its `values` by step) and `measured` (the diversity row of the chosen step, or
-        None). It has `verdicts` (by step) under the rule "readiness", and `wanted_step` where that was not saved.
+        The contents of selection.json except `path`: `rule` (asked for), `applied`, `step`, `candidate` (`step-400`,
+        or `mix-0.7`: an average of the base and `step`), `reason`, `evidence`, `candidates`, `metric`. The evidence
+        has `turning_point` (by metric: `step`, `reason` and the numbers), `evaluation` (`metric`, and its `values` by
+        step) and `measured` (the row of the chosen candidate, or None). It has `verdicts` (by step) under the rule
+        "readiness", and `wanted_step` where that was not saved.
     """
     check_choice("rule", rule, RULES)
     check_choice("metric", metric, METRICS)
@@ -84,12 +90,19 @@ def select_checkpoint(
     probed = [entry for entry in entries if entry.get("step") in candidates]
     if rule == "readiness" and not probed:
         raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
-    applied, wanted, reason = _apply(rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed)
-    step = nearest_step(wanted, candidates)
+    mix = None
+    if rule == "mix":
+        mix, reason = best_mix(mixes["candidates"])
+        applied, wanted = rule, mixes["step"]
+    else:
+        applied, wanted, reason = _apply(
+            rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed
+        )
+    step = wanted if mix else nearest_step(wanted, candidates)
     evidence = {
         "turning_point": turning_points,
         "evaluation": {"metric": best_eval_metric, "values": evaluations},
-        "measured": measured.get(step),
+        "measured": mix or measured.get(step),
     }
     if probed:
         evidence["verdicts"] = {entry["step"]: entry["text"] for entry in probed}
@@ -100,11 +113,31 @@ def select_checkpoint(
         "rule": rule,
         "applied": applied,
         "step": step,
+        "candidate": mix["candidate"] if mix else f"step-{step}",
         "reason": reason,
         "evidence": evidence,
         "candidates": candidates,
         "metric": metric,
     }
+
+
+def best_mix(rows: Sequence[dict]) -> tuple[dict, str]:
+    """Return the best of mix.json's rows, and why.
+
+    It is the row with the largest share of mixed groups where every row has it, else that with the largest entropy in
+    nats a token. Of equal rows the one nearest to the base wins.
+
+    Raises:
+        InputError: no row has a figure.
+    """
+    measured = [row for row in rows if is_number(row.get("entropy"))]
+    if not measured:
+        raise InputError(f"no average in {files.MIXES} has been measured: run aesl mix again")
+    rewarded = all(is_number(row.get("groups_mixed")) for row in measured)
+    name, words = ("groups_mixed", "share of mixed groups") if rewarded else ("entropy", "entropy")
+    best = max(measured, key=lambda row: (row[name], -row["weight"]))
+    shown = with_interval(best[name], (best.get("intervals") or {}).get(name))
+    return best, f"largest {words}, {shown}, of {len(measured)} averages of the base and the candidate"
 
 
 def _apply(
@@ -201,26 +234,27 @@ def select_run(
         patience=recorded.get("diversity_patience", 3) if patience is None else patience,
         best_eval_metric=best_eval_metric or recorded.get("best_eval_metric") or "eval_nll",
         readiness=_read_readiness(folder.sft) if rule == "readiness" else None,
+        mixes=_read_mixes(folder) if rule == "mix" else None,
     )
     if step is not None:
         selection |= {"rule": "step", "applied": "step", "reason": f"step {step} was asked for"}
     out.mkdir(parents=True, exist_ok=True)
     # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere
-    files.replace_dir(folder.candidate(selection["step"]), out / files.SELECTED)
+    files.replace_dir(folder.candidate(selection["candidate"]), out / files.SELECTED)
     selection["path"] = files.SELECTED
-    replaces = _replaced(out / files.SELECTION, selection["step"])
+    replaces = _replaced(out / files.SELECTION, files.chosen(selection))
     files.write_json(out / files.SELECTION, selection)
     return selection | {"weights": str(out / files.SELECTED), "replaces": replaces}
 
 
-def _replaced(path: Path, step: int) -> str | None:
-    """Say which step other than `step` the selection.json `path` names. A torn one names none."""
+def _replaced(path: Path, now: str) -> str | None:
+    """Say which candidate other than `now` (`step 400`) the selection.json `path` names. A torn one names none."""
     try:
         before = files.read_object(path)
     except InputError:
         return None
-    is_other = before.get("step") not in (None, step)
-    return f"step {before['step']}, chosen by {before.get('applied')}" if is_other else None
+    is_other = files.chosen(before) not in (None, now)
+    return f"{files.chosen(before)}, chosen by {before.get('applied')}" if is_other else None
 
 
 def _read_readiness(sft: Path) -> dict:
@@ -235,6 +269,23 @@ def _read_readiness(sft: Path) -> dict:
     entries = found.get("checkpoints") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "verdict" in entry for entry in entries):
         raise InputError(f"{path} is not what aesl probe writes: run aesl probe {sft} again")
+    return found
+
+
+def _read_mixes(run: RunFolder) -> dict:
+    """Read the mix.json of the run's SFT folder; refuse one that lacks an average that was asked for."""
+    path = files.own_folder(run.sft) / files.MIXES
+    if not path.exists():
+        raise InputError(
+            f"{run.sft} has no {files.MIXES}, which the rule mix reads: run aesl mix {run.path} --config FILE (SFT's "
+            "config)"
+        )
+    found, rows = files.read_object(path), run.mixes.values()
+    if not isinstance(found.get("step"), int) or not all(is_number(row.get("weight")) for row in rows):
+        raise InputError(f"{path} is not what aesl mix writes: run aesl mix {run.path} again")
+    missing = [name for name in found.get("asked", []) if name not in run.mixes or not run.candidate(name).is_dir()]
+    if missing:
+        raise InputError(f"{path} lacks {missing[0]}, aesl mix was cut off: run it again to go on")
     return found
 
 
@@ -263,7 +314,7 @@ def _main(argv: Sequence[str] | None) -> None:
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)
     replaces = f"; replaces {selection['replaces']}" if selection["replaces"] else ""
-    chosen = f"selected step {selection['step']} by {selection['applied']}: {selection['reason']}{replaces}"
+    chosen = f"selected {files.chosen(selection)} by {selection['applied']}: {selection['reason']}{replaces}"
     tell(f"{chosen} -> {selection['weights']}")
 
 

@@ -166,7 +166,10 @@ def find_reference(name: str | None) -> Checkpoint | None:
 
 
 def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
-    """Return SFT folder and step of a candidate, a checkpoint, `selected` or `handoff`; else (None, None)."""
+    """Return SFT folder and step of a candidate, a checkpoint, `selected` or `handoff`; else (None, None).
+
+    An average with the base belongs to no step.
+    """
     path = path.absolute()
     numbered = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
     folder = files.run_of(path)
@@ -176,7 +179,8 @@ def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
     if path.name in (files.SELECTED, files.HANDOFF_DIR) and folder.is_dir():
         run = RunFolder(folder)
         if (run.own / files.SELECTION).is_file():
-            return run.sft, files.read_json(run.own / files.SELECTION).get("step")
+            selection = files.read_object(run.own / files.SELECTION)
+            return run.sft, None if files.is_mix(selection.get("candidate")) else selection.get("step")
     return None, None
 
 

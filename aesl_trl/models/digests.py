@@ -20,7 +20,7 @@ def weights_digest(model: str, revision: str | None = None) -> str | None:
     The hash covers each tensor's name and shape and its first values, in bfloat16: a copy in float32, or in other
     shards, is the same model. A training changes values of every tensor that it trains.
     """
-    folder = _folder_of(model, revision)
+    folder = folder_of(model, revision)
     tensors = open_tensors(folder) if folder else {}
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -36,7 +36,7 @@ def tokenizer_digest(model: str, revision: str | None = None) -> str | None:
 
     `model` is a folder or a name on the hub.
     """
-    folder = _folder_of(model, revision)
+    folder = folder_of(model, revision)
     found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder else []
     digest = hashlib.sha256()
     for path in found:
@@ -47,7 +47,7 @@ def tokenizer_digest(model: str, revision: str | None = None) -> str | None:
     return digest.hexdigest() if found else None
 
 
-def _folder_of(model: str, revision: str | None) -> Path | None:
+def folder_of(model: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model on this disk, the hub's cache included."""
     if Path(model).is_dir():
         return Path(model)

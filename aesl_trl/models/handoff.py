@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def described(result: dict, folder: Path) -> str:
     """Say in one line what a handoff wrote, how it was checked, and how RL starts from it."""
-    start = "" if result["step"] is None else f"step {result['step']}, "
+    start = f"{result['candidate']}, " if result["candidate"] else ""
     samples, done = result["samples"], {"full": "copied", "merge": "merged", "continue": "adapter kept"}
     stopped = f"{samples['stopped']} of {samples['num']} samples stopped"
     checked = f"log-probs within {result['log_probs_max_difference']:.2g} nats, " + (
@@ -196,6 +196,7 @@ def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
     return {
         "mode": mode,
         "step": source.step,
+        "candidate": source.candidate,
         "base": source.base,
         "quantization": source.quantization,
         "checks": {

@@ -105,7 +105,7 @@ def check_own_samples(scores: list[torch.Tensor], source: Source) -> dict | None
     if not nll <= entropy + OWN_SAMPLES_LIMIT:
         subject = f"base {source.base}" if source.base else f"model {source.weights}"
         raise InputError(
-            f"{subject} is not the one that gave the samples of step {source.step}: it finds them at {nll:.3g} nats a "
+            f"{subject} is not the one that gave the samples of {source.candidate}: it finds them at {nll:.3g} nats a "
             f"token, and their recorded entropy is {entropy:.3g}"
         )
     return {"nll": nll, "entropy": entropy}

@@ -10,11 +10,14 @@ be averaged matrix by matrix, because an adapter acts through the product B A. O
 
 which is exact, leaves the base untouched and gives r1 + r2 ranks. Modules trained as a whole (modules_to_save) are
 averaged. Tokenizer, configs and model code are A's. No model is built: weights are read and written a file at a time.
+
+The average of an adapter and its own base is the adapter with each product scaled: B A becomes (W B) A.
 """
 
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error, tell
@@ -35,7 +39,10 @@ INTERPOLATION = "interpolation.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Trainer's state and the model card describe A alone, and are not copied.
 BESIDE_WEIGHTS = ("*config.json", "*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "*.py")
-CONFIG_NOTES = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}  # not about the network
+# What a config says that is not about the network
+CONFIG_NOTES = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+CONFIG_NOTES |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 # Settings of an adapter that make the adapted weight more than W + s B A, or move the base that it is added to
 NOT_PLAIN = (
     "use_dora",
@@ -84,13 +91,10 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
         weight: W, the share of B, in (0, 1).
 
     Raises:
-        InputError: a weight out of range, folders of different kinds, shapes, dtypes, vocabularies or bases, quantized
+        InputError: a weight out of range, folders of different kinds, shapes, vocabularies or bases, quantized
             weights, or an adapter that is not plain LoRA. Nothing is written then.
     """
-    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < 1:
-        raise InputError(
-            f"weight is {weight!r}, but must be a number above 0 and below 1 (0 is {first}, 1 is {second})"
-        )
+    check_weight(weight, first, second)
     sources = [find_source(Path(name)) for name in (first, second)]
     check_replaceable("output", output, INTERPOLATION, [source.folder for source in sources])
     is_adapter = sources[0].is_adapter
@@ -105,22 +109,75 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
     check(*sources)
     _check_tensors(*(source.folder for source in sources))
     _check_vocabularies(*sources)
-    result = {
-        "kind": "adapter" if is_adapter else "full",
-        "first": sources[0].weights,
-        "second": sources[1].weights,
-        "weight": weight,
-        "versions": package_versions(),
-    }
+    return _written(output, sources[0], sources[1].weights, weight, lambda folder: write(*sources, weight, folder))
+
+
+def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *, weight: float) -> dict:
+    """Write the folder `output` with (1 - W) base + W tuned, and return what its interpolation.json holds.
+
+    Tokenizer, configs and dtype are those of `tuned`. For full weights this is [`interpolate`]. For a LoRA adapter it
+    is the adapter on the same base with each B multiplied by W; modules trained as a whole are averaged with the
+    base's.
+
+    Args:
+        tuned: a checkpoint's folder, with full weights or an adapter.
+        base: the folder of the full weights from which `tuned` was trained.
+        weight: W, the share of `tuned`, in (0, 1).
+
+    Raises:
+        InputError: as [`interpolate`], or a module trained as a whole that the base does not have in the same shape.
+    """
+    check_weight(weight, base, tuned)
+    source, base_share = find_source(Path(tuned)), 1 - weight
+    if not source.is_adapter:
+        return interpolate(tuned, base, output, weight=base_share)
+    check_replaceable("output", output, INTERPOLATION, [source.folder, base])
+    _check_safetensors(source)
+    _check_plain_lora(source)
+    tensors, others = open_tensors(source.folder), open_tensors(Path(base))
+    names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in tensors}
+    for name, plain in names.items():
+        is_whole = not name.endswith(LORA_A + LORA_B)
+        if is_whole and (plain not in others or others[plain].get_shape() != tensors[name].get_shape()):
+            raise InputError(
+                f"{tuned} trained {plain} as a whole, and {base} has no such tensor of shape "
+                f"{tensors[name].get_shape()}: merge the adapter first (aesl handoff {tuned} --output DIR)"
+            )
+
+    def write(folder: Path) -> None:
+        scaled = {}
+        for name, plain in names.items():
+            value = tensors[name][...]
+            if not name.endswith(LORA_A):
+                other = torch.zeros_like(value) if name.endswith(LORA_B) else others[plain][...]
+                value = average(value, other, base_share)
+            scaled[name] = value
+        save_file(scaled, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    return _written(output, source, str(base), base_share, write)
+
+
+def _written(output: str | Path, first: Source, second: str, weight: float, write: Callable[[Path], None]) -> dict:
+    """Swap in the folder `output`: what lies beside the weights of `first`, and the weights, by `write(folder)`."""
+    kind = "adapter" if first.is_adapter else "full"
+    result = {"kind": kind, "first": first.weights, "second": second, "weight": weight, "versions": package_versions()}
     with swapped(output) as folder:
-        for path in {path for pattern in BESIDE_WEIGHTS for path in sources[0].folder.glob(pattern) if path.is_file()}:
+        for path in {path for pattern in BESIDE_WEIGHTS for path in first.folder.glob(pattern) if path.is_file()}:
             shutil.copy2(path, folder)
-        write(*sources, weight, folder)
+        write(folder)
         write_json(folder / INTERPOLATION, result)
     return result
 
 
 # ---- Checks
+
+
+def check_weight(weight: float, first: str | Path, second: str | Path) -> None:
+    """Refuse a share of `second` that is not a number in (0, 1)."""
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < 1:
+        raise InputError(
+            f"weight is {weight!r}, but must be a number above 0 and below 1 (0 is {first}, 1 is {second})"
+        )
 
 
 def _check_safetensors(*sources: Source) -> None:
@@ -132,7 +189,7 @@ def _check_safetensors(*sources: Source) -> None:
 
 
 def _check_models(first: Source, second: Source) -> None:
-    one, other = (read_json(source.folder / CONFIG) for source in (first, second))
+    one, other = map(_network, (first, second))
     for name in sorted((one.keys() | other.keys()) - CONFIG_NOTES):
         if one.get(name) != other.get(name):
             raise InputError(
@@ -141,24 +198,34 @@ def _check_models(first: Source, second: Source) -> None:
             )
 
 
+def _network(source: Source) -> dict:
+    """Read a model's config with the defaults that an older version did not write; as it stands, where unknown."""
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code).to_dict()
+    except (OSError, ValueError, KeyError):
+        return read_json(source.folder / CONFIG)
+
+
 def _check_adapters(first: Source, second: Source) -> None:
     if first.base != second.base:
         raise InputError(f"the adapters are on two bases, {first.base} and {second.base}: merge both first")
     for source in (first, second):
-        config = read_json(source.folder / ADAPTER_CONFIG)
-        extras = [name for name in NOT_PLAIN if config.get(name)]
-        if config.get("peft_type") != "LORA":
-            extras = [f"peft_type {config.get('peft_type')}"]
-        elif config.get("init_lora_weights", True) not in PLAIN_INITS:
-            extras.append(f"init_lora_weights {config['init_lora_weights']!r}")
-        if extras:
-            raise InputError(
-                f"{source.weights} is more than plain LoRA ({extras[0]}): merge both adapters first, then interpolate"
-            )
+        _check_plain_lora(source)
+
+
+def _check_plain_lora(source: Source) -> None:
+    config = read_json(source.folder / ADAPTER_CONFIG)
+    extras = [name for name in NOT_PLAIN if config.get(name)]
+    if config.get("peft_type") != "LORA":
+        extras = [f"peft_type {config.get('peft_type')}"]
+    elif config.get("init_lora_weights", True) not in PLAIN_INITS:
+        extras.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    if extras:
+        raise InputError(f"{source.weights} is more than plain LoRA ({extras[0]}): merge it first, then interpolate")
 
 
 def _check_tensors(first: Path, second: Path) -> None:
-    """Refuse tensors of other names, shapes or dtypes. The ranks of LoRA matrices may differ."""
+    """Refuse tensors of other names or shapes, or of dtypes without an average. LoRA's ranks may differ."""
     one, other = open_tensors(first), open_tensors(second)
     for name in sorted(one.keys() ^ other.keys()):
         raise InputError(f"{first if name in one else second} has the tensor {name}, the other one has not")
@@ -168,7 +235,7 @@ def _check_tensors(first: Path, second: Path) -> None:
         if name.endswith(LORA_A + LORA_B):
             rank = _rank_dimension(name)
             shapes = [[*shape[:rank], *shape[rank + 1 :]] for shape in shapes]
-        if shapes[0] != shapes[1] or dtype != other_dtype:
+        if shapes[0] != shapes[1] or (dtype != other_dtype and not {dtype, other_dtype} <= FLOATS):
             raise InputError(
                 f"{name} is {dtype} of shape {shapes[0]} in {first}, but {other_dtype} of {shapes[1]} in {second}"
             )

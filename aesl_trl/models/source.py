@@ -14,6 +14,8 @@ from ..files import (
     DIVERSITY,
     SELECTION,
     RunFolder,
+    chosen,
+    is_mix,
     read_json,
     read_object,
     read_rows,
@@ -45,6 +47,7 @@ class Source(ModelFolder):
     trained_on: str | None = None
     quantization: dict | None = None
     step: int | None
+    candidate: str | None  # in words: `step 400`, or `mix-0.7`
     samples: list[dict]
     max_new_tokens: int
     trust_remote_code: bool
@@ -53,7 +56,8 @@ class Source(ModelFolder):
 def find_source(run: Path, base: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find the selected weights of `run` (a chain run or an SFT folder), or take `run` itself as model or adapter."""
     found = RunFolder(run)
-    folder, step, sft = _selected(found)
+    folder, selection, sft = _selected(found)
+    step, candidate = selection.get("step"), chosen(selection)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / CONFIG).is_file():
         hint = f"select a checkpoint: aesl select {run}" if sft else "name a run, a model or an adapter"
@@ -61,8 +65,14 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     check_weights(folder)
     if base and not is_adapter:
         raise InputError(f"--base is for adapters: {folder} holds full weights")
-    samples, max_new_tokens = _samples(found if sft else None, step)
-    rest = {"step": step, "samples": samples, "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
+    samples, max_new_tokens = _samples(found if sft else None, step, candidate)
+    rest = {
+        "step": step,
+        "candidate": candidate,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "trust_remote_code": trust_remote_code,
+    }
     if not is_adapter:
         return Source(str(folder), **rest)
     recorded = adapter_config(str(folder), "run").base_model_name_or_path
@@ -81,8 +91,8 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     return Source(str(folder), base, trained_on=trained_on, quantization=quantization, **rest)
 
 
-def _selected(run: RunFolder) -> tuple[Path, int | None, Path | None]:
-    """Return the folder with the weights, their step, and the SFT folder that has their samples."""
+def _selected(run: RunFolder) -> tuple[Path, dict, Path | None]:
+    """Return the folder with the weights, their selection.json, and the SFT folder that has their samples."""
     try:
         sft = run.sft
     except InputError:
@@ -107,25 +117,29 @@ def _selected(run: RunFolder) -> tuple[Path, int | None, Path | None]:
                 raise InputError(
                     f"{place / SELECTION} points to {folder}, which {problem}; run aesl select {run.path} again"
                 )
-            return folder, step, sft
-    return run.path, None, sft
+            return folder, selection, sft
+    return run.path, {}, sft
 
 
-def _samples(run: RunFolder | None, step: int | None) -> tuple[list[dict], int]:
-    """Return the samples of the selected step, else of the newest, and the length at which they were cut off."""
+def _samples(run: RunFolder | None, step: int | None, candidate: str | None) -> tuple[list[dict], int]:
+    """Return the selected candidate's samples, else the newest step's, and the length at which they were cut off."""
     files = run.sample_files if run else {}
     if not files:
         return [], DEFAULT_NEW_TOKENS
-    measured = step if step in files else max(files)
-    figures = next((row for row in run.rows(DIVERSITY) if row.get("step") == measured), {})
-    samples = read_rows(files[measured], needs=("prompt", "completions"))
+    if is_mix(candidate):
+        path = files[max(files)].with_name(f"{candidate}.jsonl")
+        is_own, figures = True, run.mixes.get(candidate, {})
+    else:
+        measured = step if step in files else max(files)
+        path, is_own = files[measured], measured == step
+        figures = next((row for row in run.rows(DIVERSITY) if row.get("step") == measured), {})
+    samples = read_rows(path, needs=("prompt", "completions"))
     for number, sample in enumerate(samples, 1):
         ids = sample.get("token_ids")
         if ids is not None and not (isinstance(ids, list) and all(isinstance(each, list) for each in ids)):
-            where = f"{files[measured]}, row {number}"
-            raise InputError(f"{where}: 'token_ids' is not one list of ids for each completion")
-        # Entropy is the model's own only at temperature 1 and at its own step.
-        sample["comparable"] = measured == step and figures.get("temperature") == 1.0
+            raise InputError(f"{path}, row {number}: 'token_ids' is not one list of ids for each completion")
+        # Entropy is the model's own only at temperature 1 and on its own samples.
+        sample["comparable"] = is_own and figures.get("temperature") == 1.0
     return samples, figures.get("max_new_tokens") or DEFAULT_NEW_TOKENS
 
 

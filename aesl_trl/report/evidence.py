@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from .. import files
 from .parts import Cell, Section, Table, clip
 from .runs import Arm, Run
 
@@ -10,8 +11,8 @@ from .runs import Arm, Run
 def evidence(arms: list[Arm]) -> Section:
     selection = arms[0].runs[0].selection
     see = "No checkpoint was selected in this run."
-    if selection.get("step") is not None:
-        see = f"Why step {selection['step']} went to RL: {selection.get('reason') or ''}"
+    if start := files.chosen(selection):
+        see = f"Why {start} went to RL: {selection.get('reason') or ''}"
     missing = [f"{arm.label}: {', '.join(arm.runs[0].missing)}" for arm in arms if arm.runs[0].missing]
     return Section(
         "evidence",

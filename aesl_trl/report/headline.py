@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from .. import files
 from ..diversity.coverage import lost_sentence
 from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import headline_panels
@@ -101,12 +102,14 @@ def _cold_start(run: Run) -> Cell:
 
 
 def _selected(arm: Arm) -> Cell:
-    steps = dict.fromkeys(run.selection["step"] for run in arm.runs if run.selection.get("step") is not None)
-    if not steps:
+    starts = dict.fromkeys(filter(None, (files.chosen(run.selection) for run in arm.runs)))
+    if not starts:
         return Cell("–", "" if arm.runs[0].has_sft else "no SFT")
     asked, applied = (arm.runs[0].selection.get(key) for key in ("rule", "applied"))
     rule = f"{applied} (asked: {asked})" if asked and applied and asked != applied else str(applied or asked or "")
-    return Cell(f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}", rule.replace("_", " "))
+    steps = [start.removeprefix("step ") for start in starts]
+    word = "" if any(map(files.is_mix, starts)) else "steps " if len(steps) > 1 else "step "
+    return Cell(f"{word}{', '.join(steps)}", rule.replace("_", " "))
 
 
 def _figure(rows: list[dict], key: str) -> Cell:

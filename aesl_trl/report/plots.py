@@ -171,7 +171,7 @@ def _curve(ax: Axes, curve: Curve, some_live: bool, marked: bool) -> tuple | Non
     ax.plot(*thinned(steps, smooth), color=colour, **(dashed if behind else {"linewidth": 2.2, "zorder": 3}))
     known = [(step, value) for step, value in zip(steps, smooth, strict=True) if math.isfinite(value)]
     for arm in curve.arms if marked else ():
-        if (step := arm.runs[0].selection.get("step")) is not None:
+        if (step := arm.runs[0].selected_step) is not None:
             y = np.interp(step, *zip(*known, strict=True)) if known else math.nan
             look = {"color": LIGHT[arm.colour], "markersize": 7, "markeredgecolor": LIGHT["paper"]}
             ax.plot([step], [y], "o", zorder=5, clip_on=False, **look)

@@ -39,7 +39,7 @@ PROBED = {"figures": {ANY_KEY: NUMBER}, "intervals": {ANY_KEY: PAIR}, "reasons":
 SHAPES: dict[str, Any] = {
     files.CHAIN: {optional("stages"): {ANY_KEY: {optional("seconds"): NUMBER}}},
     files.RUN: {optional("t_scaling|max_steps|diversity_patience"): NUMBER, optional("versions"): {}},
-    files.SELECTION: {optional("step"): WHOLE, optional("evidence"): {}},
+    files.SELECTION: {optional("step"): WHOLE, optional("evidence"): {optional("measured"): FIGURES}},
     files.EVALUATION: MODELS | {optional("benchmarks"): {ANY_KEY: MODELS}},
     files.READINESS: {optional("checkpoints"): [PROBED]},
     files.TRAINER_STATE: [{"step": WHOLE, optional(LOGGED): NUMBER}],
@@ -95,6 +95,8 @@ class Run:
         self.samples = folder.sample_files if folder.has_sft else {}  # step -> samples/step-N.jsonl
         chosen = (_object(place / files.SELECTION) for place in folder.places)
         self.selection = next(filter(None, chosen), {})
+        # The step of the series that went to RL; an average of a step and the base is none of them
+        self.selected_step = None if files.is_mix(self.selection.get("candidate")) else self.selection.get("step")
         self.handoff = _object(folder.own / files.HANDOFF)
         self.grpo = _checked(files.read_settings(rl), rl / files.RUN)
         self.grpo_log = _checked(files.read_log(rl), rl / files.TRAINER_STATE)
@@ -102,8 +104,9 @@ class Run:
         self.evaluation = _object(folder.own / files.EVALUATION) or _object(path / files.EVALUATION)
         self.benchmarks = self.evaluation.get("benchmarks") or {}
         # Figures of the models that RL began from (as evaluated, else as measured during SFT) and ended with
-        measured = (row for row in self.diversity if row["step"] == self.selection.get("step"))
-        self.start = self.evaluated("start") or next(measured, {})
+        measured = next((row for row in self.diversity if row["step"] == self.selected_step), None)
+        own = (self.selection.get("evidence") or {}).get("measured") if self.selected_step is None else None
+        self.start = self.evaluated("start") or measured or own or {}
         self.final = self.evaluated("final")
         # as probed: first what RL began from, then the candidates
         self.readiness = [entry for place in folder.places for entry in _readiness(place)]

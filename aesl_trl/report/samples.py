@@ -24,7 +24,7 @@ def samples(arm: Arm) -> Section:
     counts = {step: [len(set(group.completions)) for group in found.values()] for step, found in groups.items()}
     different = ", ".join(f"{mean(numbers):.1f} at step {step}" for step, numbers in counts.items())
     shown = sorted(set.intersection(*map(set, groups.values())))[:PROMPTS_SHOWN]
-    step = run.selection.get("step")
+    step = run.selected_step
     return Section(
         "samples",
         title,
@@ -49,7 +49,7 @@ def _sample_steps(run: Run) -> dict[int, str]:
     roles = [
         (first, "before SFT" if first == 0 else "first measured"),
         (turning_point(run).step, "turning point"),
-        (run.selection.get("step"), "selected"),
+        (run.selected_step, "selected"),
         (last, "last measured"),
     ]
     named = {step: [role for at, role in roles if at == step] for step in run.samples}

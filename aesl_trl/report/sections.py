@@ -49,7 +49,7 @@ def _diversity(arms: list[Arm], k: int) -> Section:
     found = "Dotted line: this run's diversity turning point; where it is early, steps are on a square-root scale. "
     if turning.step is None:
         found = f"No turning point in {arms[0].label}: {turning.reason}."
-    table = changes(run.diversity, run.selection.get("step"), k) if len(run.diversity) > 1 else None
+    table = changes(run.diversity, run.selected_step, k) if len(run.diversity) > 1 else None
     return Section(
         "diversity",
         "Diversity during SFT",

@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -12,10 +11,10 @@ from transformers import Trainer, TrainerCallback
 from .. import files
 from ..data.prompts import prompt_rows
 from ..data.rendered import check_rendered
-from ..diversity.selection import RULES, select_run
+from ..diversity.selection import LEFT_TO, RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
 from ..errors import InputError, tell, visible
-from ..models.chat import IMAGES, template_columns
+from ..models.chat import IMAGES
 from ..models.vocabulary import let_head_run
 from ..rewards.functions import load_reward_funcs
 from ..sampling.backends import VLLMSettings
@@ -192,11 +191,11 @@ class DiversityCallback(TrainerCallback):
         if self.selection is None or not self.candidates.folder.exists():
             return
         write_log(trainer)  # select_run reads log_history from the file
-        if self.selection == "readiness":  # the candidates are probed by a process of its own, once this one is gone
+        if command := LEFT_TO.get(self.selection):  # a process of its own measures, once this one is gone
             folder = visible(args.output_dir)
             trainer.accelerator.print(
-                "aesl_trl: candidates kept for selection by readiness: "
-                f"aesl probe {folder} --config FILE, then aesl select {folder} (or aesl chain)"
+                f"aesl_trl: candidates kept for selection by {self.selection}: "
+                f"{command} {folder} --config FILE, then aesl select {folder} (or aesl chain)"
             )
         elif args.should_save:
             chosen = select_run(
@@ -229,12 +228,8 @@ class DiversityCallback(TrainerCallback):
         if row["step"] == 0:
             forget_after(self.trainer.args.output_dir, 0)
         if groups is not None:
-            columns = [template_columns(row, self.measurement.sampling.chat_template_kwargs) for row in self.rows]
-            samples = [
-                {"prompt_index": index, **asdict(group), **own}
-                for index, (group, own) in enumerate(zip(groups, columns, strict=True))
-            ]
-            files.write_jsonl(self._folder / files.SAMPLES / f"step-{row['step']}.jsonl", samples)
+            path = self._folder / files.SAMPLES / f"step-{row['step']}.jsonl"
+            files.write_jsonl(path, self.measurement.sample_rows(groups))
         now = time.perf_counter()
         row["seconds"] = now - start
         row["time_share"] = (self.seconds + row["seconds"]) / (now - self._began)

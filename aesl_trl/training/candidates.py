@@ -59,12 +59,16 @@ class Candidates:
 
 
 def forget_candidates(folder: Path, step: int) -> None:
-    """Drop the candidates of a former run in this folder that lie behind `step`, all of them at step 0."""
+    """Drop the candidates of a former run in this folder that lie behind `step`, all of them at step 0.
+
+    Averages with the base go too.
+    """
     for candidate, path in _steps(folder).items():
         if step == 0 or candidate > step:
             shutil.rmtree(path)
-    for unfinished in folder.glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
+    mixes = (path for path in folder.glob("mix-*") if files.is_mix(path.name))
+    for path in [*folder.glob(".step-*.tmp"), *mixes]:
+        shutil.rmtree(path)
 
 
 def _steps(folder: Path) -> dict[int, Path]:

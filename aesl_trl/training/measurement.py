@@ -13,6 +13,7 @@ from ..diversity.selection import METRICS
 from ..diversity.series import base_groups, check_prompts, check_settings, prompts_digest
 from ..errors import InputError, visible
 from ..losses.scoring import has_fused_head
+from ..models.chat import template_columns
 from ..models.positions import check_prompt_tokens, check_room, num_positions
 from ..models.tokens import row_prompt_ids
 from ..rewards.functions import score_groups
@@ -140,6 +141,14 @@ class Measurement:
             except InputError as refused:
                 error = refused
         failure_on_any_rank(error, self.trainer.accelerator)
+
+    def sample_rows(self, groups: list[Group]) -> list[dict]:
+        """Return the rows of a samples file: each group, and what its prompt said of the chat template."""
+        columns = [template_columns(row, self.sampling.chat_template_kwargs) for row in self.rows]
+        return [
+            {"prompt_index": index, **asdict(group), **own}
+            for index, (group, own) in enumerate(zip(groups, columns, strict=True))
+        ]
 
     def measure_step(self, step: int, folder: Path) -> tuple[dict | None, list[Group] | None]:
         """Return the row of `step`, without times, and its samples; the first process alone gets the row.

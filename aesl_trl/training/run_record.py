@@ -66,9 +66,12 @@ def forget_after(output_dir: str | Path, step: int) -> None:
         (own / files.DIVERSITY).unlink(missing_ok=True)
     (own / files.SELECTION).unlink(missing_ok=True)
     (own / files.READINESS).unlink(missing_ok=True)
+    (own / files.MIXES).unlink(missing_ok=True)
     if step == 0:
         shutil.rmtree(own / files.SELECTED, ignore_errors=True)
     for samples in (own / files.SAMPLES).glob("step-*.jsonl"):
         if step == 0 or int(samples.stem.removeprefix("step-")) > step:
             samples.unlink()
+    for samples in (own / files.SAMPLES).glob("mix-*.jsonl"):
+        samples.unlink()
     forget_candidates(own / files.CANDIDATES, step)

@@ -236,6 +236,13 @@ def test_by_readiness_the_candidates_are_probed_first(project, fakes, tmp_path):
     assert run(path) == order[1:]
 
 
+def test_averages_are_made_before_the_selection(project, fakes):
+    order = ["sft", "mix", *ALL[1:]]
+    assert run(project(selection={"rule": "mix"})) == order
+    assert run(project(selection={"rule": "mix"})) == []
+    assert run(project(selection={"rule": "mix"}, mix={"weights": [0.5]})) == order[1:]
+
+
 def test_two_chains_in_one_folder_are_refused(project, fakes):
     path = project()
     folder = Path(read_config(path).output_dir)

@@ -8,14 +8,17 @@ from small_chains import make
 
 from aesl_trl import files
 from aesl_trl.chain.stages import (
+    ANYWHERE,
     Stage,
     build_candidates,
     build_eval,
     build_grpo,
     build_handoff,
+    build_mix,
     build_probe,
     build_report,
     build_sft,
+    check_stages,
     stage_env,
 )
 from aesl_trl.errors import InputError
@@ -71,6 +74,32 @@ def test_who_selects_by_readiness(project, tmp_path):
     (tmp_path / "sft.yaml").write_text("diversity_steps: 5\nselection: readiness\n")
     assert make(project()).names[:3] == ["sft", "candidates", "select"]
     assert "candidates" not in make(project(selection={"rule": "last"})).names  # the chain's rule wins
+
+
+def test_mix_takes_sfts_config_or_its_own(project, tmp_path):
+    (tmp_path / "mix.yaml").write_text("diversity_steps: 5\n")
+    stage = build_mix(make(project(selection={"rule": "mix"}), seed=4))
+    assert stage.command[1:5] == ["-m", "aesl_trl.cli", "mix", str(tmp_path / "runs/one/sft")]
+    assert stage.command[5:] == ["--config", str(tmp_path / "sft.yaml"), "--seed", "4"]
+    assert stage.output == tmp_path / "runs/one/sft" / files.OWN / "mix.json"
+    own = {"config": "mix.yaml", "accelerate_config": "cpu.yaml", "weights": [0.5, 0.7]}
+    chain = make(project(selection={"rule": "mix"}, mix=own))
+    stage = build_mix(chain)
+    assert stage.command[-3:] == ["--weights", "0.5", "0.7"] and stage.given["weights"] == [0.5, 0.7]
+    assert (stage.config, stage.accelerate_config) == (str(tmp_path / "mix.yaml"), str(tmp_path / "cpu.yaml"))
+    assert chain.names[:3] == ["sft", "mix", "select"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mix": {"weights": [0.5]}}, "mix is for selection by mix: add selection"),
+        ({"mix": {"weights": [1.5]}, "selection": {"rule": "mix"}}, "weight is 1.5, but must be a number above 0"),
+    ],
+)
+def test_averages_are_checked_before_the_first_stage(changes, message, project):
+    with pytest.raises(InputError, match=message):
+        check_stages(make(project(**changes)), ANYWHERE)
 
 
 def test_continued_adapter(project):

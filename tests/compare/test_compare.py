@@ -174,6 +174,23 @@ def test_selections_that_come_to_one_step_are_one_run(project, fakes):
     assert run(path) == 0 and started(fakes) == before
 
 
+def test_an_average_with_the_base_is_a_row(project, fakes, tmp_path):
+    """It is of the last step, and still another start than the last step."""
+    chain = {**yaml.safe_load(project().read_text())["chain"], "mix": {"weights": [0.5, 0.7]}}
+    methods = {"nll": {"sft": {"cold_start_loss": "nll"}, "selections": ["mix", "last"]}}
+    path = project(seeds=[0], methods=methods, chain=chain)
+    assert run(path) == 0
+    assert [name for name, folder in started(fakes) if folder == "nll_mix/seed-0"][:3] == ["mix", "handoff", "grpo"]
+    mixed, last = result(fakes)["cells"]
+    assert (mixed["row"], mixed["step"], mixed["start"]) == ("nll/mix", 80, "mix-0.7")
+    assert (last["step"], last["start"], last["same_as"]) == (80, "step 80", None)
+    assert mixed["before"]["entropy"] == 0.35 and last["before"]["entropy"] == 0.07
+    assert "mix" not in yaml.safe_load((fakes / "nll_last/seed-0/chain.yaml").read_text())
+    assert all(item["cells"] == 2 for item in result(fakes)["correlations"])  # two starts, not one
+    before = started(fakes)
+    assert run(path) == 0 and started(fakes) == before
+
+
 def test_rl_from_steps(project, fakes):
     methods = {"nll": {"sft": {"cold_start_loss": "nll"}, "selections": []}, "base": {"sft": None}}
     path = project(seeds=[0], methods=methods, reference=[], rl_from_steps=[10, 40, 80])

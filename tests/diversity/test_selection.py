@@ -173,6 +173,75 @@ def test_select_by_readiness_reads_what_the_probe_wrote(tmp_path, capsys):
     )
 
 
+# ---- By averages with the base
+
+
+def mixed(*rows):
+    """mix.json of step 800: rows are (weight, entropy, share of mixed groups)."""
+    names = ("weight", "entropy", "groups_mixed")
+    found = [{"candidate": f"mix-{row[0]:g}", **dict(zip(names, row, strict=False))} for row in rows]
+    return {"step": 800, "asked": [row["candidate"] for row in found], "candidates": found}
+
+
+@pytest.mark.parametrize(
+    "rows, best, said",
+    [
+        (
+            [(0.5, 0.30, 0.4), (0.7, 0.28, 0.6), (0.8, 0.2, 0.5)],
+            "mix-0.7",
+            "largest share of mixed groups, 0.60, of 3",
+        ),
+        ([(0.5, 0.28), (0.7, 0.30), (0.8, 0.2)], "mix-0.7", "largest entropy, 0.30, of 3 averages"),
+        ([(0.5, 0.28, 0.2), (0.7, 0.30, None)], "mix-0.7", "largest entropy"),  # not every row has the share
+        ([(0.8, 0.3, 0.5), (0.6, 0.2, 0.5)], "mix-0.6", "share of mixed groups"),  # of equals the nearest to the base
+        ([(0.5, None, None), (0.7, 0.1, 0.2)], "mix-0.7", "of 1 averages"),  # a gap
+    ],
+)
+def test_mix(rows, best, said):
+    chosen = select("mix", mixes=mixed(*rows))
+    assert (chosen["rule"], chosen["applied"], chosen["step"], chosen["candidate"]) == ("mix", "mix", 800, best)
+    assert said in chosen["reason"] and chosen["evidence"]["measured"]["candidate"] == best
+    assert select("last")["candidate"] == "step-800"
+
+
+def test_select_takes_the_average_and_says_what_it_replaces(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    files.write_json(run / files.MIXES, mixed((0.5, 0.3, 0.5), (0.7, 0.2, 0.6)))
+    for name in ("mix-0.5", "mix-0.7"):
+        (run / files.CANDIDATES / name).mkdir()
+        (run / files.CANDIDATES / name / "model.txt").write_text(f"weights of {name}")
+    select_run(run, rule="last")
+    main([str(run), "--rule", "mix"])
+    out = capsys.readouterr().out
+    assert out.startswith("selected mix-0.7 by mix: largest share of mixed groups, 0.60")
+    assert "; replaces step 800, chosen by last" in out
+    assert (run / files.SELECTED / "model.txt").read_text() == "weights of mix-0.7"
+    main([str(run), "--rule", "last"])
+    assert "; replaces mix-0.7, chosen by mix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, "has no mix.json, which the rule mix reads: run aesl mix"),
+        ({"candidates": [{"candidate": "../x"}]}, "is not what aesl mix writes"),
+        ({"candidates": 3}, "is not what aesl mix writes"),
+        ({"candidates": [{"candidate": "mix-0.5"}], "step": 800}, "is not what aesl mix writes"),
+        (mixed((0.5, 0.3)), "lacks mix-0.5, aesl mix was cut off"),  # the weights are gone
+        ({"step": 800, "candidates": []}, "no average in mix.json has been measured"),
+    ],
+)
+def test_select_by_mix_needs_what_aesl_mix_writes(tmp_path, capsys, content, said):
+    run = make_run(tmp_path / "run")
+    if content is not None:
+        files.write_json(run / files.MIXES, content)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--rule", "mix"])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and said in printed
+    assert not (run / files.SELECTED).exists()
+
+
 @pytest.mark.parametrize(("candidates", "nearest"), [([10, 60], 10), ([10, 30, 800], 10), ([25], 25), ([800], 800)])
 def test_unsaved_step_takes_the_nearest_and_says_so(candidates, nearest):
     chosen = select(candidates=candidates)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aesl_trl.cli import main as aesl
 from aesl_trl.errors import InputError
 from aesl_trl.files import read_json
-from aesl_trl.models.interpolate import average, interpolate, scaling
+from aesl_trl.models.interpolate import average, average_with_base, interpolate, scaling
 
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -150,6 +150,58 @@ def test_the_stacked_adapter_can_be_trained_on(models, tmp_path):
     assert all(value.size(0) == 8 for name, value in trained.items() if "lora_A" in name)
 
 
+# ---- With the base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_weights_with_the_base(dtype, models, tmp_path):
+    """The base may lie in another dtype and have other end tokens: the result is as the tuned model is."""
+    tuned = AutoModelForCausalLM.from_pretrained(models / "late")
+    base = AutoModelForCausalLM.from_pretrained(models / "early").to(dtype)
+    base.config.eos_token_id, base.generation_config.eos_token_id = 5, 5
+    base.save_pretrained(tmp_path / "base")
+    average_with_base(models / "late", tmp_path / "base", tmp_path / "out", weight=0.7)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    early, late = base.double().state_dict(), tuned.double().state_dict()
+    for name, value in found.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), 0.3 * early[name] + 0.7 * late[name], atol=1e-7, rtol=0)
+    assert found.generation_config.eos_token_id == tuned.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_with_its_base(name, tokenizer, tmp_path):
+    """What PEFT merges of the result is the average of the base and of what it merges of the adapter."""
+    base = tmp_path / "base"
+    build_model(tokenizer, tie_word_embeddings=False).save_pretrained(base)
+    tuned = adapter(base, tmp_path / "tuned", 1, **ADAPTERS[name][0])
+    average_with_base(tuned, base, tmp_path / "out", weight=0.7)
+    plain = AutoModelForCausalLM.from_pretrained(base).double().state_dict()
+    late, found = (merged(base, folder) for folder in (tuned, tmp_path / "out"))
+    moved = [key for key in plain if (late[key] - plain[key]).abs().max() > 1e-3]
+    assert len(moved) >= 3
+    for key, value in found.items():
+        torch.testing.assert_close(value, 0.3 * plain[key] + 0.7 * late[key], atol=2e-7, rtol=0)
+    one, out = (read_json(f"{folder}/adapter_config.json") for folder in (tuned, tmp_path / "out"))
+    assert one == out  # ranks and scales are as they were
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_has_no_average_with_the_base(models, tmp_path, tokenizer):
+    base = tmp_path / "tied"
+    build_model(tokenizer, tie_word_embeddings=True).save_pretrained(base)
+    whole = adapter(base, tmp_path / "whole", 0, modules_to_save=["lm_head"])
+    dora = adapter(models / "early", tmp_path / "dora", 0, use_dora=True)
+    for tuned, other, message in (
+        (whole, base, "trained lm_head.weight as a whole, and .* has no such tensor"),
+        (dora, models / "early", "more than plain LoRA .use_dora.: merge it first"),
+    ):
+        with pytest.raises(InputError, match=message):
+            average_with_base(tuned, other, tmp_path / "out", weight=0.5)
+        assert not (tmp_path / "out").exists()
+
+
 def test_scaling_follows_patterns():
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 16}, "alpha_pattern": {"layers.1.q_proj": 32}}
     assert scaling(config, "model.layers.0.q_proj") == 0.5 and scaling(config, "model.layers.1.q_proj") == 2.0
@@ -191,13 +243,6 @@ def other_tokenizer(models, folder):
     return folder
 
 
-def half(models, folder):
-    shutil.copytree(models / "late", folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: value.half() for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def without(models, folder):
     shutil.copytree(models / "late", folder)
     tensors = load_file(folder / "model.safetensors")
@@ -220,7 +265,6 @@ REFUSED = {  # the second folder, from the models and a new folder -> the messag
         lambda models, new: config_with(models / "late", new, quantization_config={"quant_method": "bitsandbytes"}),
         "holds quantized weights",
     ),
-    "another dtype": (half, "is F32 of shape .* but F16"),
     "a tensor less": (without, "early has the tensor model.norm.weight, the other one has not"),
     "a pickle": (pickled, r"holds no \*.safetensors"),
     "another tokenizer": (other_tokenizer, "different tokenizers: '<.im_begin.>' is None and 258"),

@@ -282,6 +282,21 @@ def test_every_other_chain_runs_through_all_stages(name, chain_name, tmp_path, m
 
 
 @pytest.mark.slow
+def test_the_first_recipe_from_an_average_with_the_base(tmp_path):
+    name, chain_name = FIRST
+    folder = copy_recipe(name, tmp_path)
+    values = yaml.safe_load((folder / chain_name).read_text())
+    values |= {"selection": {"rule": "mix"}, "mix": {"weights": [0.5, 0.7]}}
+    (folder / chain_name).write_text(yaml.safe_dump(values))
+    chain = run_stages(folder, chain_name)
+    check_run(chain)
+    assert chain.names[:3] == ["sft", "mix", "select"]
+    chosen = files.read_json(chain.run / files.SELECTION)
+    assert chosen["candidate"] == files.read_json(chain.run / files.HANDOFF)["candidate"] in ("mix-0.5", "mix-0.7")
+    assert files.read_json(chain.run / files.HANDOFF)["checks"]["own_samples"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_first_recipe_in_one_command(tmp_path):
     """`aesl chain` itself, with its processes, launcher and readiness gate."""

@@ -6,6 +6,7 @@ from report_runs import Page, fake_run, written_page
 
 from aesl_trl.diversity.coverage import LOST
 from aesl_trl.files import read_json, read_jsonl, write_json, write_jsonl
+from aesl_trl.report.runs import Run
 
 
 def test_headline_table_holds_the_figures_of_the_files(chain):
@@ -54,3 +55,15 @@ def test_runs_evaluated_differently_are_pointed_out(tmp_path, undrawn):
     evaluation = json.loads((runs[1] / "evaluation.json").read_text())
     write_json(runs[1] / "evaluation.json", {**evaluation, "num_samples": 16})
     assert "The runs were not evaluated alike: num_samples is aesl 8, base 16." in written_page(runs).words
+
+
+def test_an_average_with_the_base_is_no_step_of_the_series(tmp_path, undrawn):
+    run = fake_run(tmp_path / "run", "nll_last")
+    selection = json.loads((run / "selection.json").read_text())
+    own = {"candidate": "mix-0.7", "entropy": 0.31}
+    chosen = {"candidate": "mix-0.7", "rule": "mix", "applied": "mix", "evidence": {"measured": own}}
+    write_json(run / "selection.json", {**selection, **chosen})
+    words = written_page([run]).words
+    assert "mix-0.7 mix" in words and "Why mix-0.7 went to RL" in words and "step 800 mix" not in words
+    (run / "evaluation.json").unlink()
+    assert (Run(run).selected_step, Run(run).start) == (None, own)

@@ -63,6 +63,12 @@ if name == "sft":
               {"entropy": row["entropy"], "quality": row["pass@1"] + config["learning_rate"], "seed": seed})
     history = [{"step": s, "eval_nll": 1 - s / 100} for s in STEPS[1:]]
     write(output, {"log_history": history})
+elif name == "mix":
+    rows = [{"candidate": f"mix-{w}", "weight": w, "entropy": e} for w, e in ((0.5, 0.3), (0.7, 0.35))]
+    for row in rows:
+        write(output.parent / "candidates" / row["candidate"] / "weights.json",
+              {"entropy": row["entropy"], "quality": row["weight"], "seed": int(sys.argv[6])})
+    write(output, {"step": STEPS[-1], "asked": [row["candidate"] for row in rows], "candidates": rows})
 elif name == "handoff":
     write(run / "handoff" / "weights.json", entropy_of(run / "selected"))
     write(output, {"mode": "full"})

@@ -136,7 +136,10 @@ def best_mix(rows: Sequence[dict]) -> tuple[dict, str]:
     rewarded = all(is_number(row.get("groups_mixed")) for row in measured)
     name, words = ("groups_mixed", "share of mixed groups") if rewarded else ("entropy", "entropy")
     best = max(measured, key=lambda row: (row[name], -row["weight"]))
-    shown = with_interval(best[name], (best.get("intervals") or {}).get(name))
+    try:
+        shown = with_interval(best[name], (best.get("intervals") or {}).get(name))
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{files.MIXES} has a value of another kind ({error!r}): run aesl mix again") from None
     return best, f"largest {words}, {shown}, of {len(measured)} averages of the base and the candidate"
 
 
@@ -281,9 +284,11 @@ def _read_mixes(run: RunFolder) -> dict:
             "config)"
         )
     found, rows = files.read_object(path), run.mixes.values()
-    if not isinstance(found.get("step"), int) or not all(is_number(row.get("weight")) for row in rows):
+    asked, step, weights = found.get("asked"), found.get("step"), [row.get("weight") for row in rows]
+    is_ours = isinstance(asked, list) and all(map(files.is_mix, asked)) and all(map(is_number, weights))
+    if not is_ours or not isinstance(step, int):
         raise InputError(f"{path} is not what aesl mix writes: run aesl mix {run.path} again")
-    missing = [name for name in found.get("asked", []) if name not in run.mixes or not run.candidate(name).is_dir()]
+    missing = [name for name in asked if name not in run.mixes or not run.candidate(name).is_dir()]
     if missing:
         raise InputError(f"{path} lacks {missing[0]}, aesl mix was cut off: run it again to go on")
     return found

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,9 @@ class Mixes:
         """mix.json."""
         return files.own_folder(self.run.sft) / files.MIXES
 
+    @cached_property
     def described(self) -> dict:
-        """Return the content of mix.json without rows. `inputs` is a hash of what the averages and rows depend on."""
+        """The content of mix.json without rows. `inputs` is a hash of what the averages and rows depend on."""
         inputs = {
             "weights": [weights_digest(str(folder)) for folder in (self.base, self.run.candidate(self.step))],
             "measurement": asdict(self.args.measurement),
@@ -173,12 +175,11 @@ class Mixes:
 
     def rows_so_far(self) -> list[dict]:
         """Return the rows of a call with the same inputs that was cut off; none of one that came to its end."""
-        described = self.described()
         try:
             before, rows = files.read_object(self.path), list(self.run.mixes.values())
         except InputError:  # somebody has edited it
             return []
-        is_same = {key: before.get(key) for key in described} == described and len(rows) < len(self.weights)
+        is_same = {key: before.get(key) for key in self.described} == self.described and len(rows) < len(self.weights)
         return [row for row in rows if is_same and self.run.candidate(row["candidate"]).is_dir()]
 
     def write(self) -> None:
@@ -217,7 +218,7 @@ class Mixes:
             release_memory()
 
     def _save(self, rows: list[dict]) -> None:
-        files.write_json(self.path, {**self.described(), "candidates": rows})
+        files.write_json(self.path, {**self.described, "candidates": rows})
 
     def _load(self, folder: Path) -> tuple:
         found, access = ModelFolder.find(folder), {"trust_remote_code": self.args.trust_remote_code}

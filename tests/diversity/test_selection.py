@@ -226,9 +226,10 @@ def test_select_takes_the_average_and_says_what_it_replaces(tmp_path, capsys):
         (None, "has no mix.json, which the rule mix reads: run aesl mix"),
         ({"candidates": [{"candidate": "../x"}]}, "is not what aesl mix writes"),
         ({"candidates": 3}, "is not what aesl mix writes"),
-        ({"candidates": [{"candidate": "mix-0.5"}], "step": 800}, "is not what aesl mix writes"),
+        ({"candidates": [{"candidate": "mix-0.5"}], "step": 800, "asked": []}, "is not what aesl mix writes"),
+        ({"candidates": [], "step": 800, "asked": [["mix-0.5"]]}, "is not what aesl mix writes"),
         (mixed((0.5, 0.3)), "lacks mix-0.5, aesl mix was cut off"),  # the weights are gone
-        ({"step": 800, "candidates": []}, "no average in mix.json has been measured"),
+        ({"step": 800, "asked": [], "candidates": []}, "no average in mix.json has been measured"),
     ],
 )
 def test_select_by_mix_needs_what_aesl_mix_writes(tmp_path, capsys, content, said):

@@ -27,13 +27,13 @@ def story(arms: list[Arm]) -> str:
 
 
 def _lost(arm: Arm) -> str:
-    """Say what coverage the arm's first run had lost at the step that went to RL; "" where nothing is sure."""
+    """Say what coverage the arm's first run had lost at the start of RL; "" where nothing is sure."""
     run = arm.runs[0]
-    row = next((row for row in run.diversity if row["step"] == run.selection.get("step")), {})
+    row = run.chosen_row
     if not row.get("num_samples"):
         return ""
     lost = lost_sentence(row, row.get("intervals") or {}, row["num_samples"])
-    return f" {arm.label}, step {row['step']}: {lost}." if lost else ""
+    return f" {arm.label}, {files.chosen(run.selection)}: {lost}." if lost else ""
 
 
 def warnings(arms: list[Arm]) -> list[str]:

@@ -31,7 +31,8 @@ FIGURES = {
     optional(r"(pass|avg|maj)@\d+(_tied)?"): NUMBER,
     optional(".*_interval"): PAIR,
 }
-MEASURED = {optional("by_prompt"): {ANY_KEY: [NUMBER]}, optional("intervals"): {ANY_KEY: PAIR}}
+BY_PROMPT = {optional("by_prompt"): {ANY_KEY: [NUMBER]}, optional("intervals"): {ANY_KEY: PAIR}}
+MEASURED = FIGURES | BY_PROMPT | {optional("num_samples"): WHOLE}
 LOGGED = "loss|nll|eval_nll|weight_mean|weight_low_share|weight_eos|temperature_mean"  # by SFT, then by RL
 LOGGED += "|reward|reward_std|frac_reward_zero_std|entropy|completions/clipped_ratio"
 MODELS = {optional("models"): {ANY_KEY: FIGURES}}
@@ -39,11 +40,11 @@ PROBED = {"figures": {ANY_KEY: NUMBER}, "intervals": {ANY_KEY: PAIR}, "reasons":
 SHAPES: dict[str, Any] = {
     files.CHAIN: {optional("stages"): {ANY_KEY: {optional("seconds"): NUMBER}}},
     files.RUN: {optional("t_scaling|max_steps|diversity_patience"): NUMBER, optional("versions"): {}},
-    files.SELECTION: {optional("step"): WHOLE, optional("evidence"): {optional("measured"): FIGURES}},
+    files.SELECTION: {optional("step"): WHOLE, optional("evidence"): {optional("measured"): MEASURED}},
     files.EVALUATION: MODELS | {optional("benchmarks"): {ANY_KEY: MODELS}},
     files.READINESS: {optional("checkpoints"): [PROBED]},
     files.TRAINER_STATE: [{"step": WHOLE, optional(LOGGED): NUMBER}],
-    files.DIVERSITY: [FIGURES | MEASURED | {"step": WHOLE, optional("num_samples"): WHOLE}],
+    files.DIVERSITY: [MEASURED | {"step": WHOLE}],
     files.POSITIONS: [{"step": WHOLE, "position": [NUMBER], "weight": [NUMBER], "temperature": [NUMBER]}],
     files.SAMPLES: [{optional("prompt_index"): WHOLE}],
 }

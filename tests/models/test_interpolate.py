@@ -169,7 +169,7 @@ def test_full_weights_with_the_base(dtype, models, tmp_path):
     assert found.generation_config.eos_token_id == tuned.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ["rank-stabilised", "modules trained whole", "embeddings"])
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_with_its_base(name, tokenizer, tmp_path):
     """What PEFT merges of the result is the average of the base and of what it merges of the adapter."""

@@ -114,10 +114,11 @@ def progress(run: Path) -> list[int]:
     return [len(stages_done(run)), *(step_of(path) if path else 0 for path in newest)]
 
 
-def seconds_left(run: Path, whole: Path) -> float:
-    """Return how long the chain would go on from here, by the stages of the undisturbed one."""
+def seconds_left(run: Path, whole: Path, until: str) -> float:
+    """Return how long the chain would go on from here to the end of stage `until`, by the undisturbed one's stages."""
     done, stages = stages_done(run), files.read_json(whole / files.CHAIN)["stages"]
-    return CHECK_S + sum(facts["seconds"] for name, facts in stages.items() if name not in done)
+    ahead = list(stages)[: list(stages).index(until) + 1]
+    return CHECK_S + sum(stages[name]["seconds"] for name in ahead if name not in done)
 
 
 # ---- One chain after the other
@@ -191,11 +192,14 @@ class Soak:
     def strike_once(self, process: subprocess.Popen, run: Path) -> bool:
         """Strike at a random moment, and wait for what that ends. Return False where the chain ended first."""
         number = len(self.record["kills"])
-        kind, chance = list(TARGETS)[number % len(TARGETS)], random.Random(f"{self.seed} kill {number}")
+        kind = list(TARGETS)[number % len(TARGETS)]
+        chance = random.Random(f"{self.seed} kill {number}, chain {len(self.record['chains'])}")
         before = [kill["progress"] for kill in self.struck[-BARREN:]]
         is_barren = len(before) == BARREN and before[0] == before[-1]
         chain, began = psutil.Process(process.pid), time.monotonic()
-        moment = chance.uniform(0, seconds_left(run, self.whole))
+        # RL is the last stage that has a launcher, a rank and a grader
+        until = "grpo" if kind in ("launcher", "rank", "grader") else "report"
+        moment = chance.uniform(0, seconds_left(run, self.whole, until))
         while process.poll() is None:
             if is_barren and progress(run) == before[-1]:
                 began = time.monotonic()  # the moment counts from the next progress

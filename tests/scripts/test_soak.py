@@ -65,15 +65,16 @@ def test_progress_is_what_a_chain_would_go_on_from(tmp_path):
     leave_chain(tmp_path, ["sft", "select"])
     (tmp_path / "grpo/checkpoint-2").mkdir(parents=True)  # torn
     assert soak.progress(tmp_path) == [2, 0, 0]
-    leave_chain(tmp_path / "whole", ["sft", "select"], 5.0)
-    assert soak.seconds_left(tmp_path, tmp_path / "whole") == soak.CHECK_S + 5.0  # RL is left
+    leave_chain(tmp_path / "whole", ["sft", "select", "handoff"], 5.0)
+    assert soak.seconds_left(tmp_path, tmp_path / "whole", "grpo") == soak.CHECK_S + 10.0  # handoff and RL are left
+    assert soak.seconds_left(tmp_path, tmp_path / "whole", "handoff") == soak.CHECK_S + 5.0
 
 
 def test_no_third_kill_comes_before_progress(tmp_path, monkeypatch):
     """After two kills without progress the next one waits for it, and its moment counts from there."""
     told = iter([[0, 0, 0]] * 5 + [[0, 3, 0]] * 99)
     monkeypatch.setattr(soak, "progress", lambda run: next(told))
-    monkeypatch.setattr(soak, "seconds_left", lambda run, whole: 0.0)
+    monkeypatch.setattr(soak, "seconds_left", lambda *given: 0.0)
     monkeypatch.setattr(soak, "LOOK_S", 0.0)
     monkeypatch.setattr(soak, "strike", lambda *given: None)
     monkeypatch.setitem(soak.TARGETS, "rank", lambda chain: [chain])

@@ -90,10 +90,9 @@ def whole(server):
 
 def ending(out: Path) -> dict:
     """All that a run leaves for other stages, without clock times."""
-    logs = files.read_json(out / files.OWN / files.TRAINER_STATE)["log_history"]
     found = {
         "weights": (out / "model.safetensors").read_bytes(),
-        "logs": without_clock(logs),
+        "logs": without_clock(files.read_log(out)),
     }
     if (out / files.OWN / files.DIVERSITY).exists():
         selection = files.read_json(out / files.OWN / files.SELECTION)

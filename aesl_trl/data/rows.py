@@ -1,8 +1,8 @@
 """Load the rows of a dataset by its name; whatever keeps them from loading is said in one line.
 
-A config names a dataset by its name on the hub, by a local .jsonl, .json, .parquet or .csv file, by a folder, or as
-`file.py:function`. Such a function takes the seed and returns a dataset or a list of rows. The library `datasets`
-loads; this file turns its errors into a line that names the file and the broken line in it.
+A config names a dataset by its name on the hub, by a local .jsonl, .json, .parquet or .csv file, by a folder, as
+`file.py:function`, or as `reasoning_gym:task`. A function takes the seed and returns a dataset or a list of rows. The
+library `datasets` loads; this file turns its errors into a line that names the file and the broken line in it.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import load_function
 from ..errors import InputError, in_one_line, nearest, nearest_sibling
 from ..models.folder import GIT_LFS
+from .gym import PREFIX, gym_rows
 from .sharegpt import as_messages
 
 
@@ -46,6 +47,9 @@ def load_rows(
     """
     if not name:
         raise InputError(f"{field} is missing: name a dataset on the hub, a local file, or file.py:function")
+    if name.startswith(PREFIX):
+        rows = gym_rows(name, split or "train", field=field)
+        return rows.to_iterable_dataset() if streaming else rows
     base_dir = Path(base_dir or ".")
     file, colon, _ = name.rpartition(":")
     if colon and file.endswith(".py"):

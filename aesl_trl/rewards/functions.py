@@ -27,11 +27,23 @@ from typing import Any
 
 from ..arguments import import_function, load_function
 from ..errors import InputError, is_by_signal, nearest
-from .grading import GRADERS, MATH_GRADERS, SHARED_GRADERS, Answer, Grade, Graders, check_grading
+from . import gym
+from .grading import (
+    GRADERS,
+    GYM_GRADERS,
+    MATH_GRADERS,
+    SHARED_GRADERS,
+    SHARED_GYM_GRADERS,
+    Answer,
+    Grade,
+    Graders,
+    check_grading,
+)
 from .maths import math_reward
 
 
-KNOWN_REWARDS = (*GRADERS, "get_soft_overlong_punishment")
+KNOWN_REWARDS = (*GRADERS, *GYM_GRADERS, "get_soft_overlong_punishment")
+OURS = {"math_reward": math_reward, "gym_reward": gym.gym_reward, "gym_score": gym.gym_score}
 # Keywords that GRPOTrainer passes to every reward function, besides the dataset's columns.
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
@@ -44,10 +56,11 @@ logger = logging.getLogger(__name__)
 def load_reward_funcs(names: Iterable[str | Callable] | None, base_dir: str | Path | None = None) -> list[Callable]:
     """Return the reward functions that `names` stand for, in that order and [`guarded`].
 
-    A name is `math_reward` ([`~aesl_trl.rewards.maths.math_reward`]), one of TRL's own (`accuracy_reward`,
-    `reasoning_accuracy_reward`, `think_format_reward`, `get_soft_overlong_punishment` with the values of TRL's script:
-    1280 and 256 tokens), a dotted import path, or `path/file.py:function`, relative to `base_dir` (default: the
-    current folder). A function stands for itself.
+    A name is `math_reward` ([`~aesl_trl.rewards.maths.math_reward`]), `gym_reward` or `gym_score`
+    ([`~aesl_trl.rewards.gym`]), one of TRL's own (`accuracy_reward`, `reasoning_accuracy_reward`,
+    `think_format_reward`, `get_soft_overlong_punishment` with the values of TRL's script: 1280 and 256 tokens), a
+    dotted import path, or `path/file.py:function`, relative to `base_dir` (default: the current folder). A function
+    stands for itself.
 
     Raises:
         InputError: an unknown name, a name of no function, or two functions that TRL would log under one name.
@@ -81,7 +94,7 @@ def _load(name: str, base_dir: Path) -> Callable:
     if name == "get_soft_overlong_punishment":  # counts tokens and reads no text, so it needs no child
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     if name in KNOWN_REWARDS:
-        return math_reward if name == "math_reward" else getattr(rewards, name)
+        return OURS.get(name) or getattr(rewards, name)
     if ".py:" in name:
         return load_function(name, base_dir, field="reward_funcs")
     if "." in name:
@@ -222,6 +235,16 @@ class GradedReward:
         return dict(failures)
 
 
+class GradedGym(GradedReward):
+    """As [`GradedReward`], for rewards of reasoning-gym's tasks, whose rows hold `metadata` in place of a solution."""
+
+    def __init__(self, name: str, deadline_s: float = 10.0, graders: Graders = SHARED_GYM_GRADERS):
+        super().__init__(name, deadline_s, graders)
+
+    def __call__(self, completions: list, metadata: list[str], **kwargs) -> list[float | None]:
+        return super().__call__(completions, **{**kwargs, "solution": metadata})
+
+
 class GradedFormat(GradedReward):
     """As [`GradedReward`], for a reward that needs no solution."""
 
@@ -248,13 +271,13 @@ def guarded(function: Callable, *, hang_s: float = HANG_S) -> Callable:
     if isinstance(function, GradedReward) or hasattr(function, "_guards"):
         return function
     name = reward_name(function)
-    if name in GRADERS and str(getattr(function, "__module__", None)).startswith(
-        ("trl.rewards", math_reward.__module__)
-    ):
-        if name in MATH_GRADERS and importlib.util.find_spec("math_verify") is None:
-            raise InputError(f"reward_funcs: {name} needs math-verify: pip install math-verify")
+    is_trls = name in GRADERS and str(getattr(function, "__module__", None)).startswith("trl.rewards")
+    if is_trls or function is OURS.get(name):
+        package = "math-verify" if name in MATH_GRADERS else "reasoning-gym" if name in GYM_GRADERS else None
+        if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise InputError(f"reward_funcs: {name} needs {package}: pip install {package}")
         check_grading(f"reward_funcs: {name}")
-        return GradedReward(name) if name in MATH_GRADERS else GradedFormat(name)
+        return (GradedReward if name in MATH_GRADERS else GradedGym if package else GradedFormat)(name)
     inner = _unwrapped(function)
     if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__):  # as TRL decides it
 

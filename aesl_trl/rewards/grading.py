@@ -1,4 +1,4 @@
-"""Grade untrusted answers with `math_reward` and TRL's own reward functions, in child processes (Linux and macOS).
+"""Grade untrusted answers with `math_reward`, TRL's own reward functions and reasoning-gym's, in child processes.
 
 A completion such as `5^(5^(5^(5^5)))` keeps sympy inside one long multiplication, where neither an alarm nor a thread
 can stop it; another takes all memory. Here an answer that hangs, crashes or eats memory costs only itself: it scores
@@ -9,7 +9,8 @@ answer must not have: memory beyond a margin, CPU time beyond the deadline, the 
 processes, the network. A child dies with its parent, even inside a long multiplication.
 
 math-verify runs no text as code: sympy's `eval` sees only the parts of a completion that the grammar took for numbers.
-So this is a second fence, against a parser that changes, and no sandbox for code that is meant to run.
+Against it this is a second fence. Four scorers of reasoning-gym do `eval` an answer: then it is the only one. It is
+no sandbox for code that is meant to run.
 
 macOS does not enforce a limit of memory, so there the parent looks at the memory of a child that grades. Windows has
 none of these limits: a graded reward is refused.
@@ -37,6 +38,7 @@ import psutil
 from ..errors import InputError
 from ..processes import child_env
 from ..provenance import num_cores
+from . import gym
 from .maths import math_answer, math_reward
 
 
@@ -47,6 +49,7 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 MATH_GRADERS = ("math_reward", "accuracy_reward", "reasoning_accuracy_reward")  # they run math-verify
+GYM_GRADERS = ("gym_reward", "gym_score")  # they run reasoning-gym's scorers
 GRADERS = (*MATH_GRADERS, "think_format_reward")  # TRL's own, but for math_reward
 # Graders of our own, which return the answer that a reward reads instead of the reward
 EXTRACT = {"math_reward": "math_answer", "accuracy_reward": "accuracy_answer"}
@@ -64,9 +67,9 @@ SELF_TEST = ("<think>\n1+1\n</think>\n\\boxed{2}", "$2$")  # worth 1.0 to every 
 class Answer(NamedTuple):
     """A completion to grade, and the solution to grade it by."""
 
-    grader: str  # one of GRADERS, or of the values of EXTRACT
+    grader: str  # one of GRADERS or GYM_GRADERS, or of the values of EXTRACT
     completion: str
-    solution: str | None
+    solution: str | None  # for GYM_GRADERS the row's metadata
 
 
 class Grade(NamedTuple):
@@ -95,11 +98,13 @@ class Graders:
         size: the most children; by default the cores that this process may use, divided by the training processes of
             this machine, but no more than [`MAX_CHILDREN`]. A smaller batch starts fewer.
         memory_mb: the memory that a child may take beyond its imports.
+        loads: which graders a child loads: `maths` for those of [`GRADERS`], `gym` for [`GYM_GRADERS`].
     """
 
-    def __init__(self, size: int | None = None, memory_mb: int = MEMORY_MB):
+    def __init__(self, size: int | None = None, memory_mb: int = MEMORY_MB, loads: str = "maths"):
         self.size = size
         self.memory_mb = memory_mb
+        self.loads = loads
         self._children: list[_Child] = []
         self._lock = threading.Lock()
         _alive.add(self)
@@ -123,7 +128,7 @@ class Graders:
                 while pending or any(child.is_busy for child in self._children):
                     num_busy = sum(child.is_busy for child in self._children)
                     while len(self._children) < min(self.size or _default_size(), num_busy + len(pending)):
-                        self._children.append(_Child(self.memory_mb))
+                        self._children.append(_Child(self.memory_mb, self.loads))
                     for child in self._children:
                         if pending and child.is_idle:
                             index = pending.popleft()
@@ -146,7 +151,8 @@ class Graders:
 
     def __reduce__(self) -> tuple:
         """Pickle the settings alone, for children cannot travel; the shared graders stay the shared graders."""
-        return (_shared_graders, ()) if self is SHARED_GRADERS else (Graders, (self.size, self.memory_mb))
+        is_shared = self is _shared_graders(self.loads)
+        return (_shared_graders, (self.loads,)) if is_shared else (Graders, (self.size, self.memory_mb, self.loads))
 
     def _wait(self) -> list[tuple["_Child", bool]]:
         """Wait for the children that said something or are past their deadline; say of each whether it is late."""
@@ -188,12 +194,12 @@ class _Child:
 
     COMMAND = (sys.executable, "-m", "aesl_trl.rewards.grading")
 
-    def __init__(self, memory_mb: int):
+    def __init__(self, memory_mb: int, loads: str):
         self.memory_mb, self._most_memory = memory_mb, math.inf
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [*self.COMMAND, str(memory_mb)],
+                [*self.COMMAND, str(memory_mb), loads],
                 stdin=theirs,
                 stdout=theirs,
                 env=child_env(),
@@ -287,11 +293,13 @@ def _forget_all() -> None:
 if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_forget_all)
 
-SHARED_GRADERS = Graders()  # of all rewards in this process; they start nothing before the first batch
+# Of all rewards in this process; they start nothing before the first batch
+SHARED_GRADERS = Graders()
+SHARED_GYM_GRADERS = Graders(loads="gym")
 
 
-def _shared_graders() -> Graders:
-    return SHARED_GRADERS
+def _shared_graders(loads: str) -> Graders:
+    return SHARED_GYM_GRADERS if loads == "gym" else SHARED_GRADERS
 
 
 # ---- The child
@@ -303,7 +311,7 @@ def main() -> None:
     channel = socket.socket(fileno=os.dup(0))
     requests = channel.makefile("rb")
     os.dup2(2, 1)  # what an import prints is no answer
-    graders = _load()
+    graders = _load_gym() if sys.argv[2:] == ["gym"] else _load()
     channel.sendall(b"ready\n")
     full = _memory() + memory_mb * 2**19  # half the margin: sympy's caches grow, and must not fail an answer
     _give_up(memory_mb)
@@ -325,11 +333,21 @@ def _load() -> dict[str, Callable]:
     has_math_verify = importlib.util.find_spec("math_verify") is not None
     names = [name for name in GRADERS if has_math_verify or name not in MATH_GRADERS]
     graders = {name: math_reward if name == "math_reward" else getattr(rewards, name) for name in names}
-    for name, function in graders.items():
-        grade = _grade(function, *SELF_TEST)
-        if grade != Grade(1.0):
-            sys.exit(f"{name} gave {grade} for the answer {SELF_TEST[0]!r} to {SELF_TEST[1]!r}: reinstall math-verify")
+    _warm_up(graders, SELF_TEST, "math-verify")
     return {**graders, "math_answer": math_answer, "accuracy_answer": accuracy_answer} if has_math_verify else graders
+
+
+def _load_gym() -> dict[str, Callable]:
+    graders = {name: getattr(gym, name) for name in GYM_GRADERS}
+    _warm_up(graders, gym.SELF_TEST, "reasoning-gym")
+    return graders
+
+
+def _warm_up(graders: dict[str, Callable], answer: tuple[str, str], package: str) -> None:
+    for name, function in graders.items():
+        grade = _grade(function, *answer)
+        if grade != Grade(1.0):
+            sys.exit(f"{name} gave {grade} for the answer {answer[0]!r} to {answer[1]!r}: reinstall {package}")
 
 
 def _grade(function: Callable, completion: str, solution: str | None) -> Grade:

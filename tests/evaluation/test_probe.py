@@ -58,8 +58,9 @@ def test_several_tasks_have_figures_and_a_verdict_each(project, capsys):
     found = run(project, reward_funcs=["rewards.py:every_other"])["checkpoints"][0]
     even, never = found["tasks"]
     assert [even["name"], never["name"]] == ["even", "never"]
-    assert (even["figures"]["pass@1"], even["figures"]["groups_mixed"], even["verdict"]) == (0.5, 1.0, READY)
+    assert (even["figures"]["pass@1"], even["figures"]["groups_mixed"]) == (0.5, 1.0)
     assert (never["figures"]["pass@1"], never["figures"]["groups_mixed"]) == (0.0, 0.0)
+    assert even["text"] == never["text"] == "never stops: fix eos"  # an untrained model
     assert found["figures"]["pass@1"] == 0.25  # over both
     assert "model, by task" in capsys.readouterr().out
 

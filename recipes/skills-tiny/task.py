@@ -4,6 +4,10 @@ A prompt is a task symbol and six digits; a completion names a skill and writes 
 
     B three one four one five nine  ->  ascend one one three four five nine
 
+[skills-chain-tiny](../skills-chain-tiny/README.md) asks for two skills in turn, the second of which the base knows:
+
+    B c three one four one five nine  ->  ascend one one three four five nine descend nine five four three one one
+
 Digits are words, so that each is one token of a Qwen2 tokenizer and one word of BLEU. Two symbols ask for each skill,
 and nothing in a prompt says which: it has to be learnt from demonstrations or from reward. Each use of the task has
 digit lists of its own, whatever the seed, so that no problem is seen twice.
@@ -24,11 +28,12 @@ SKILLS: dict[str, Callable[[list[int]], list[int]]] = {
     "complement": lambda digits: [9 - digit for digit in digits],
     "swap": lambda digits: [digits[i ^ 1] for i in range(len(digits))],
 }
-COMMON, RARE = tuple(SKILLS)[:4], tuple(SKILLS)[4:]  # what the base model prefers, and what it seldom samples
-SYMBOLS = tuple("ABCDEFGHIJKLMNOP")
-SKILL_OF = {symbol: tuple(SKILLS)[i % len(SKILLS)] for i, symbol in enumerate(SYMBOLS)}
-DEMONSTRATED = SYMBOLS[4:8]  # one symbol of each rare skill
+FIRST = tuple("ABCDEFGHIJKLMNOPQRSTUVWX")  # the first symbols of skills-chain-tiny
+SYMBOLS = FIRST[:16]
+SKILL_OF = {symbol: tuple(SKILLS)[i % len(SKILLS)] for i, symbol in enumerate(FIRST)}
+SECOND = dict(zip("abcdefgh", SKILLS, strict=True))  # the second symbols, and the skills that they ask for
 LENGTH = 6  # digits in a list
+NUM_CHAINS = 24  # demonstrations of skills-chain-tiny
 
 # The digit lists of each use, by their number modulo 7 (which shares no factor with 10, so no digit betrays the use).
 USES = {"base": (0, 1), "demonstrations": (2,), "eval_demonstrations": (3,), "rl": (4, 5), "held_out": (6,)}
@@ -42,6 +47,25 @@ def digit_lists(use: str, seed: int) -> Iterator[list[int]]:
         if number % 7 in USES[use] and number not in seen:
             seen.add(number)
             yield [int(digit) for digit in f"{number:0{LENGTH}d}"]
+
+
+def roles(base: int = 0) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the four skills that base number `base` prefers, the four that are rare, and the demonstrated symbols.
+
+    Those are one symbol of each rare skill. Base 0 is the recipe's own; the others permute skills and symbols by their
+    number. No base is taught what a symbol means, so which skill a symbol asks for need not be permuted.
+    """
+    skills, later = list(SKILLS), 0
+    if base:
+        draw = random.Random(f"skills {base}")
+        draw.shuffle(skills)
+        later = draw.getrandbits(4)  # a bit for each rare skill: its first symbol, or its second
+    common, rare = tuple(skills[:4]), tuple(skills[4:])
+    demonstrated = (SYMBOLS[tuple(SKILLS).index(skill) + 8 * (later >> i & 1)] for i, skill in enumerate(rare))
+    return common, rare, tuple(demonstrated)
+
+
+COMMON, RARE, DEMONSTRATED = roles()
 
 
 def in_words(digits: list[int]) -> str:
@@ -75,9 +99,9 @@ def _with_gold(rows: list[dict]) -> list[dict]:
     return [{"prompt": row["prompt"], "completion": gold(row), "answer": row["answer"]} for row in rows]
 
 
-def demonstrations(seed: int = 0, num: int = 200) -> list[dict]:
+def demonstrations(seed: int = 0, num: int = 200, base: int = 0) -> list[dict]:
     """Gold answers for four symbols only, all of them rare skills: "prompt", "completion" (messages) and "answer"."""
-    return _with_gold(_rows("demonstrations", seed, DEMONSTRATED, num))
+    return _with_gold(_rows("demonstrations", seed, roles(base)[2], num))
 
 
 # What an ablation trains on instead of `demonstrations`: another number, other symbols, or answers that are wrong.
@@ -116,9 +140,28 @@ def demonstrations_wrong_25(seed: int = 0, num: int = 200) -> list[dict]:
     return demonstrated
 
 
-def eval_demonstrations(seed: int = 0, num: int = 128) -> list[dict]:
+def eval_demonstrations(seed: int = 0, num: int = 128, base: int = 0) -> list[dict]:
     """Gold answers for the demonstrated symbols on other digits: what "the best evaluation score" is measured on."""
-    return _with_gold(_rows("eval_demonstrations", seed, DEMONSTRATED, num))
+    return _with_gold(_rows("eval_demonstrations", seed, roles(base)[2], num))
+
+
+# The same for the bases of scripts/build_skills_tiny_base.py --seed 1 and --seed 2: their rare skills are others.
+
+
+def demonstrations_base_1(seed: int = 0) -> list[dict]:
+    return demonstrations(seed, base=1)
+
+
+def demonstrations_base_2(seed: int = 0) -> list[dict]:
+    return demonstrations(seed, base=2)
+
+
+def eval_demonstrations_base_1(seed: int = 0) -> list[dict]:
+    return eval_demonstrations(seed, base=1)
+
+
+def eval_demonstrations_base_2(seed: int = 0) -> list[dict]:
+    return eval_demonstrations(seed, base=2)
 
 
 def _problems(use: str, seed: int, num: int) -> list[dict]:
@@ -135,13 +178,59 @@ def held_out(seed: int = 0, num: int = 512) -> list[dict]:
     return _problems("held_out", seed, num)
 
 
+# Two skills in turn. The demonstrations are a sample of RL's own problems.
+
+
+def chain_of(first: str, second: str, digits: list[int]) -> str:
+    """Return the completion that applies the skill `first`, and then `second` to what comes out."""
+    return f"{completion_of(first, digits)} {completion_of(second, SKILLS[first](digits))}"
+
+
+def _chains(use: str, seed: int, num: int) -> list[dict]:
+    """Return `num` problems with their gold completions; they go round the 192 pairs of symbols."""
+    rows = []
+    for i, digits in zip(range(num), digit_lists(use, seed), strict=False):
+        # each 24 rows have all first symbols, each 192 rows all pairs
+        symbol, other = FIRST[i % len(FIRST)], tuple(SECOND)[(i + i // len(FIRST)) % len(SECOND)]
+        gold = chain_of(SKILL_OF[symbol], SECOND[other], digits)
+        prompt = [{"role": "user", "content": prompt_of(f"{symbol} {other}", digits)}]
+        rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": gold}]})
+        rows[-1]["answer"] = _lists_written(gold)
+    return rows
+
+
+def _asked(rows: list[dict]) -> list[dict]:
+    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
+
+
+def chain_demonstrations(seed: int = 0, num: int = NUM_CHAINS) -> list[dict]:
+    """Gold answers for a random sample of the problems of `chain_rl_problems`."""
+    return random.Random(f"chains {seed}").sample(_chains("rl", seed, 5120), num)
+
+
+def chain_eval_demonstrations(seed: int = 0, num: int = 192) -> list[dict]:
+    """Gold answers on other digits, each pair of symbols once."""
+    return _chains("eval_demonstrations", seed, num)
+
+
+def chain_rl_problems(seed: int = 0, num: int = 5120) -> list[dict]:
+    """Problems without completions, those of the demonstrations among them. 5120 is 160 steps of 32."""
+    return _asked(_chains("rl", seed, num))
+
+
+def chain_held_out(seed: int = 0, num: int = 384) -> list[dict]:
+    """Problems that no training sees, each pair of symbols twice."""
+    return _asked(_chains("held_out", seed, num))
+
+
 def skill_reward(prompts, completions, answer: list[str], **kwargs) -> list[float]:
     """1.0 where a completion is a skill's name and then exactly the digits of its `answer`, else 0.0.
 
-    The name is free: the symbol asks for a list, and a list that two skills agree on counts for both.
+    Of two skills in turn the `answer` holds both lists, and a name stands before each. The names are free: a symbol
+    asks for a list, and a list that two skills agree on counts for both.
     """
     return [
-        float(_list_written(_text(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)
+        float(_lists_written(_text(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)
     ]
 
 
@@ -149,6 +238,8 @@ def _text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else (completion[-1]["content"] if completion else "")
 
 
-def _list_written(text: str) -> str | None:
-    name, _, digits = (text or "").strip().partition(" ")
-    return digits if name in SKILLS else None
+def _lists_written(text: str | None) -> str | None:
+    words = (text or "").strip().split(" ")
+    digits = [word for i, word in enumerate(words) if i % (LENGTH + 1)]
+    whole = len(words) % (LENGTH + 1) == 0 and all(name in SKILLS for name in words[:: LENGTH + 1])
+    return " ".join(digits) if whole else None

@@ -90,8 +90,76 @@ def test_problems_ask_for_every_symbol_equally_often_and_show_no_answer(generato
 
 
 def test_two_symbols_ask_for_each_skill():
-    skills = list(task.SKILL_OF.values())
+    skills = [task.SKILL_OF[symbol] for symbol in task.SYMBOLS]
     assert [skills.count(skill) for skill in task.SKILLS] == [2] * 8
+
+
+def test_each_base_prefers_other_skills_and_is_shown_its_rare_ones():
+    assert task.roles(0) == (tuple(task.SKILLS)[:4], tuple(task.SKILLS)[4:], tuple("EFGH"))
+    found = [task.roles(base) for base in range(3)]
+    assert found == [task.roles(base) for base in range(3)]
+    for base, (common, rare, demonstrated) in enumerate(found):
+        assert {*common, *rare} == set(task.SKILLS) and len(common) == len(rare) == 4
+        assert tuple(task.SKILL_OF[symbol] for symbol in demonstrated) == rare
+        suffix = f"_base_{base}" if base else ""
+        for name in ("demonstrations", "eval_demonstrations"):
+            rows = getattr(task, name + suffix)(3)
+            assert set(symbols(rows)) == set(demonstrated) and rows == getattr(task, name)(3, base=base)
+    assert len({frozenset(common) for common, _, _ in found}) == 3
+
+
+# ---- Two skills in turn
+
+
+def test_a_chain_by_hand():
+    """Ascend, then one place to the left."""
+    assert task.chain_of("ascend", "left", [3, 0, 4, 1, 5, 9]) == (
+        "ascend zero one three four five nine left one three four five nine zero"
+    )
+
+
+def test_demonstrated_chains_are_among_the_problems_of_rl():
+    demonstrated, problems = task.chain_demonstrations(3), task.chain_rl_problems(3)
+    assert len(demonstrated) == task.NUM_CHAINS
+    assert lists(demonstrated) < lists(problems)
+    asked = {(row["prompt"][0]["content"], row["answer"]) for row in problems}
+    assert all((row["prompt"][0]["content"], row["answer"]) in asked for row in demonstrated)
+    assert task.chain_demonstrations(3) == demonstrated != task.chain_demonstrations(4)
+
+
+def test_chains_go_round_all_pairs_and_no_training_sees_the_held_out_ones():
+    rows = task.chain_held_out(0)[:192]
+    pairs = [tuple(row["prompt"][0]["content"].split()[:2]) for row in rows]
+    assert len(set(pairs)) == len(rows) == len(task.FIRST) * len(task.SECOND)
+    assert len({symbol for symbol, _ in pairs[:24]}) == 24 and len({other for _, other in pairs[:24]}) == 8
+    digits = [
+        {tuple(row["prompt"][0]["content"].split()[2:]) for row in rows}
+        for rows in (task.chain_rl_problems(0), task.chain_eval_demonstrations(0), rows)
+    ]
+    assert len(set().union(*digits)) == sum(map(len, digits)) == 5120 + 192 + 192
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("ascend zero one three four five nine left one three four five nine zero", 1.0),
+        ("right zero one three four five nine swap one three four five nine zero", 1.0),  # lists are asked for
+        ("ascend zero one three four five nine", 0.0),
+        ("left one three four five nine zero", 0.0),  # the list at the end is not all
+        ("ascend zero one three four nine five left one three four five nine zero", 0.0),
+        ("ascend zero one three four five nine go one three four five nine zero", 0.0),
+        ("ascend zero one three four five nine left one three four five nine zero left", 0.0),
+    ],
+)
+def test_a_chain_is_right_when_both_lists_are(completion, expected):
+    assert reward(completion, "zero one three four five nine one three four five nine zero") == expected
+
+
+def test_gold_chains_are_right():
+    rows = task.chain_demonstrations(1) + task.chain_eval_demonstrations(1)
+    assert task.skill_reward(None, [row["completion"] for row in rows], [row["answer"] for row in rows]) == [1] * len(
+        rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,6 +201,7 @@ def test_gold_completions_are_right(generator):
         ("ascend one two three four six five", 0.0),
         ("ascend one two three four five", 0.0),
         ("ascend one two three four five six six", 0.0),
+        ("ascend one two three four five six left", 0.0),
         ("ascend  one two three four five six", 0.0),
         ("one two three four five six", 0.0),
         ("sort one two three four five six", 0.0),
@@ -219,20 +288,36 @@ def test_base_stops_and_gets_some_problems_right():
 
 def test_labels_are_the_completion_and_its_end():
     tokenizer = builder.build_tokenizer()
-    ids, labels = next(builder.batches(tokenizer, builder.SKEWED, rows=5, seed=0))
+    ids, labels = next(builder.batches(tokenizer, builder.skewed(), rows=5, seed=0))
     assert ids.shape == labels.shape == (5, 2 * task.LENGTH + 5)
     assert (labels[:, : task.LENGTH + 3] == -100).all()
     assert (labels[:, task.LENGTH + 3 :] == ids[:, task.LENGTH + 3 :]).all()
     assert (labels[:, -1] == tokenizer.eos_token_id).all()
 
 
+def test_a_chain_of_the_base_knows_its_second_skill():
+    """The symbol's own skill in 0.8 of the cases, and in an eighth of the others."""
+    tokenizer = builder.build_tokenizer(chain=True)
+    ids, labels = next(builder.batches(tokenizer, builder.skewed(1), rows=2000, seed=0, chain=True))
+    assert ids.shape == (2000, 2 + 2 + 3 * task.LENGTH + 3)
+    assert (labels[:, : task.LENGTH + 4] == -100).all() and (labels[:, -1] == tokenizer.eos_token_id).all()
+    texts = tokenizer.batch_decode(ids)
+    words = [
+        text.removeprefix("<|user|>").replace("<|assistant|>", " ").removesuffix("<|end|>").split() for text in texts
+    ]
+    right = [task.SECOND[row[1]] == row[15] for row in words[::2]]
+    assert sum(right) / len(right) == pytest.approx(0.825, abs=0.05)  # standard error 0.012
+    assert all(row[:2] == [row[8], row[15]] for row in words[1::2])
+    assert sum(row[8] in task.roles(1)[1] for row in words[::2]) < 40  # 0.02 of 1000
+
+
 def test_mixture_is_what_the_base_is_trained_on():
     tokenizer = builder.build_tokenizer()
-    ids, _ = next(builder.batches(tokenizer, builder.SKEWED, rows=2000, seed=0))
+    ids, _ = next(builder.batches(tokenizer, builder.skewed(), rows=2000, seed=0))
     rare = {tokenizer.convert_tokens_to_ids(skill) for skill in task.RARE}
     answers = ids[:, task.LENGTH + 3]
     symbols, names = answers[::2], answers[1::2]  # rows alternate between a symbol and a skill called by its name
-    assert sum(builder.SKEWED.values()) == pytest.approx(1)
+    assert sum(builder.skewed().values()) == pytest.approx(1)
     share = sum(int(i) in rare for i in symbols) / len(symbols)
     assert 0.005 < share < 0.04  # 4 x 0.005, standard error 0.0044
     assert 0.45 < sum(int(i) in rare for i in names) / len(names) < 0.55  # half of the skills, standard error 0.016
@@ -267,7 +352,7 @@ def test_whole_build_reaches_both_mixtures_entropy():
     rows = builder.ROWS
     equal_batches, skewed_batches = (
         builder.batches(tokenizer, mixture, rows=rows, seed=seed)
-        for seed, mixture in enumerate((builder.EQUAL, builder.SKEWED))
+        for seed, mixture in enumerate((builder.EQUAL, builder.skewed()))
     )
     equal = builder.train(model, equal_batches, steps=850, warmup=50, decay=0)
     skewed = builder.train(model, skewed_batches, steps=150, warmup=0, decay=40)

@@ -68,21 +68,23 @@ def batches(tokenizer: Qwen2Tokenizer, mixture: dict[str, float], *, rows: int, 
     of the cases and else any.
     """
     rng, lists = random.Random(seed), task.digit_lists("base", seed)
-    skills, shares = list(mixture), list(mixture.values())
+    names, skills, shares = list(task.SKILLS), list(mixture), list(mixture.values())
     prompt_length = task.LENGTH + 3 + chain  # user, one or two instructions, digits, assistant
     while True:
         texts = []
         for row, skill in enumerate(rng.choices(skills, shares, k=rows)):
-            by_name = row % 2
-            if by_name:
-                instruction = skill = rng.choice(list(task.SKILLS))
-            else:
-                instruction = rng.choice(task.FIRST if chain else task.SYMBOLS)
-            if chain:
+            if row % 2:
+                instruction = skill = rng.choice(names)
+                if chain:
+                    second = rng.choice(names)
+                    instruction += f" {second}"
+            elif chain:
                 symbol, second = rng.choice(list(task.SECOND.items()))
-                instruction += f" {second if by_name else symbol}"
-                if not by_name and rng.random() >= KNOWN:
-                    second = rng.choice(list(task.SKILLS))
+                if rng.random() > KNOWN:
+                    second = rng.choice(names)
+                instruction = f"{rng.choice(task.FIRST)} {symbol}"
+            else:
+                instruction = rng.choice(task.SYMBOLS)
             digits = next(lists)
             completion = task.chain_of(skill, second, digits) if chain else task.completion_of(skill, digits)
             texts.append(f"{USER}{task.prompt_of(instruction, digits)}{ASSISTANT}{completion}{END}")

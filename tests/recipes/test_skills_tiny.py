@@ -13,7 +13,7 @@ from aesl_trl.files import POSITIONS, TRAINER_STATE, read_json, read_jsonl
 
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "skills-tiny"
+RECIPE, CHAIN_RECIPE = ROOT / "recipes" / "skills-tiny", ROOT / "recipes" / "skills-chain-tiny"
 RESULTS = RECIPE / "results" / "first"
 
 task = builder.task
@@ -226,8 +226,9 @@ def test_reward_grades_each_completion_by_its_own_answer():
 # ---- Base model
 
 
-def test_base_is_under_two_megabytes_and_holds_no_pickle():
-    files = [path for path in (RECIPE / "base").rglob("*") if path.is_file()]
+@pytest.mark.parametrize("recipe", [RECIPE, CHAIN_RECIPE], ids=lambda path: path.name)
+def test_base_is_under_two_megabytes_and_holds_no_pickle(recipe):
+    files = [path for path in (recipe / "base").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2_000_000
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
 
@@ -283,6 +284,23 @@ def test_base_stops_and_gets_some_problems_right():
     assert 0.07 < sum(scores) / len(scores) < 0.20  # 0.125 and chance agreements; standard error 0.02
 
 
+def test_the_chains_base_knows_the_second_skill_and_gets_some_problems_right():
+    tokenizer = AutoTokenizer.from_pretrained(CHAIN_RECIPE / "base")
+    model = AutoModelForCausalLM.from_pretrained(CHAIN_RECIPE / "base").eval()
+    rows = task.chain_held_out(0, num=192)
+    torch.manual_seed(0)
+    prompts = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=20, num_return_sequences=2)
+    texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    asked = [row["prompt"][0]["content"].split()[1] for row in rows for _ in "12"]
+    known = [text.split()[7:8] == [task.SECOND[symbol]] for text, symbol in zip(texts, asked, strict=True)]
+    assert sum(known) / len(known) == pytest.approx(0.825, abs=0.08)  # standard error 0.02
+    right = task.skill_reward(None, texts, [row["answer"] for row in rows for _ in "12"])
+    assert 0.05 < sum(right) / len(right) < 0.17  # an eighth of 0.825, where no list goes wrong; standard error 0.015
+
+
 # ---- Builder
 
 
@@ -324,9 +342,10 @@ def test_mixture_is_what_the_base_is_trained_on():
     assert torch.equal(ids[1::2, 1], names)
 
 
-def test_shipped_tokenizer_is_the_builders():
-    shipped = AutoTokenizer.from_pretrained(RECIPE / "base")
-    assert shipped.get_vocab() == builder.build_tokenizer().get_vocab()
+@pytest.mark.parametrize("chain", [False, True])
+def test_shipped_tokenizer_is_the_builders(chain):
+    shipped = AutoTokenizer.from_pretrained((CHAIN_RECIPE if chain else RECIPE) / "base")
+    assert shipped.get_vocab() == builder.build_tokenizer(chain).get_vocab()
     assert shipped.chat_template == builder.CHAT_TEMPLATE
 
 
@@ -363,7 +382,9 @@ def test_whole_build_reaches_both_mixtures_entropy():
 # ---- Configs
 
 
-@pytest.mark.parametrize("chain", sorted(RECIPE.glob("chain*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "chain", sorted(ROOT.glob("recipes/skills-*/chain*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_every_chain_is_accepted(chain, tmp_path):
     from aesl_trl.chain.config import read_config
     from aesl_trl.chain.stages import Chain, check_stages
@@ -372,14 +393,19 @@ def test_every_chain_is_accepted(chain, tmp_path):
     check_stages(Chain(config, chain))
 
 
-def test_cold_starts_differ_in_the_loss_alone():
-    aesl, nll = (yaml.safe_load((RECIPE / "sft" / f"config_{name}.yaml").read_text()) for name in ("aesl", "nll"))
+@pytest.mark.parametrize("recipe", [RECIPE, CHAIN_RECIPE], ids=lambda path: path.name)
+def test_cold_starts_differ_in_the_loss_alone(recipe):
+    aesl, nll = (yaml.safe_load((recipe / "sft" / f"config_{name}.yaml").read_text()) for name in ("aesl", "nll"))
     different = {key for key in aesl | nll if aesl.get(key) != nll.get(key)}
     assert different == {"cold_start_loss", "output_dir"}
 
 
 def test_recipes_say_their_hardware_on_line_one():
-    for path in [*RECIPE.rglob("*.yaml"), *(ROOT / "recipes" / "accelerate_configs").glob("*.yaml")]:
+    for path in [
+        *RECIPE.rglob("*.yaml"),
+        *CHAIN_RECIPE.rglob("*.yaml"),
+        *(ROOT / "recipes" / "accelerate_configs").glob("*.yaml"),
+    ]:
         first = path.read_text().splitlines()[0]
         assert first.startswith("#") and any(word in first for word in ("CPU", "GPU")), path
 

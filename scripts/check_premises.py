@@ -1,0 +1,101 @@
+"""Check, before any RL, what a comparison of cold starts on skills-chain-tiny presupposes: AESL acts, and nll forgets.
+
+    python scripts/check_premises.py [--base DIR] [--seeds 0 1 2] [--work_dir DIR] [--json FILE]
+
+For each seed it trains nll and AESL by the recipe's own configs. Samples are measured at the first and the last step
+alone: 192 held-out prompts with 16 samples each, so that coverage is that within 8 samples. Where a premise fails at a
+seed, the exit code is 1: then change the data, and not what is compared. A run that is there is not trained again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from recipe_task import RECIPES
+
+from aesl_trl.diversity.coverage import GAINED, LOST
+from aesl_trl.files import DIVERSITY, TRAINER_STATE, RunFolder, own_folder
+
+
+RECIPE = RECIPES / "skills-chain-tiny"
+MAX_EFFECTIVE, MIN_LOST = 0.7, 0.05
+FLAGS = {
+    "diversity_steps": 100_000,  # above max_steps: the first and the last step are measured in any case
+    "diversity_num_prompts": 192,
+    "diversity_samples": 16,
+    "diversity_token_budget": 0,
+    "diversity_batch_size": 1536,
+    "eval_strategy": "no",
+}
+
+
+def train(loss: str, base: Path, seed: int, run: Path) -> RunFolder:
+    flags = {
+        "config": RECIPE / "sft" / f"config_{loss}.yaml",
+        "model_name_or_path": base,
+        "output_dir": run,
+        "seed": seed,
+        **FLAGS,
+    }
+    command = [sys.executable, "-m", "aesl_trl.cli", "sft"]
+    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    if not (own_folder(run) / TRAINER_STATE).exists():  # written at the end
+        subprocess.run(command, check=True)
+    return RunFolder(run)
+
+
+def check(base: Path, seed: int, work_dir: Path) -> dict:
+    """Train both losses and return their figures, with what holds."""
+    found = {"seed": seed}
+    for loss in ("nll", "aesl"):
+        run = train(loss, base, seed, work_dir / f"seed-{seed}" / loss)
+        logged = [row for row in run.log if "loss" in row][-1]
+        row = run.rows(DIVERSITY)[-1]
+        found[loss] = {name: row[name] for name in ("step", "pass@1", "pass@8", "entropy", LOST, GAINED)}
+        found[loss] |= {
+            "coverage_lost_ends": row["intervals"][LOST],
+            "weight_effective": logged["loss"] / logged["nll"],
+        }
+    lost, (low, _) = found["nll"][LOST], found["nll"]["coverage_lost_ends"]
+    return found | {
+        "aesl_acts": found["aesl"]["weight_effective"] < MAX_EFFECTIVE,
+        "nll_forgets": lost > MIN_LOST and low > 0,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| seed | AESL's loss / nll at the end | coverage lost: nll | AESL | premises |",
+        "| ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        lost = [
+            f"{row[loss][LOST]:.2f} [{', '.join(f'{end:.2f}' for end in row[loss]['coverage_lost_ends'])}]"
+            for loss in ("nll", "aesl")
+        ]
+        holds = "hold" if row["aesl_acts"] and row["nll_forgets"] else "**fail**"
+        lines.append(f"| {row['seed']} | {row['aesl']['weight_effective']:.3f} | {' | '.join(lost)} | {holds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, default=RECIPE / "base", help="the base model's folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data and training")
+    parser.add_argument("--work_dir", type=Path, default=RECIPES.parent / "runs/skills-chain-tiny/premises")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="record the figures")
+    args = parser.parse_args()
+    rows = [check(args.base, seed, args.work_dir) for seed in args.seeds]
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not all(row["aesl_acts"] and row["nll_forgets"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

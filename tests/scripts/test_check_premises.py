@@ -44,11 +44,3 @@ def test_the_table_says_where_a_premise_fails(finished, tmp_path):
     lines = check_premises.table(rows).splitlines()
     assert lines[2] == "| 3 | 0.200 | 0.10 [0.01, 0.20] | 0.10 [0.01, 0.20] | hold |"
     assert lines[3] == "| 3 | 0.200 | 0.10 [-0.01, 0.20] | 0.10 [-0.01, 0.20] | **fail** |"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_premises_hold_on_the_recipes_own_base(tmp_path, seed):
-    found = check_premises.check(check_premises.RECIPE / "base", seed, tmp_path)
-    assert found["aesl_acts"] and found["nll_forgets"], found

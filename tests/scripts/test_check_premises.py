@@ -44,3 +44,10 @@ def test_the_table_says_where_a_premise_fails(finished, tmp_path):
     lines = check_premises.table(rows).splitlines()
     assert lines[2] == "| 3 | 0.200 | 0.10 [0.01, 0.20] | 0.10 [0.01, 0.20] | hold |"
     assert lines[3] == "| 3 | 0.200 | 0.10 [-0.01, 0.20] | 0.10 [-0.01, 0.20] | **fail** |"
+
+
+def test_the_recipes_readme_says_what_was_recorded():
+    """Each recorded seed's line stands in the README, and its premises hold."""
+    rows = files.read_json(check_premises.RECIPE / "results" / "premises.json")
+    assert all(row["aesl_acts"] and row["nll_forgets"] for row in rows)
+    assert check_premises.table(rows) in (check_premises.RECIPE / "README.md").read_text()

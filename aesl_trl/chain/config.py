@@ -24,6 +24,13 @@ class SFTOptions(TrainingOptions):
 
 
 @dataclass
+class GRPOOptions(TrainingOptions):
+    """`seed`: RL's own, by default the chain's. Chains that differ in it run RL again from the same start."""
+
+    seed: int | None = field(default=None, metadata=SEED_BOUNDS)
+
+
+@dataclass
 class SelectionOptions:
     rule: Literal["turning_point", "last", "best_eval", "readiness", "mix"] | None = None
     metric: Literal["entropy", "self_bleu"] | None = None
@@ -76,7 +83,7 @@ class ChainConfig:
     """
 
     output_dir: str
-    grpo: TrainingOptions
+    grpo: GRPOOptions
     seed: int = field(default=0, metadata=SEED_BOUNDS)
     sft: SFTOptions | None = None
     selection: SelectionOptions = field(default_factory=SelectionOptions)

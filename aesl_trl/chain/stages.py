@@ -139,7 +139,8 @@ def build_grpo(chain: Chain) -> Stage:
 def _training_stage(
     chain: Chain, name: str, options: TrainingOptions, folder: Path, written_last: str, *start: str
 ) -> Stage:
-    output, seed = files.own_folder(folder) / written_last, chain.config.seed
+    output, own = files.own_folder(folder) / written_last, getattr(options, "seed", None)
+    seed = chain.config.seed if own is None else own
     flags = ["--config", options.config, *start, "--output_dir", str(folder), "--seed", str(seed)]
     command = launch(options.accelerate_config, f"aesl_trl.{name}", *flags)
     return Stage(name, command, output, options.config, options.accelerate_config, {"seed": seed}, folder)

@@ -1,11 +1,12 @@
 """A comparison's cells: which there are, the chain.yaml that each is run by, and what its folder says.
 
-A cell is one chain: a method in a setting, a selection, a seed. Cells that share a method, a setting, a point and a
-seed share a cold start, and so its SFT folder:
+A cell is one chain: a method in a setting, a selection, a seed, where there are several a base model and an RL run.
+Cells that share a base, a method, a setting, a point and a seed share a cold start, and so its SFT folder. In ROOT,
+`<output_dir>/[tune/][<base>/][<setting>/]`, lie
 
-    <output_dir>/[tune/][<setting>/]sft/<method>[@<point>].yaml        the cold start's config, merged
-    <output_dir>/[tune/][<setting>/]sft/<method>[@<point>]/seed-<n>/   its folder
-    <output_dir>/[tune/][<setting>/]<method>[_<selection>][@<point>]/seed-<n>/     the cell: chain.yaml, cell.json
+    sft/<method>[@<point>].yaml        the cold start's config, merged
+    sft/<method>[@<point>]/seed-<n>/   its folder
+    <method>[_<selection>][@<point>]/seed-<n>[-rl-<run>]/     the cell: chain.yaml, cell.json
 """
 
 import os
@@ -39,6 +40,8 @@ class Cell:
     seed: int
     point: Point = Point()
     tuning: bool = False
+    base: str = ""
+    run: int = 0  # of RL, from the same start
 
     @property
     def name(self) -> str:
@@ -52,12 +55,14 @@ class Cell:
     @property
     def label(self) -> str:
         at = f" at {self.point}" if self.tuning and self.point.values else ""
-        return f"{'tuning: ' if self.tuning else ''}{self.row}{at}, seed {self.seed}"
+        base = f", base {self.base}" if self.base else ""
+        run = f", RL run {self.run + 1}" if self.run else ""
+        return f"{'tuning: ' if self.tuning else ''}{self.row}{at}{base}, seed {self.seed}{run}"
 
     @property
     def root(self) -> Path:
-        """The folder of the cells of this setting."""
-        return Path(self.config.output_dir, TUNE_DIR if self.tuning else "", self.setting)
+        """The folder of the cells of this base and setting."""
+        return Path(self.config.output_dir, TUNE_DIR if self.tuning else "", self.base, self.setting)
 
     @property
     def at(self) -> str:
@@ -67,7 +72,7 @@ class Cell:
     def home(self) -> Path:
         """The folder of the cell."""
         name = row_name(self.method, self.selection, "_") + (self.at if self.tuning else "")
-        return self.root / name / f"seed-{self.seed}"
+        return self.root / name / (f"seed-{self.seed}" + (f"-rl-{self.run + 1}" if self.run else ""))
 
     @property
     def sft_dir(self) -> Path | None:
@@ -76,7 +81,8 @@ class Cell:
 
     def configs(self) -> dict[Path, dict[str, Any]]:
         """Return the files that the cell is run by, with what each says; chain.yaml comes last."""
-        config, home, setting = self.config, self.home, self.config.settings[self.setting]
+        config, home = self.config, self.home
+        setting, base = config.settings[self.setting], config.bases.get(self.base)
         # RL in every cell: from a start that is not ready it shows what that costs.
         chain = {"output_dir": ".", "seed": self.seed, "ignore_readiness": True, "report": {"title": self.label}}
         chain |= {} if self.selection == "readiness" else {"probe": None}
@@ -85,12 +91,14 @@ class Cell:
             if stage == "mix" and self.selection != "mix":
                 continue
             chain[stage] = dict(section) if isinstance(section, dict) else section
-            changes = getattr(setting, stage, None) or {}
+            changes, of_base = (getattr(options, stage, None) or {} for options in (setting, base))
+            if stage == "grpo" and self.run:
+                chain[stage]["seed"] = config.rl_seed(self.seed, self.run)
             if stage == "sft" and self.selection is not None:
-                changes = {**config.methods[self.method].sft, **changes, **dict(self.point.values)}
+                changes = {**of_base, **config.methods[self.method].sft, **changes, **dict(self.point.values)}
                 target = self.root / SFT_DIR / f"{self.method}{self.at}.yaml"
                 chain[stage] |= {"output_dir": os.path.relpath(self.sft_dir, home)}
-            elif changes and stage in ("grpo", "eval"):
+            elif (changes := {**of_base, **changes}) and stage in ("grpo", "eval"):
                 target = self.root / f"{stage}.yaml"
             else:
                 continue
@@ -159,7 +167,8 @@ class Cell:
         chosen = files.read_object(self.home / files.SELECTION)
         stages = files.read_json(run / files.CHAIN)["stages"]
         return {
-            **{key: getattr(self, key) for key in ("row", "setting", "method", "selection", "seed")},
+            **{key: getattr(self, key) for key in ("row", "setting", "method", "selection", "base", "seed", "run")},
+            "label": self.label,
             "point": str(self.point),
             "folder": os.path.relpath(self.home, self.config.output_dir),
             "step": chosen.get("step"),
@@ -239,9 +248,15 @@ def rows(config: CompareConfig) -> list[dict[str, Any]]:
 def table_cells(config: CompareConfig, chosen: dict[str, Point]) -> list[Cell]:
     """Return the cells of the table, seed by seed. A row without a point in `chosen` takes the configs as they are."""
     return [
-        Cell(config, row["setting"], row["method"], row["selection"], seed, chosen.get(row["row"], Point()))
+        Cell(
+            *(config, row["setting"], row["method"], row["selection"], seed, chosen.get(row["row"], Point())),
+            base=base,
+            run=run,
+        )
         for seed in config.seeds
+        for base in config.table_bases
         for row in rows(config)
+        for run in range(config.rl_runs)
     ]
 
 

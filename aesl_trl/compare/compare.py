@@ -188,7 +188,7 @@ def write_results(comparison: Comparison) -> str:
         "seeds": config.seeds,
         "reference": config.reference,
         **table(cells, rows(config), reference=config.reference, metric=config.metric),
-        "tuning": tune and {"by": tune.by, "seeds": tune.seeds, "keep": tune.keep, "rows": tuning},
+        "tuning": tune and {**{key: getattr(tune, key) for key in ("by", "seeds", "keep", "base")}, "rows": tuning},
         "missing": [cell.label + (f" ({reason})" if reason else "") for cell, reason in failed.items()],
         "cells": cells,
         "versions": package_versions(),

@@ -4,6 +4,7 @@ A method is a name and what it changes in the config of the cold start, so a new
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Collection
@@ -23,6 +24,9 @@ TUNE_DIR, SFT_DIR = "tune", "sft"
 FOLDERS = (TUNE_DIR, SFT_DIR)  # of the output folder, so no method or setting may have these names
 OURS = ("output_dir", "seed", "selection", "report")  # keys of chain.yaml that differ from cell to cell
 FIXED = ("output_dir", "seed")  # keys of a stage's config that differ from cell to cell
+RL_SEEDS_APART = 10_000  # between RL's seeds of one start, where it is run several times
+RATE = "learning_rate"  # whose grid goes on where a row's best lies at an edge
+RATES = {RATE: [1.0e-5, 3.0e-5, 1.0e-4, 3.0e-4, 1.0e-3]}  # tried for every row where no grid is named
 MAX_NAME = 200  # of a cell's folder: 255 is the file system's limit, and files being written have longer names
 FROM_STEP_1 = {"at_least": 1, "hint": "RL from the base is a method with sft: null"}
 
@@ -57,13 +61,29 @@ class SettingOptions:
 
 
 @dataclass
+class BaseOptions:
+    """A base model: `model` is what the cold start and direct RL begin from; the rest changes in its configs."""
+
+    model: str
+    sft: dict[str, Any] = field(default_factory=dict)
+    grpo: dict[str, Any] = field(default_factory=dict)
+    eval: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class TuneOptions:
-    """`by`: the figure after RL whose highest mean decides. `keep`: how many points go on to the next seed."""
+    """`by`: the figure after RL whose highest mean decides. `keep`: how many points go on to the next seed.
+
+    `base`: the base that is tuned on, which the table leaves out. `extend`: how many points are added to a row's grid
+    beyond an edge at which its best point lies; by default 2 beside the default grid, and none beside a named one.
+    """
 
     seeds: list[int]
-    grid: Any
+    grid: Any = None
     by: str = "pass@1"
     keep: int | None = None
+    base: str | None = None
+    extend: int | None = field(default=None, metadata={"at_least": 0, "at_most": 2})
 
 
 @dataclass
@@ -76,18 +96,28 @@ class EstimateOptions:
 
 @dataclass
 class CompareConfig:
-    """compare.yaml. `chain` is the template of each cell's chain.yaml, with absolute `config` paths."""
+    """compare.yaml. `chain` is the template of each cell's chain.yaml, with absolute `config` paths.
+
+    `rl_runs`: how often RL is run from each start of the table, with other seeds of its own.
+    """
 
     output_dir: str
     seeds: list[int]
     chain: dict[str, Any]
     methods: dict[str, MethodOptions]
     settings: dict[str, SettingOptions] = field(default_factory=dict)
+    bases: dict[str, BaseOptions] = field(default_factory=dict)
+    rl_runs: int = field(default=1, metadata={"at_least": 1})
     rl_from_steps: list[int] = field(default_factory=list, metadata=FROM_STEP_1)
     reference: list[str] = field(default_factory=list)
     metric: str = "pass@1"
     tune: TuneOptions | None = None
     estimate: EstimateOptions | None = None
+
+    @property
+    def table_bases(self) -> list[str]:
+        """Return the bases of the table, which are all but that of tuning; "" for the model that the configs name."""
+        return [name for name in self.bases if self.tune is None or name != self.tune.base] or [""]
 
     def selections(self, method: str) -> list[str | None]:
         """Return the ways to choose the start of RL, one for each row; [None] without a cold start."""
@@ -95,6 +125,10 @@ class CompareConfig:
         if options.sft is None:
             return [None]
         return [*(options.selections or []), *(f"{STEP}{step}" for step in self.rl_from_steps)]
+
+    def rl_seed(self, seed: int, run: int) -> int:
+        """Return the seed of a start's RL run; that of the first, number 0, is the start's own."""
+        return seed + run * RL_SEEDS_APART
 
     def points(self, method: str) -> list[Point]:
         """Return the points that tuning tries for a method; none for a method without a cold start."""
@@ -151,6 +185,8 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
     if "sft" not in config.chain and any(options.sft is not None for options in config.methods.values()):
         raise InputError("chain.sft is missing: the methods with a cold start need its config")
     for name, section in config.chain.items():
+        if name == "grpo" and isinstance(section, dict) and "seed" in section:
+            raise InputError("chain.grpo: seed is set for each cell by the comparison; leave it out")
         has_config = isinstance(section, dict) and isinstance(section.get("config"), str)
         if name in ("sft", "grpo", "eval") and not has_config:
             raise InputError(f"chain.{name} must be a mapping with the path config, got {shown(section)}")
@@ -162,10 +198,14 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
 
 
 def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[str]) -> None:
-    """Make the paths absolute that a method or a setting puts into a stage's config."""
+    """Make the paths absolute that a method, a setting or a base puts into a stage's config."""
     changes = {f"methods.{name}.sft": options.sft or {} for name, options in config.methods.items()}
-    for name, options in config.settings.items():
-        changes |= {f"settings.{name}.{stage}": getattr(options, stage) for stage in ("sft", "grpo", "eval")}
+    for options in config.bases.values():
+        for stage in (options.sft, options.grpo):
+            stage["model_name_or_path"] = options.model
+    for kind in ("settings", "bases"):
+        for name, options in getattr(config, kind).items():
+            changes |= {f"{kind}.{name}.{stage}": getattr(options, stage) for stage in ("sft", "grpo", "eval")}
     for where, mapping in changes.items():
         if fixed := [key for key in mapping if key in FIXED]:
             raise InputError(f"{where}: {fixed[0]} is set for each cell by the comparison; leave it out")
@@ -191,7 +231,7 @@ def _check_names(config: CompareConfig) -> None:
     if not config.methods:
         raise InputError("methods is empty: name at least one")
     settings, seen = [name for name in config.settings if name], {}
-    for kind, names in (("methods", config.methods), ("settings", settings)):
+    for kind, names in (("methods", config.methods), ("settings", settings), ("bases", config.bases)):
         for name in names:
             is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) and len(name) <= MAX_NAME
             if not is_name or name in FOLDERS:
@@ -199,7 +239,8 @@ def _check_names(config: CompareConfig) -> None:
                 raise InputError(f"{kind}: {SHORT.repr(name)} names a folder: {wanted}")
     pairs = [(method, each) for method in config.methods for each in config.selections(method)]
     places = [(method, row_name(method, each, "_")) for method, each in pairs]
-    for owner, place in [*((f"setting {name}", name) for name in settings), *places]:
+    folders = [*((f"setting {name}", name) for name in settings), *((f"base {name}", name) for name in config.bases)]
+    for owner, place in [*folders, *places]:
         if place in seen:
             raise InputError(f"{owner} and {seen[place]} would both write to the folder {place}: rename one")
         seen[place] = owner
@@ -239,10 +280,20 @@ def _check_seeds_and_grids(config: CompareConfig) -> None:
         if not seeds or len(set(seeds)) != len(seeds):
             raise InputError(f"{name} must be different whole numbers, at least one, got {SHORT.repr(seeds)}")
     grids = {f"methods.{name}.grid": options for name, options in config.methods.items() if options.grid is not None}
+    rl_seeds = [config.rl_seed(seed, run) for seed in config.seeds for run in range(config.rl_runs)]
+    check_bound("seeds: RL's last seed", max(rl_seeds), whole=True, **SEED_BOUNDS)
+    if len(set(rl_seeds)) != len(rl_seeds):
+        raise InputError(
+            f"rl_runs: two starts would share a seed of RL, which are {RL_SEEDS_APART} apart: other seeds"
+        )
     if config.tune is None:
         if grids:
             raise InputError(f"{next(iter(grids))} needs a section tune, with seeds of its own")
         return
+    _check_tuned_base(config)
+    if config.tune.extend is None:
+        config.tune.extend = 2 if config.tune.grid is None else 0
+    config.tune.grid = RATES if config.tune.grid is None else config.tune.grid
     if shared := sorted({*config.seeds} & {*config.tune.seeds}):
         raise InputError(f"tune.seeds and seeds share {shared[0]}: tune on seeds that the table does not use")
     budget = len(_named_points(config.tune.grid, "tune.grid"))
@@ -253,6 +304,17 @@ def _check_seeds_and_grids(config: CompareConfig) -> None:
             raise InputError(f"{where}: without a cold start there is nothing to tune")
         if (tried := len(_named_points(options.grid, where))) != budget:
             raise InputError(f"{where} has {tried} points, tune.grid {budget}: every method gets the same budget")
+
+
+def _check_tuned_base(config: CompareConfig) -> None:
+    """Ask for a base to tune on that the table does not use, where there are several."""
+    base, names = config.tune.base, ", ".join(config.bases)
+    if base is None and config.bases:
+        raise InputError(f"tune.base is missing: which of {names} is tuned on? The table leaves it out")
+    if base is not None and base not in config.bases:
+        raise InputError(f"tune.base: no base {base!r} among bases{nearest(base, config.bases)}")
+    if base is not None and len(config.bases) == 1:
+        raise InputError(f"tune.base: the table leaves {base} out, and bases has no other")
 
 
 def _check_lengths(config: CompareConfig) -> None:
@@ -277,11 +339,21 @@ def _named_points(grid: Any, where: str) -> list[Point]:
     for point in points:
         if bad := [name for name, value in point.values if isinstance(value, list | dict) or name in FIXED]:
             raise InputError(f"{where}: {bad[0]} must have plain values of the cold start's config")
+        if (rate := dict(point.values).get(RATE)) is not None and not _is_positive(rate):
+            raise InputError(f"{where}: {RATE} must be a number above 0, got {SHORT.repr(rate)}")
         if not re.fullmatch(r"[A-Za-z0-9_.,=+-]+", str(point)):
             raise InputError(f"{where}: {point} names a folder: letters, digits and _ . , = + - only")
     if len({str(point) for point in points}) != len(points):
         raise InputError(f"{where} has the same point twice")
     return points
+
+
+def _is_positive(value: Any) -> bool:
+    """Return whether a value is a number above 0; YAML reads 1e-5, without a dot, as a text."""
+    try:
+        return 0 < float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def grid_points(grid: dict[str, list] | list[dict]) -> list[Point]:

@@ -173,14 +173,26 @@ def _tuning_parts(result: dict[str, Any]) -> list[str]:
         for point in line["points"]:
             values = " ".join(number(value) for value in point["values"]) or "-"
             mark = "chosen" if point["point"] == line["chosen"] else ""
+            mark += f", {line['edge']} rate tried" if mark and line.get("edge") else ""
             lines.append([line["row"], point["point"], number(point["mean"]), values, mark])
     seeds = ", ".join(map(str, tuning["seeds"]))
     going_on = f"; the best {tuning['keep']} of each went on to the next seed" if tuning.get("keep") else ""
+    base = f" of base {tuning['base']}" if tuning.get("base") else ""
+    unused = "a base and seeds" if base else "seeds"
+    added = [line["row"] for line in tuning["rows"] if line.get("added")]
+    edges = [line["row"] for line in tuning["rows"] if line.get("edge")]
+    notes = [
+        f"Every row tried the same number of points, on {unused} that the tables above do not use{going_on}. A point "
+        "of which a seed failed cannot be chosen."
+    ]
+    if added:
+        notes.append(f"A point beyond the edge of its grid, where its best lay, was added for {', '.join(added)}.")
+    if edges:
+        notes.append(f"**The best still lies at an edge** for {', '.join(edges)}: a better rate may lie beyond.")
     return [
-        f"## Tuning: {tuning['by']} after RL on seeds {seeds}",
+        f"## Tuning: {tuning['by']} after RL on seeds {seeds}{base}",
         markdown_table(["row", "point", "mean", "seeds", ""], lines),
-        f"Every row tried the same number of points, on seeds that the tables above do not use{going_on}. A point of "
-        "which a seed failed cannot be chosen.",
+        " ".join(notes),
     ]
 
 
@@ -201,7 +213,7 @@ def _cells_part(result: dict[str, Any]) -> str:
         lines.append(f"{title}: {'; '.join(f'`{text}`' for text in known) or 'not recorded'}.")
     if result["missing"]:
         lines.append(f"**Not finished**, and not in the tables: {'; '.join(result['missing'])}.")
-    if outdated := [f"{cell['row']}, seed {cell['seed']}" for cell in cells if cell["outdated"]]:
+    if outdated := [cell.get("label") or f"{cell['row']}, seed {cell['seed']}" for cell in cells if cell["outdated"]]:
         lines.append(
             f"**Run from other configs, data or code than these are now**, and in the tables: {'; '.join(outdated)}."
         )

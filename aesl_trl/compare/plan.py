@@ -35,7 +35,7 @@ def check(config: CompareConfig, path: Path, flags: Sequence[str] = ()) -> None:
             raise InputError(f"{path}: {field}: the evaluation has no figure {name!r}{nearest(name, known)}")
     with tempfile.TemporaryDirectory() as place:
         trial = replace(config, output_dir=place)
-        trials = {(cell.row, cell.point): cell for cell in [*planned(trial), *table_cells(trial, {})]}
+        trials = {(cell.base, cell.row, cell.point): cell for cell in [*planned(trial), *table_cells(trial, {})]}
         for cell in trials.values():
             cell.write_configs()
             try:
@@ -102,8 +102,8 @@ class Hours:
 def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Collection[str] = ()) -> Hours:
     """Return what is left to run and how long it takes: medians of the method's finished cells, else of all cells.
 
-    Tuning has still to choose the point of `open_rows`. We count all their cells, each with a cold start of its own,
-    since no two of these rows can count on the same point.
+    Tuning has still to choose the point of `open_rows`. We count all their cells, and cold starts for each row, since
+    no two of these rows can count on the same point.
     """
     measured: dict[str | None, list[tuple[float | None, float]]] = {}
     for cell in cells:
@@ -112,7 +112,9 @@ def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Col
                 measured.setdefault(key, []).append(found)
     is_open = {cell for cell in cells if not cell.tuning and cell.row in open_rows}
     times, left, starts = [], 0, 0
-    for group in [*groups([cell for cell in cells if cell not in is_open]), *([cell] for cell in is_open)]:
+    settled = [cell for cell in cells if cell not in is_open]
+    pools = [settled, *([cell for cell in is_open if cell.row == row] for row in open_rows)]
+    for group in (group for pool in pools for group in groups(pool)):
         waiting = [cell for cell in group if cell in is_open or not cell.is_done()]
         if not waiting:
             continue

@@ -125,7 +125,7 @@ def _short(name: str, width: int = 18) -> str:
 def step_panels(result: dict[str, Any]) -> list[Panel]:
     """Draw the paper's Figure 1b: the result of RL against the SFT step that it starts from, and each start's figures.
 
-    Seeds are faint and their mean is strong. Intervals of few seeds would hide both; the tables have them.
+    Runs are faint and their mean is strong. Intervals of few seeds would hide both; the tables have them.
     """
     lines, panels = step_lines(result), []
     if lines:
@@ -160,8 +160,8 @@ def _steps(ax: Axes, lines: dict, result: dict[str, Any], name: str, when: str) 
         ax.plot(*zip(*means, strict=True), "o-", color=colour, linewidth=2, markersize=4, label=label)
         step_of = {row["row"]: step for step, row in line}
         mine = [cell for cell in cells if cell["row"] in step_of and cell[when].get(name) is not None]
-        for seed in {cell["seed"] for cell in mine}:
-            points = sorted((step_of[cell["row"]], cell[when][name]) for cell in mine if cell["seed"] == seed)
+        for run in {_run_of(cell) for cell in mine}:
+            points = sorted((step_of[cell["row"]], cell[when][name]) for cell in mine if _run_of(cell) == run)
             ax.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.35)
     ax.set_xscale("symlog", linthresh=10)
     ticks = sorted({step for line in lines.values() for step, _ in line})
@@ -169,6 +169,10 @@ def _steps(ax: Axes, lines: dict, result: dict[str, Any], name: str, when: str) 
     ax.set_xticks([], minor=True)
     ax.set_xlabel("SFT step that RL starts from", loc="left")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=6.5)
+
+
+def _run_of(cell: dict) -> tuple:
+    return cell.get("base"), cell["seed"], cell.get("run")
 
 
 def _apart(ticks: Sequence[int]) -> list[int]:

@@ -3,13 +3,17 @@
 Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` only that many of the best points go on to
 the next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
 method tries the same number of points on every seed. The cells' folders say which of them are finished.
+
+Where the best point of a row has the lowest or the highest of the learning rates that were tried beside its other
+values, a rate beyond is tried on every tuning seed, at most `tune.extend` times.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from .cells import Cell, failure, rows
-from .config import CompareConfig, Point
+from .config import RATE, CompareConfig, Point
 from .table import tuned
 
 
@@ -18,43 +22,102 @@ def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
     if config.tune is None:
         return
     if config.tune.keep is None:
-        yield planned(config)
-        return
-    for number in range(len(config.tune.seeds)):
-        known = [_known(config, row) for row in rows(config)]
-        yield [cell for by_seed in known for cells in by_seed[number : number + 1] for cell in cells]
+        yield _seed_by_seed([_of_grid(config, row) for row in rows(config)])
+    else:
+        for number in range(len(config.tune.seeds)):
+            known = [_known(config, row) for row in rows(config)]
+            yield [cell for by_seed in known for cells in by_seed[number : number + 1] for cell in cells]
+    for _ in range(config.tune.extend):
+        yield [cell for row in rows(config) for cell in _added(config, row)]
 
 
 def planned(config: CompareConfig) -> list[Cell]:
-    """Return every tuning cell. Where a round's survivors are not known yet, use the first `keep` points."""
+    """Return every tuning cell, those of added points last.
+
+    A row whose best is not known yet counts as one whose grid is extended as often as it may be.
+    """
     if config.tune is None:
         return []
-    all_rows = []
-    for row in rows(config):
-        known, first = _known(config, row), config.points(row["method"])[: config.tune.keep]
-        open_seeds = config.tune.seeds[len(known) :]
-        all_rows.append([*known, *(_cells(config, row, seed, first) for seed in open_seeds)])
-    return [cell for of_one_seed in zip(*all_rows, strict=True) for cells in of_one_seed for cell in cells]
+    added = [cell for row in rows(config) for cell in _added(config, row, assume=True)]
+    return _seed_by_seed([_of_grid(config, row) for row in rows(config)]) + added
 
 
 def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
-    """Return the point of each row whose tuning cells have all finished or failed, and the tuning's table."""
+    """Return the point of each row whose tuning cells have all finished or failed, and the tuning's table.
+
+    `edge` in a line says that the chosen point has the "lowest" or "highest" of the learning rates tried beside its
+    other values: a better one may lie beyond.
+    """
     chosen, lines = {}, []
-    by_row: dict[str, list[Cell]] = {}
-    for cell in planned(config):
-        by_row.setdefault(cell.row, []).append(cell)
-    for row, cells in by_row.items():
-        points = {str(point): point for point in config.points(cells[0].method)}
+    for row in rows(config) if config.tune else []:
+        grid, added = config.points(row["method"]), _added(config, row)
+        cells = [*_seed_by_seed([_of_grid(config, row)]), *added]
+        if not cells:
+            continue
+        points = {str(point): point for point in [*grid, *(cell.point for cell in added)]}
         best, figures, finished = _judged(config, cells, list(points), config.tune.seeds)
-        lines.append({"row": row, "chosen": best, "finished": finished, "cells": len(cells), "points": figures})
+        line = {"row": row["row"], "chosen": best, "finished": finished, "cells": len(cells), "points": figures}
+        line |= {"edge": None, "added": list(points)[len(grid) :]}
         if best is not None:
-            chosen[row] = points[best]
+            chosen[row["row"]] = points[best]
+            line["edge"], _ = _beyond(points[best], list(points.values()))
+        lines.append(line)
     return chosen, lines
+
+
+def _seed_by_seed(all_rows: list[list[list[Cell]]]) -> list[Cell]:
+    """Return the cells of all rows, given by row and seed, in the order of the seeds."""
+    return [cell for of_one_seed in zip(*all_rows, strict=True) for cells in of_one_seed for cell in cells]
+
+
+def _of_grid(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
+    """Return the row's cells of each tuning seed, without added points.
+
+    Where survivors are not known yet, the first `keep` points stand for them.
+    """
+    known, first = _known(config, row), config.points(row["method"])[: config.tune.keep]
+    return [*known, *(_cells(config, row, seed, first) for seed in config.tune.seeds[len(known) :])]
+
+
+def _added(config: CompareConfig, row: dict[str, Any], assume: bool = False) -> list[Cell]:
+    """Return the cells of the points added to a row's grid: one beyond the edge at which the best so far lies.
+
+    None is added while a cell is at work, unless we `assume` that the best lies at an edge.
+    """
+    points, added = config.points(row["method"]), []
+    cells = _seed_by_seed([_of_grid(config, row)])
+    for _ in range(config.tune.extend if points else 0):
+        best, _, _ = _judged(config, [*cells, *added], [str(point) for point in points], config.tune.seeds)
+        tried = [point for point in points if str(point) == best or (best is None and assume)]
+        beyond = next((point for _, point in (_beyond(point, points) for point in tried) if point), None)
+        if beyond is None:
+            break
+        points.append(beyond)
+        added += [cell for seed in config.tune.seeds for cell in _cells(config, row, seed, [beyond])]
+    return added
+
+
+def _beyond(point: Point, points: list[Point]) -> tuple[str | None, Point | None]:
+    """Return the edge at which a point lies, "lowest" or "highest", and the point beyond it; None twice elsewhere.
+
+    The edge is that of the learning rates tried beside the point's other values. The step beyond is that between
+    the next two rates, so that 1, 3, 10 goes on with 30, 100.
+    """
+    values = dict(point.values)
+    others = [dict(other.values) for other in points]
+    rates = {float(other[RATE]) for other in others if RATE in other and {**values, RATE: other[RATE]} == other}
+    if len(rates) < 2 or RATE not in values or float(values[RATE]) not in (min(rates), max(rates)):
+        return None, None
+    rate = float(values[RATE])
+    inwards = sorted(rates, key=lambda other: abs(math.log(other / rate)))
+    near, far = inwards[:2] if len(rates) == 2 else inwards[1:3]
+    edge, beyond = "lowest" if rate < far else "highest", float(f"{rate * near / far:.2g}")
+    return edge, Point(tuple({**values, RATE: beyond}.items()))
 
 
 def _cells(config: CompareConfig, row: dict[str, Any], seed: int, points: list[Point]) -> list[Cell]:
     place = (row["setting"], row["method"], row["selection"])
-    return [Cell(config, *place, seed, point, tuning=True) for point in points]
+    return [Cell(config, *place, seed, point, tuning=True, base=config.tune.base or "") for point in points]
 
 
 def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:

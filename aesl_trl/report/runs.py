@@ -124,7 +124,7 @@ class Run:
                 where = f"{own / files.POSITIONS}, step {row['step']}"
                 raise InputError(f"{where}: position, weight and temperature are not of one length")
         place = path.resolve()
-        seed = re.fullmatch(r"seed[-_]?(\d+)", place.name)
+        seed = re.fullmatch(r"seed[-_]?(\d+(-rl-\d+)?)", place.name)
         self.seed = seed[1] if seed else str(self.sft.get("seed", self.chain.get("seed", "")))
         self.arm = place.parent if seed else place  # the folder that names the arm
 

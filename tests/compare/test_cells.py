@@ -64,6 +64,36 @@ def test_direct_rl_has_no_cold_start_and_a_step_is_a_selection(project):
     assert step["selection"] == {"step": 30}
 
 
+def test_bases_and_rl_runs(project, tmp_path):
+    """A base is a folder level and a model; RL runs share the cold start, and only RL's seed differs."""
+    bases = {
+        "small": {"model": "base"},
+        "large": {"model": "other", "sft": {"learning_rate": 0.5}, "eval": {"samples": 2}},
+    }
+    plain = read_config(project(rl_runs=2))
+    config = read_config(project(rl_runs=2, bases=bases, settings={"few": {"sft": {"max_steps": 5}}}))
+    cells = table_cells(config, {})
+    assert len(cells) == 2 * 2 * 4 * 2 and len({cell.home for cell in cells}) == len(cells)
+    assert len(groups(cells)) == 2 * 2 * (2 + 2)  # two RL runs of the base, and two cold starts
+    first, second = (Cell(config, "few", "nll", "last", 1, base="large", run=run) for run in (0, 1))
+    assert second.label == "few/nll/last, base large, seed 1, RL run 2"
+    found, again = first.configs(), second.configs()
+    names = [str(path.relative_to(tmp_path / "runs/large/few")) for path in again]
+    assert names == ["sft/nll.yaml", "grpo.yaml", "eval.yaml", "nll_last/seed-1-rl-2/chain.yaml"]
+    *shared, chain = again.values()
+    assert shared == list(found.values())[:-1]
+    sft, grpo, evaluation = shared
+    assert sft["model_name_or_path"] == "../../../../other" and (sft["learning_rate"], sft["max_steps"]) == (0.5, 5)
+    assert grpo["model_name_or_path"] == "../../../other" and evaluation["samples"] == 2
+    assert (chain["seed"], chain["grpo"].pop("seed")) == (1, 10001)
+    *_, chain_of_first = found.values()
+    assert {**chain, "report": {}} == {**chain_of_first, "report": {}}
+    # without bases, and in the first RL run, all is as ever
+    one = Cell(plain, "", "nll", "last", 1)
+    assert one.home == tmp_path / "runs/nll_last/seed-1" and one.label == "nll/last, seed 1"
+    assert "seed" not in one.configs()[one.home / "chain.yaml"]["grpo"]
+
+
 def test_selections_share_a_cold_start(project):
     config = read_config(project())
     grouped = groups(table_cells(config, {}))

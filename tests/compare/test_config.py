@@ -19,6 +19,14 @@ def test_grids(project):
     assert config.points("base") == []
 
 
+def test_one_grid_of_rates_serves_every_row(project):
+    """Where none is named; a grid that is named stays as it is, so that a comparison of an earlier version goes on."""
+    config = read_config(project(tune={"seeds": [7]}))
+    rates = [f"learning_rate={rate}" for rate in (1e-05, 3e-05, 0.0001, 0.0003, 0.001)]
+    assert [str(point) for point in config.points("nll")] == [str(point) for point in config.points("aesl")] == rates
+    assert (config.tune.extend, read_config(project(tune=TUNE)).tune.extend) == (2, 0)
+
+
 AESL = {"cold_start_loss": "aesl"}
 CHAIN = {name: {"config": f"{name}.yaml"} for name in ("sft", "grpo", "eval")}
 
@@ -96,6 +104,24 @@ CHAIN = {name: {"config": f"{name}.yaml"} for name in ("sft", "grpo", "eval")}
             {"tune": TUNE, "reference": [], "methods": {"base": {"sft": None, "grid": {"t_scaling": [1.0]}}}},
             ["nothing to tune"],
         ),
+        ({"chain": {**CHAIN, "grpo": {"config": "grpo.yaml", "seed": 3}}}, ["chain.grpo: seed is set for each cell"]),
+        ({"tune": {**TUNE, "extend": 3}}, ["tune: extend is 3, but must be at least 0 and at most 2"]),
+        (
+            {"tune": {**TUNE, "grid": {"learning_rate": ["1e-5", "fast"]}}},
+            ["learning_rate must be a number", "'fast'"],
+        ),
+        ({"tune": TUNE, "bases": {"a": {"model": "base"}}}, ["tune.base is missing: which of a is tuned on"]),
+        (
+            {"tune": {**TUNE, "base": "b"}, "bases": {"aa": {"model": "base"}}},
+            ["tune.base: no base 'b' among bases"],
+        ),
+        ({"tune": {**TUNE, "base": "a"}, "bases": {"a": {"model": "base"}}}, ["leaves a out, and bases has no other"]),
+        ({"bases": {"a": {"sft": {}}}}, ["bases.a: model is missing"]),
+        ({"bases": {"a": {"model": "./bse"}}}, ["bases.a.sft: model_name_or_path: ./bse does not exist", "'base'"]),
+        ({"bases": {"sft": {"model": "base"}}}, ["bases: 'sft' names a folder"]),
+        ({"bases": {"nll_last": {"model": "base"}}}, ["would both write to the folder nll_last"]),
+        ({"rl_runs": 0}, ["rl_runs is 0, but must be at least 1"]),
+        ({"rl_runs": 2, "seeds": [1, 10_001]}, ["rl_runs: two starts would share a seed of RL"]),
         ({"estimate": {"sft_s": 3}}, ["estimate: rl_s is missing"]),
         ({"output_dir": "sft.yaml"}, ["output_dir", "is a file"]),
     ],

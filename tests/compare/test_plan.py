@@ -9,6 +9,7 @@ from aesl_trl import files
 from aesl_trl.compare.cells import table_cells
 from aesl_trl.compare.config import read_config
 from aesl_trl.compare.plan import FIGURES, check, hours, plan
+from aesl_trl.compare.tuning import planned
 from aesl_trl.diversity.figures import Group, measure
 from aesl_trl.errors import InputError
 
@@ -51,6 +52,25 @@ def test_rows_whose_point_is_open_count_a_cold_start_each(project):
     found = hours(config, cells, 1, {"nll/turning_point", "nll/last"})
     # 8 cells; 4 cold starts of nll, which would be 2 if both rows had the same point, and 2 of AESL
     assert (found.cells, found.cold_starts) == (8, 6)
+
+
+def test_the_plan_counts_bases_rl_runs_and_points_that_may_be_added(project):
+    tune = {"seeds": [7, 8], "base": "spare", "keep": 1}
+    bases = {name: {"model": model} for name, model in (("a", "base"), ("b", "other"), ("spare", "base"))}
+    estimate = {"sft_s": 60, "rl_s": 120}
+    path = project(methods=ONE, bases=bases, rl_runs=3, tune=tune, estimate=estimate)
+    config = read_config(path)
+    tuning, cells = planned(config), table_cells(config, {})
+    # five rates on the first seed, one on the second, two more on both: each its own cold start
+    assert [cell.base for cell in tuning] == ["spare"] * (5 + 1 + 2 * 2)
+    assert len({cell.home for cell in tuning}) == 10
+    found = hours(config, [*tuning, *cells], 1, {"nll/last"})
+    assert found.cells == 10 + 2 * 2 * 3
+    # RL runs share their start
+    assert found.cold_starts == 10 + 2 * 2
+    assert found.process_h == pytest.approx((22 * 120 + 14 * 60) / 3600)
+    text = plan(config, path, [*tuning, *cells], 1, {"nll/last"})
+    assert "tuning: nll/last x 10" in text and "table: nll/last x 12" in text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 from small_compare import ONE, result, run, started
 
-from aesl_trl.compare.config import read_config
-from aesl_trl.compare.tuning import planned
+from aesl_trl.compare.config import RATES, grid_points, read_config
+from aesl_trl.compare.tuning import _beyond, planned
 
 
 def test_tuning_takes_the_best_point_on_seeds_of_its_own(project, fakes):
@@ -52,3 +52,56 @@ def test_the_best_points_go_on_to_the_next_seed(project, fakes):
     (fakes / "fail_grpo").unlink()
     assert run(path) == 0
     assert result(fakes)["tuning"]["rows"][0]["chosen"] == "learning_rate=0.4"
+
+
+def test_the_next_rates_beyond_an_edge():
+    """1, 3, 10 goes on with 30 and 100, below as above; the other values of a point stay."""
+    for first, edge, wanted in ((0, "lowest", [3e-6, 1e-6]), (-1, "highest", [3e-3, 1e-2])):
+        points = grid_points(RATES)
+        point = points[first]
+        for rate in wanted:
+            found, point = _beyond(point, points)
+            assert (found, dict(point.values)) == (edge, {"learning_rate": rate})
+            points.append(point)
+    assert _beyond(points[2], points) == (None, None)
+    two = grid_points([{"learning_rate": rate, "t_scaling": 1.0} for rate in (0.1, 0.2)] + [{"learning_rate": 0.05}])
+    assert str(_beyond(two[1], two)[1]) == "learning_rate=0.4,t_scaling=1.0"
+    assert _beyond(two[2], two) == (None, None)  # the only rate beside its other values
+    texts = grid_points({"learning_rate": ["1e-5", "1e-4"]})  # as YAML reads numbers without a dot
+    assert str(_beyond(texts[0], texts)[1]) == "learning_rate=1e-06"
+
+
+def test_tuned_on_a_base_of_its_own_beyond_the_grid_and_then_rl_twice(project, fakes):
+    """The fake RL is better the higher the rate: it is raised twice, and the page says that it is still at an edge.
+
+    The table has the other base, one cold start and two RL runs from it.
+    """
+    tune = {"seeds": [7], "grid": {"learning_rate": [0.1, 0.2]}, "base": "spare", "extend": 2}
+    bases = {"main": {"model": "base"}, "spare": {"model": "other"}}
+    changes = {"seeds": [0], "methods": ONE, "tune": tune, "bases": bases}
+    path = project(**changes, rl_runs=2)
+    assert run(path) == 0
+    order = started(fakes)
+    assert [folder for name, folder in order if name == "grpo"] == [
+        *(f"tune/spare/nll_last@learning_rate={rate}/seed-7" for rate in (0.1, 0.2, 0.4, 0.8)),
+        "main/nll_last/seed-0",
+        "main/nll_last/seed-0-rl-2",
+    ]
+    assert [folder for name, folder in order if name == "sft"][4:] == ["main/sft/nll@learning_rate=0.8/seed-0"]
+    found = result(fakes)
+    (line,) = found["tuning"]["rows"]
+    assert (line["chosen"], line["edge"]) == ("learning_rate=0.8", "highest")
+    assert line["added"] == ["learning_rate=0.4", "learning_rate=0.8"]
+    (row,) = found["rows"]
+    # 0.4 + 0.8 + entropy 0.07 after RL, and 0.02 more in the second run; the unit is the start
+    assert row["bases"]["main"]["mean"] == pytest.approx(1.28) and row["after"]["pass@1"]["n"] == 1
+    assert row["rl_noise"] == {"sd": pytest.approx(0.02 / 2**0.5), "df": 1} and row["runs"] == [2]
+    text = (fakes / "compare.md").read_text()
+    assert "on seeds 7 of base spare" in text and "chosen, highest rate tried" in text
+    assert "**The best still lies at an edge** for nll/last" in text and "| RL's own sd | RL runs |" in text
+    # finished cells are not run again; an RL run more is one more RL from the same cold start
+    assert run(path) == 0 and started(fakes) == order
+    assert run(project(**changes, rl_runs=3)) == 0
+    assert started(fakes)[len(order) :] == [
+        (name, "main/nll_last/seed-0-rl-3") for name in ("handoff", "grpo", "eval", "report")
+    ]

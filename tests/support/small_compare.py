@@ -74,7 +74,8 @@ elif name == "handoff":
     write(output, {"mode": "full"})
 elif name == "grpo":
     start = entropy_of(run / "handoff")
-    write(folder / "weights.json", {**start, "entropy": 0.01, "quality": start["quality"] + start["entropy"]})
+    luck = int(sys.argv[6]) // 10_000 / 50  # of RL runs after the first
+    write(folder / "weights.json", {**start, "entropy": 0.01, "quality": start["quality"] + start["entropy"] + luck})
     write(output, {"stage": "grpo"})
 elif name == "eval":
     def figures(found, seed):
@@ -98,7 +99,8 @@ def fake(builder: Callable[[Chain], Stage]) -> Callable[[Chain], Stage]:
         real = builder(chain)
         root = Path(os.environ["FAKE_ROOT"])
         run = real.folder if real.name == "sft" else chain.run
-        more = [chain.config.sft.config, str(chain.config.seed)] if real.name == "sft" else [str(chain.config.seed)]
+        seed = str(real.given.get("seed", chain.config.seed))
+        more = [chain.config.sft.config, seed] if real.name == "sft" else [seed]
         numbers = json.dumps([STEPS, ENTROPY])
         command = [sys.executable, "-c", STAGE, real.name, str(real.output), str(run), str(root), numbers, *more]
         return replace(real, command=command)
@@ -123,7 +125,8 @@ def compare_project(folder: Path) -> Callable[..., Path]:
     (folder / "eval.yaml").write_text("samples: 8\n")
     (folder / "cpu.yaml").write_text("use_cpu: true\n")
     (folder / "rows.jsonl").write_text('{"text": "a"}\n')
-    (folder / "base").mkdir(exist_ok=True)
+    for base in ("base", "other"):
+        (folder / base).mkdir(exist_ok=True)
     values = {
         "output_dir": "runs",
         "seeds": [0, 1],

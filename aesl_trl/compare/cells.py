@@ -178,6 +178,7 @@ class Cell:
             "outdated": not self.is_done(),
             # On benchmarks the shares of groups are means over benchmarks, and give no counts.
             "problems": None if "benchmarks" in result else result.get("num_prompts"),
+            "count_by": result.get("count_by"),
             "before": before,
             "after": after,
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},

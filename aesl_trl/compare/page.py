@@ -73,13 +73,18 @@ def _figures_table(rows: list[dict], when: str, result: dict[str, Any]) -> str:
     head += [TITLES.get(name, name) for name in names]
     if when == "after":
         head += ["RL's own sd", "RL runs"] if noise else []
-        head += ["problems solved"] if counts else []
+        head += [f"{_counted(rows)} solved"] if counts else []
     return markdown_table(head, lines)
 
 
 def _has(rows: list[dict], key: str, inner: str) -> bool:
     """Return whether any row knows a figure; comparisons of older versions lack these keys."""
     return any((row.get(key) or {}).get(inner) for row in rows)
+
+
+def _counted(rows: list[dict]) -> str:
+    """Return what is counted as solved: the values of a column, which give it its name, or problems."""
+    return next((row["solved"]["by"] for row in rows if row["solved"] and row["solved"]["by"]), "problems")
 
 
 def _solved(found: dict[str, int] | None) -> str:
@@ -97,10 +102,10 @@ def _notes(rows: list[dict], result: dict[str, Any]) -> list[str]:
             f"sd is that of {result['metric']} over runs from one start, pooled over the starts of the row."
         )
     if _has(rows, "solved", "of"):
-        notes.append(
-            "Problems solved: all of their samples are right, counted over all RL runs; of mixed ones only some are. "
-            "Where few are mixed, outcomes are all or nothing, and the counts say more than a mean does."
-        )
+        by = _counted(rows)
+        is_solved = "all of their samples are right, of mixed ones only some are"
+        is_solved = is_solved if by == "problems" else "at least half of the samples of its problems are right"
+        notes.append(f"{by.capitalize()} solved after RL, counted over all RL runs: {is_solved}.")
     return [" ".join(notes)] if notes else []
 
 

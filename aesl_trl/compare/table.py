@@ -122,17 +122,21 @@ def rl_noise(cells: Sequence[dict], name: str) -> dict[str, Any]:
     return {"sd": math.sqrt(squares / df) if df else None, "df": df}
 
 
-def solved(cells: Sequence[dict]) -> dict[str, int] | None:
+def solved(cells: Sequence[dict]) -> dict[str, Any] | None:
     """Return, over all runs, the problems with every sample `right` after RL, those `mixed`, and how many there are.
 
+    Where the evaluations count the values of a column, `by`, these stand in place of the problems.
     None where a run does not say how many problems it was evaluated on (benchmarks, and records of older versions).
     """
+    if cells and all(cell.get("count_by") and "solved_of" in cell["after"] for cell in cells):
+        right, of = (sum(round(cell["after"][name]) for cell in cells) for name in ("solved", "solved_of"))
+        return {"right": right, "mixed": 0, "of": of, "by": cells[0]["count_by"]}
     if not cells or not all(cell.get("problems") and "groups_all_right" in cell["after"] for cell in cells):
         return None
     right, mixed = (
         sum(round(cell["after"][name] * cell["problems"]) for cell in cells) for name in ("groups_all_right", SIGNAL)
     )
-    return {"right": right, "mixed": mixed, "of": sum(cell["problems"] for cell in cells)}
+    return {"right": right, "mixed": mixed, "of": sum(cell["problems"] for cell in cells), "by": None}
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:

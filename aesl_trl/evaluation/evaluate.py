@@ -22,7 +22,7 @@ from ..data.prompts import prompt_rows
 from ..data.rows import load_rows
 from ..data.sampled import check_samples_of
 from ..diversity.figures import Group
-from ..errors import InputError, exit_on_input_error, tell
+from ..errors import InputError, exit_on_input_error, nearest, tell
 from ..files import EVALUATION, write_json
 from ..models.chat import template_columns
 from ..models.folder import ModelFolder
@@ -72,6 +72,11 @@ class EvalArguments:
     num_prompts: int | None = option(
         None, "The first prompts of the dataset, or of each benchmark, by default all.", at_least=1
     )
+    count_by: str | None = option(
+        None,
+        "Column of `dataset_name` that says what a problem asks for: its values are counted, and those solved, of "
+        "whose problems at least half of the samples are right.",
+    )
     samples: int = option(8, "Answers to each prompt: pass@k goes up to this k.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature; 1 is what GRPO samples at.", above=0)
     max_new_tokens: int = option(512, "Length at which an answer is cut off.", at_least=1)
@@ -104,6 +109,8 @@ class EvalArguments:
         if self.prompt_template is not None and "{problem}" not in self.prompt_template:
             raise InputError("prompt_template must hold {problem}, where the problem goes")
         if self.benchmarks is not None:
+            if self.count_by:
+                raise InputError("count_by names a column of dataset_name, and benchmarks bring their own problems")
             if self.dataset_name:
                 raise InputError("benchmarks and dataset_name are both given: benchmarks bring their own problems")
             if len(self.reward_funcs) != 1 or self.reward_funcs[0] not in EXTRACT:
@@ -163,7 +170,7 @@ def load_tasks(args: EvalArguments) -> list[Task]:
     """Load the problems and the rewards: one task a benchmark, or one of `dataset_name`."""
     reward_funcs = load_reward_funcs(args.reward_funcs)
     if not args.benchmarks:
-        return [Task(PROMPTS, load_prompts(args, reward_funcs), reward_funcs)]
+        return [Task(PROMPTS, load_prompts(args, reward_funcs), reward_funcs, count_by=args.count_by)]
     which = {"data_dir": args.data_dir, "num": args.num_prompts}
     as_chat = args.prompt_format == "chat"
     form = {"template": args.prompt_template, "system": args.system_prompt, "as_chat": as_chat}
@@ -186,6 +193,8 @@ def load_prompts(args: EvalArguments, reward_funcs: list) -> list[dict]:
     check_prompts(dataset, field="dataset_name")
     rows = prompt_rows(dataset, args.num_prompts)
     check_columns(reward_funcs, rows[0], where="dataset_name", absent=("completion_ids",))
+    if args.count_by and args.count_by not in rows[0]:
+        raise InputError(f"count_by: dataset_name has no column {args.count_by!r}{nearest(args.count_by, rows[0])}")
     return rows
 
 

@@ -24,12 +24,16 @@ PROMPTS = "prompts"  # the name of `dataset_name`'s problems, beside those of th
 
 @dataclass(frozen=True)
 class Task:
-    """Problems that are sampled and graded alike; `source` says where those of a benchmark come from."""
+    """Problems that are sampled and graded alike; `source` says where those of a benchmark come from.
+
+    `count_by` is the column whose values are counted as solved or not.
+    """
 
     name: str
     rows: list[dict]
     reward_funcs: list
     source: dict | None = None
+    count_by: str | None = None
 
 
 def grade_task(task: Task, groups: list[Group], success_threshold: float, folder: Path) -> dict:
@@ -45,6 +49,8 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
             if not all(is_number(sample[0]) for sample in group.rewards):
                 groups[index] = replace(group, rewards=[[math.nan] for _ in group.completions])
     figures = figures_with_intervals(groups, success_threshold)
+    if task.count_by is not None:
+        figures |= count_solved(groups, [str(row.get(task.count_by)) for row in task.rows], success_threshold)
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]
     if task.source is not None:
         texts = [text for group in groups for text in group.completions]
@@ -67,6 +73,18 @@ def figures_with_intervals(groups: list[Group], success_threshold: float) -> dic
         if name.startswith("pass@") and known:
             figures[f"{name}_interval"] = list(bootstrap_interval(known))
     return figures
+
+
+def count_solved(groups: list[Group], values: list[str], success_threshold: float) -> dict[str, int]:
+    """Return how many `values`, one a problem, are solved and how many there are (`solved_of`).
+
+    A value is solved where at least half of the graded samples of its problems are right.
+    """
+    right: dict[str, list[bool]] = {value: [] for value in values}
+    for group, value in zip(groups, values, strict=True):
+        right[value] += [sample[0] >= success_threshold for sample in group.rewards if is_number(sample[0])]
+    solved = sum(bool(flags) and 2 * sum(flags) >= len(flags) for flags in right.values())
+    return {"solved": solved, "solved_of": len(right)}
 
 
 def benchmark_figures(groups: list[Group], answers: list, reward: Any, success_threshold: float) -> dict:
@@ -121,6 +139,7 @@ def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
         "num_samples": args.samples,
         "reward_funcs": [reward_name(function) for function in tasks[0].reward_funcs],
         **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold")},
+        **({"count_by": args.count_by} if args.count_by else {}),
         **({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}),
         "versions": {**package_versions(), **{name: installed[name] for name in deciding}},
     }

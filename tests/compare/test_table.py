@@ -218,8 +218,12 @@ def test_problems_are_counted():
     one["after"] |= {"groups_all_right": 14 / 16, "groups_mixed": 1 / 16}
     two = cell(seed=1, problems=16)
     two["after"] |= {"groups_all_right": 1.0, "groups_mixed": 0.0}
-    assert solved([one, two]) == {"right": 30, "mixed": 1, "of": 32}
+    assert solved([one, two]) == {"right": 30, "mixed": 1, "of": 32, "by": None}
     assert solved([one, cell(seed=2)]) is None and solved([]) is None
+    counted = [
+        {**each, "count_by": "symbol", "after": {**each["after"], "solved": 7, "solved_of": 8}} for each in (one, two)
+    ]
+    assert solved(counted) == {"right": 14, "mixed": 0, "of": 16, "by": "symbol"}
 
 
 def test_the_largest_pass_that_every_cell_has():

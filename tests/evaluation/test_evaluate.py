@@ -76,7 +76,7 @@ def save_constant_model(folder) -> str:
 
 def test_start_and_final_are_measured_on_the_same_prompts(config, tmp_path, tiny_model_dir):
     final = save_constant_model(tmp_path / "final")
-    evaluate.main([*config(), "--start", tiny_model_dir, "--final", final])
+    evaluate.main([*config(count_by="threshold"), "--start", tiny_model_dir, "--final", final])
     result = read(tmp_path)
     assert list(result["models"]) == ["start", "final"]
     settings = {
@@ -94,6 +94,7 @@ def test_start_and_final_are_measured_on_the_same_prompts(config, tmp_path, tiny
     )
     # "~" is above every threshold: each answer is right, none differs, and resampled problems all agree.
     assert (final["pass@1"], final["pass@4"], final["pass@1_interval"]) == (1.0, 1.0, [1.0, 1.0])
+    assert (final["solved"], final["solved_of"], result["count_by"]) == (4, 4, "threshold")
     assert (final["unique"], final["groups_all_right"], final["length"]) == (0.25, 1.0, 6.0)
     assert final["entropy"] < 1e-3 < 5 < start["entropy"] < math.log(259)
     low, high = start["pass@1_interval"]
@@ -170,6 +171,7 @@ def test_two_processes_measure_every_prompt_once(config, tmp_path):
         ({"reward_funcs": []}, ["org/model"], "reward_funcs is missing"),
         ({"reward_funcs": None}, ["org/model"], "reward 'math_reward' needs 'solution'"),
         ({"reward_funcs": ["accuracy_reward"]}, ["org/model"], "needs 'solution'"),
+        ({"count_by": "treshold"}, ["org/model"], "count_by: dataset_name has no column 'treshold'; .* 'threshold'"),
         ({"samples": 0}, ["org/model"], "samples is 0, but must be at least 1"),
         ({"temperature": 0.0}, ["org/model"], "temperature is 0.0, but must be above 0"),
         ({"num_promts": 4}, ["org/model"], "did you mean 'num_prompts'"),

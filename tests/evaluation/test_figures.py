@@ -19,6 +19,17 @@ def test_intervals_are_over_problems():
     assert figures.figures_with_intervals(groups, 1.0)["pass@1"] == 0.5
 
 
+def test_what_problems_ask_for_is_counted_as_solved():
+    """Of A 3 of 4 samples are right, of B exactly half, of C fewer; of D none could be graded."""
+
+    rewards = [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0, 1.0], [None, math.nan]]
+    groups = [
+        Group("p", ["a"] * len(of), [1] * len(of), [False] * len(of), [0.0] * len(of), [[each] for each in of])
+        for of in rewards
+    ]
+    assert figures.count_solved(groups, list("AABCD"), 1.0) == {"solved": 2, "solved_of": 4}
+
+
 def test_a_mean_over_benchmarks_holds_the_numbers_that_all_of_them_have():
     first = {"m": {"avg@8": 0.25, "avg@8_interval": [0.0, 0.5], "maj@8": 1.0, "entropy_estimator": "exact"}}
     second = {"m": {"avg@8": 0.75, "avg@8_interval": [0.5, 1.0], "entropy_estimator": "exact"}}

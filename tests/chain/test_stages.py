@@ -9,6 +9,7 @@ from small_chains import make
 from aesl_trl import files
 from aesl_trl.chain.stages import (
     ANYWHERE,
+    BUILDERS,
     Stage,
     build_candidates,
     build_eval,
@@ -45,6 +46,13 @@ def test_stage_commands(project, tmp_path):
     evaluation = flags_of(build_eval(chain))
     assert (evaluation["--start"], evaluation["--final"]) == (str(chain.run / "handoff"), str(chain.run / "grpo"))
     assert build_report(chain).command[-1] == "--title=-t"
+
+
+def test_rl_may_have_a_seed_of_its_own(project):
+    """Only RL's inputs change: the cold start, the selection and the handoff are those of the chain's seed."""
+    chains = [make(project(grpo={"config": "grpo.yaml", **own}), seed=4) for own in ({}, {"seed": 0})]
+    given = [{name: BUILDERS[name](chain).given for name in ("sft", "handoff", "grpo")} for chain in chains]
+    assert given[0]["grpo"] == {"seed": 4} and given[1] == {**given[0], "grpo": {"seed": 0}}
 
 
 def test_probe_by_default_takes_grpos_config(project, tmp_path):

@@ -16,11 +16,9 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import torch
 from transformers.trainer_utils import has_length
 
-from .rules import nll_rule
-from .scoring import Uncast
+from .scoring import Uncast, score_batch
 
 
 OLD_LOG_PROBS = "old_log_probs"  # the key in a batch; its value is wrapped, or mixed precision would round it
@@ -48,7 +46,9 @@ class OldPolicy:
             batches = list(itertools.islice(epoch_iterator, self._steps_left() * num_batches))
             first, later = batches[:num_batches], batches[num_batches:]
             self.waiting = [{**batch, OLD_LOG_PROBS: None} for batch in first]
-            self.waiting += [{**batch, OLD_LOG_PROBS: Uncast(self._log_probs(batch))} for batch in later]
+            self.waiting += [
+                {**batch, OLD_LOG_PROBS: Uncast(score_batch(self.trainer, batch).log_probs)} for batch in later
+            ]
         taken, self.waiting = self.waiting[:num_batches], self.waiting[num_batches:]
         return iter(taken)
 
@@ -61,15 +61,3 @@ class OldPolicy:
         steps_per_epoch = max(1, math.ceil(length / accumulated))
         since_refresh = state.global_step % steps_per_epoch % self.refresh_steps
         return min(self.refresh_steps - since_refresh, state.max_steps - state.global_step)
-
-    @torch.no_grad()
-    def _log_probs(self, batch: dict) -> torch.Tensor:
-        """Score a batch: `[B, L]`, in nats, shifted as the trainer's own scores of this batch."""
-        trainer, model = self.trainer, self.trainer.model_wrapped
-        model.eval()
-        try:
-            with trainer.compute_loss_context_manager():
-                inputs = trainer._prepare_inputs({**batch, "use_cache": False})
-                return model(**inputs, token_rule=nll_rule()).scores.log_probs
-        finally:
-            model.train()

@@ -19,7 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..errors import InputError
 from .head import HeadSettings, LogitTransform, fused_head
-from .rules import TokenRule
+from .rules import TokenRule, nll_rule
 
 
 @dataclass
@@ -98,6 +98,19 @@ def add_fused_head(model) -> None:
         return scored
 
     model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def score_batch(trainer, batch: dict) -> TokenScores:
+    """Score a batch of a trainer's dataloader by the model as it is, in eval mode, under plain nll."""
+    model = trainer.model_wrapped
+    model.eval()
+    try:
+        with trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs({**batch, "use_cache": False})
+            return model(**inputs, token_rule=nll_rule()).scores
+    finally:
+        model.train()
 
 
 def has_fused_head(model) -> bool:

@@ -97,7 +97,8 @@ def _cold_start(run: Run) -> Cell:
     steps = run.sft_log[-1]["step"] if run.sft_log else run.sft.get("max_steps")
     loss = run.sft.get("cold_start_loss", "SFT")
     name = "AESL" if loss == "aesl" else str(loss)
-    scaling = f"t_scaling {run.sft['t_scaling']:g}" if loss == "aesl" and run.sft.get("t_scaling") else ""
+    scale = run.sft.get("t_scaling_found", run.sft.get("t_scaling")) if loss == "aesl" else None
+    scaling = f"t_scaling {scale if isinstance(scale, str) else format(scale, '.3g')}" if scale else ""
     return Cell(f"{name}, {steps} steps" if steps else name, scaling)
 
 

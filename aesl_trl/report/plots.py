@@ -66,6 +66,7 @@ TITLES = {
         "nll": "Plain nll (nats per token)",
         "loss": "Loss as trained (weighted for AESL)",
         "eval_nll": "Held-out nll (nats per token)",
+        "weight_effective": "Effective weight (loss / nll)",
         "weight_mean": "Mean weight",
         "weight_low_share": "Share of weights under 0.1",
         "temperature_mean": "Mean temperature",

@@ -25,6 +25,7 @@ optional = re.compile
 ANY_KEY = optional(".*", re.DOTALL)
 WHOLE = (int,)
 NUMBER = (int, float, type(None))  # null stands for nan
+SCALE = (*NUMBER, str)
 PAIR = [NUMBER, NUMBER]
 FIGURES = {
     optional("entropy|self_bleu|distinct_2|unique|length|truncated|reward|no_answer|(groups|coverage)_.*"): NUMBER,
@@ -33,13 +34,18 @@ FIGURES = {
 }
 BY_PROMPT = {optional("by_prompt"): {ANY_KEY: [NUMBER]}, optional("intervals"): {ANY_KEY: PAIR}}
 MEASURED = FIGURES | BY_PROMPT | {optional("num_samples"): WHOLE}
-LOGGED = "loss|nll|eval_nll|weight_mean|weight_low_share|weight_eos|temperature_mean"  # by SFT, then by RL
-LOGGED += "|reward|reward_std|frac_reward_zero_std|entropy|completions/clipped_ratio"
+LOGGED = "loss|nll|eval_nll|weight_effective|weight_mean|weight_low_share"  # by SFT
+LOGGED += "|weight_eos|temperature_mean"
+LOGGED += "|reward|reward_std|frac_reward_zero_std|entropy|completions/clipped_ratio"  # by RL
 MODELS = {optional("models"): {ANY_KEY: FIGURES}}
 PROBED = {"figures": {ANY_KEY: NUMBER}, "intervals": {ANY_KEY: PAIR}, "reasons": [(str,)]}
 SHAPES: dict[str, Any] = {
     files.CHAIN: {optional("stages"): {ANY_KEY: {optional("seconds"): NUMBER}}},
-    files.RUN: {optional("t_scaling|max_steps|diversity_patience"): NUMBER, optional("versions"): {}},
+    files.RUN: {
+        optional("t_scaling_found|weight_effective|max_steps|diversity_patience"): NUMBER,
+        optional("t_scaling"): SCALE,
+        optional("versions"): {},
+    },
     files.SELECTION: {optional("step"): WHOLE, optional("evidence"): {optional("measured"): MEASURED}},
     files.EVALUATION: MODELS | {optional("benchmarks"): {ANY_KEY: MODELS}},
     files.READINESS: {optional("checkpoints"): [PROBED]},
@@ -48,7 +54,7 @@ SHAPES: dict[str, Any] = {
     files.POSITIONS: [{"step": WHOLE, "position": [NUMBER], "weight": [NUMBER], "temperature": [NUMBER]}],
     files.SAMPLES: [{optional("prompt_index"): WHOLE}],
 }
-KINDS = {WHOLE: "a whole number", NUMBER: "a number", (str,): "a text"}
+KINDS = {WHOLE: "a whole number", NUMBER: "a number", SCALE: "a number or auto", (str,): "a text"}
 
 
 def check(value: Any, shape: Any, where: str | Path) -> None:

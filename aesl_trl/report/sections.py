@@ -102,11 +102,19 @@ def _change(before: dict, after: dict, key: str) -> Cell:
 
 def _loss(arms: list[Arm]) -> Section:
     see = "Plain nll is comparable between losses; the loss as trained is not."
-    weights = [value for value in series(_rows(arms[0], "sft_log"), "weight_mean")[1] if math.isfinite(value)]
+    weights, effective = (
+        [value for value in series(_rows(arms[0], "sft_log"), key)[1] if math.isfinite(value)]
+        for key in ("weight_mean", "weight_effective")
+    )
     if weights and weights[-1] < 0.995:
         see += (
             f" The mean weight ends at {weights[-1]:.2f}, so the trained loss is smaller than nll by design: tokens "
             "that the model already predicts count less."
+        )
+    if effective and arms[0].runs[0].sft.get("cold_start_loss") != "nll":
+        see += (
+            " The effective weight, loss / nll, counts each token by its nll; at 1 the step is that of plain nll. "
+            f"It is {effective[0]:.2f} at first and {effective[-1]:.2f} at the end."
         )
     return Section(
         "loss",

@@ -1,5 +1,6 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 from trl import SFTConfig
@@ -9,15 +10,17 @@ from ..errors import InputError
 from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, check_backend
-from ..values import check_bounds, option
+from ..values import check_bound, check_bounds, option
 from .hub import PARTS, check_parts
 from .measurement import MeasurementSettings, fit
 
 
+AUTO = "auto"  # of t_scaling
+
 # MeasurementSettings bounds the other fields. These are no metadata of theirs: HfArgumentParser, which users of the
 # config may run, hands every key of the metadata to argparse
 BOUNDS = {
-    **dict.fromkeys(("t_scaling", "min_temperature", "psft_clip_high", "eaft_alpha"), {"above": 0}),
+    **dict.fromkeys(("min_temperature", "psft_clip_high", "eaft_alpha"), {"above": 0}),
     "weight_threshold": {"above": 0, "below": 1, "hint": "1 releases nothing"},
     "gem_beta": {"above": 0, "at_most": 1, "hint": "1 with gem_h linear is the gradient of nll"},
     "psft_refresh_steps": {"at_least": 1},
@@ -36,7 +39,9 @@ class AESLSFTConfig(SFTConfig):
         cold_start_loss: `"aesl"` (Adaptive Early-Stop Loss, paper Eq. 4), `"nll"` (plain negative log-likelihood),
             `"dft"`, `"gem"`, `"psft"` or `"eaft"` (docs/losses.md). A field of another loss must keep its default.
         t_scaling: scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative
-            log-likelihood is `1 / t_scaling` nats. The paper does not state its value.
+            log-likelihood is `1 / t_scaling` nats. The paper does not state its value. `"auto"` finds, before step 1,
+            the value at which AESL begins to act, in forward passes over the rows of the first 8 optimiser steps:
+            0.9 / `nll_learnt`, within [0.1, 10] (docs/losses.md).
         min_temperature: lower clamp of the temperature, positive.
         prefix_mode: `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not;
             `"none"`: `t_scaling` is the temperature of every token (the token-level ablation).
@@ -99,7 +104,10 @@ class AESLSFTConfig(SFTConfig):
 
     # TOKEN_RULES itself, no copy: a loss of a user's own may join it before the config is made
     cold_start_loss: str = option("aesl", "Loss of the cold start.", choices=TOKEN_RULES)
-    t_scaling: float = option(3.0, "Scale of AESL's temperature, positive (paper, Eq. 4).")
+    # TrlParser hands a union with str and None over as text
+    t_scaling: float | str | None = option(
+        3.0, "Scale of AESL's temperature, positive (paper, Eq. 4); auto finds it before step 1."
+    )
     min_temperature: float = option(1e-2, "Lower clamp of AESL's temperature, positive.")
     prefix_mode: str = option("inclusive", "Prefix over which AESL averages.", choices=PREFIX_MODES)
     aesl_weight: str = option("adaptive", "AESL's weight, or a simpler one as an ablation.", choices=AESL_WEIGHTS)
@@ -151,6 +159,7 @@ class AESLSFTConfig(SFTConfig):
                 f"({self.cold_start_loss!r}): leave loss_type at 'nll'"
             )
         check_bounds(self, bounds=BOUNDS)
+        self._check_t_scaling()
         check_parts(self.hub_include, self.push_to_hub)
         self.measurement.check("diversity_")
         self._check_loss_fields()
@@ -183,6 +192,18 @@ class AESLSFTConfig(SFTConfig):
         return VLLMSettings(
             **{field.name: getattr(self, f"diversity_vllm_{field.name}") for field in fields(VLLMSettings)}
         )
+
+    def _check_t_scaling(self) -> None:
+        if isinstance(self.t_scaling, str):
+            with suppress(ValueError):
+                self.t_scaling = float(self.t_scaling)
+        if self.t_scaling != AUTO:
+            check_bound("t_scaling", self.t_scaling, above=0, hint=f"{AUTO} finds it before step 1")
+        elif self.prefix_mode == "none":
+            raise InputError(
+                f"t_scaling is {AUTO!r}, but prefix_mode is 'none', to which it is the temperature itself: "
+                "give a number, such as 1.0"
+            )
 
     def _check_loss_fields(self) -> None:
         """Refuse a field that another loss reads, or that this loss does not read as it is set."""

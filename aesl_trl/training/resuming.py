@@ -80,7 +80,8 @@ class CheckpointCallback(TrainerCallback):
         if sums["tokens"] is not None:
             trainer._total_train_tokens = sums["tokens"]
         if sums["statistics"] is not None:
-            trainer._sums["train"] = TokenSums.of_vector(torch.tensor(sums["statistics"], dtype=torch.float64))
+            statistics = [_number(value) for value in sums["statistics"]]
+            trainer._sums["train"] = TokenSums.of_vector(torch.tensor(statistics, dtype=torch.float64))
 
     def on_step_end(self, args, state, control, **kwargs):
         # With `best` an evaluation still has to decide about the save: a mark made here might never be taken away.

@@ -10,6 +10,14 @@ from .candidates import forget_candidates
 from .trained_with import ingredients_of
 
 
+FOUND, EFFECTIVE = "t_scaling_found", "weight_effective"  # keys of Trainer's log, and so of each checkpoint
+
+
+def found_by(state: Any) -> dict[str, float]:
+    """Return what a training has found, by its log so far: `t_scaling` where that is "auto", and its last weight."""
+    return {name: row[name] for row in state.log_history for name in (FOUND, EFFECTIVE) if name in row}
+
+
 def write_record(trainer: Any, rule: dict | None) -> None:
     """Write run.json. `rule` is what DiversityCallback selects by, which `aesl select` repeats; None without one.
 
@@ -23,6 +31,7 @@ def write_record(trainer: Any, rule: dict | None) -> None:
         **(rule or {"selection": None}),
         # With the quantization: the handoff merges into, or continues on, a base that is quantized as in training
         **ingredients_of(trainer),
+        **found_by(trainer.state),
         "model_type": config.model_type,
         "seed": args.seed,
         "num_processes": trainer.accelerator.num_processes,
@@ -39,8 +48,17 @@ def _earlier(described: dict, before: dict, step: int) -> list[dict]:
     """Return what the steps up to `step` were trained with, where `described` says something else of it."""
     if step == 0:
         return []
-    changed = {name: value for name, value in before.items() if name != "earlier" and value != described.get(name)}
+    compared = before.keys() - {"earlier", EFFECTIVE}
+    changed = {name: before[name] for name in before if name in compared and before[name] != described.get(name)}
     return [*before.get("earlier", []), *([{"until_step": step, **changed}] if changed else [])]
+
+
+def renew_record(trainer: Any) -> None:
+    """Write into run.json what the training has found since its first step."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.should_save:
+        found = found_by(trainer.state)
+        files.write_json(files.own_folder(folder) / files.RUN, files.read_settings(folder) | found)
 
 
 def write_log(trainer: Any) -> None:

@@ -1,6 +1,7 @@
 """Sums over a batch's trained tokens, and the figures that are logged from them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ POSITION_BINS = 24  # bin i holds the positions 2**(i-1) < p <= 2**i of the trai
 class TokenSums:
     """Raw float64 sums over trained tokens: those of batches and ranks add up, and [`figures`] divides once.
 
-    The last three are by position in the sequence, `POSITION_BINS` each; the others are scalars.
+    The last three are by position in the sequence, `POSITION_BINS` each; the others are scalars. A token's
+    prefix is the trained tokens of its sequence up to and with it.
     """
 
     tokens: Tensor
@@ -31,6 +33,8 @@ class TokenSums:
     eos_tokens: Tensor
     eos_weight: Tensor
     eos_prob: Tensor
+    weighted_nll: Tensor  # each token's nll times its weight
+    prefix_nll: Tensor  # each token's nll times the mean nll of its prefix, nats^2
     weight_P: Tensor
     temperature_P: Tensor
     tokens_P: Tensor
@@ -44,8 +48,8 @@ class TokenSums:
         eos = mask & torch.isin(labels, torch.tensor(eos_ids, device=mask.device, dtype=torch.long))
         # 1-based position among the trained tokens of its sequence -> bin ceil(log2(position))
         sequence_ids = None if scores.sequence_ids is None else at_home(scores.sequence_ids)
-        positions = prefix_sums(mask, sequence_ids)[mask].clamp(min=1)
-        bins = positions.log2().ceil().long().clamp(max=POSITION_BINS - 1)
+        positions = prefix_sums(mask, sequence_ids).clamp(min=1)
+        bins = positions[mask].log2().ceil().long().clamp(max=POSITION_BINS - 1)
         sums = (
             mask.sum(),
             -log_probs.sum(),
@@ -57,6 +61,8 @@ class TokenSums:
             eos.sum(),
             weights[eos].sum(),
             log_probs[eos].exp().sum(),
+            -(weights * log_probs).sum(),
+            (log_probs * prefix_sums(log_probs, sequence_ids) / positions).sum(),
             *(
                 values.new_zeros(POSITION_BINS).scatter_add_(0, bins, values)
                 for values in (weights[mask], temperatures[mask], torch.ones_like(weights[mask]))
@@ -66,9 +72,10 @@ class TokenSums:
 
     @classmethod
     def of_vector(cls, vector: Tensor) -> "TokenSums":
-        """Read the sums that [`to_vector`] wrote."""
+        """Read the sums that [`to_vector`] wrote; a sum that an older version did not keep is NaN."""
         scalars, by_position = vector[: -3 * POSITION_BINS], vector[-3 * POSITION_BINS :]
-        return cls(*scalars, *by_position.split(POSITION_BINS))
+        unknown = scalars.new_full((len(fields(cls)) - 3 - len(scalars),), torch.nan)
+        return cls(*scalars, *unknown, *by_position.split(POSITION_BINS))
 
     def to_vector(self) -> Tensor:
         """Return all sums in one vector, for a gather and for a checkpoint."""
@@ -81,8 +88,13 @@ class TokenSums:
     def __add__(self, other: "TokenSums") -> "TokenSums":
         return TokenSums(*(value + getattr(other, name) for name, value in vars(self).items()))
 
+    @property
+    def nll_learnt(self) -> float:
+        """The nll of what is learnt, nats: the mean over tokens of their prefix's mean nll, each by its own nll."""
+        return (self.prefix_nll / self.nll).item()
+
     def figures(self, with_temperature: bool) -> dict[str, float]:
-        """Return the means that are logged."""
+        """Return the means that are logged. `weight_effective` counts each token by its nll: it is loss / nll."""
         means = {}
         if self.tokens:
             means = {"nll": self.nll, "weight_mean": self.weight, "weight_low_share": self.low_weights}
@@ -90,7 +102,9 @@ class TokenSums:
             means = {name: value / self.tokens for name, value in means.items()}
         if self.eos_tokens:
             means |= {"weight_eos": self.eos_weight / self.eos_tokens, "prob_eos": self.eos_prob / self.eos_tokens}
-        return {name: value.item() for name, value in means.items()}
+        found = {name: value.item() for name, value in means.items()}
+        of_loss = {"weight_effective": (self.weighted_nll / self.nll).item(), "nll_learnt": self.nll_learnt}
+        return found | {name: value for name, value in of_loss.items() if not math.isnan(value)}
 
     def by_position(self, with_temperature: bool) -> dict[str, list]:
         """Return the line of positions.jsonl, up to the last position that has a token."""

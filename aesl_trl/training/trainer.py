@@ -1,5 +1,6 @@
 """AESLSFTTrainer: TRL's SFTTrainer with the Adaptive Early-Stop Loss."""
 
+import copy
 import inspect
 import textwrap
 import warnings
@@ -18,7 +19,7 @@ from .. import files
 from ..data.tokenized import check_trainable
 from ..errors import InputError
 from ..losses.old_policy import OLD_LOG_PROBS, OldPolicy
-from ..losses.rules import TOKEN_RULES, TokenRule
+from ..losses.rules import TOKEN_RULES, TokenRule, nll_rule
 from ..losses.scoring import TokenScores, add_fused_head
 from ..models.peft_settings import check_peft_config, list_as_written
 from ..models.positions import num_positions
@@ -26,12 +27,14 @@ from ..models.skeleton import access_of, skeleton
 from ..models.stripped import warn_of_stripped_tokens
 from ..models.tokens import stop_ids
 from ..models.vocabulary import let_head_run
+from .calibration import Calibration
 from .callback import DiversityCallback, RunCallback, held_out_rows, monitor_of
 from .checkpoints import find_checkpoint
-from .config import AESLSFTConfig
+from .config import AUTO, AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .packing_probe import architecture_of, check_documents_apart, packed_rows_collator
 from .rows import RowsMixin
+from .run_record import FOUND, found_by
 from .session import training_lock
 from .token_sums import TokenSums
 from .trained_with import peft_settings, refuse_other_training, trained_with
@@ -102,7 +105,7 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
         super().__init__(model, args, *positional, **kwargs)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
-        self._token_rule = self.create_token_rule()
+        self.take_token_rule()
         self._old_policy = OldPolicy(self, args.psft_refresh_steps) if self._token_rule.old_policy else None
         if is_peft_model(self.model):
             let_head_run(self.model)
@@ -134,6 +137,8 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             self.add_callback(self.diversity_callback)
         # After the first measurement: until the rewards have proved to work, an earlier run's files stay as they are
         self.add_callback(RunCallback(self))
+        self._calibration = Calibration(self)
+        self.add_callback(self._calibration)
 
     @cached_property
     def ingredients(self) -> dict:
@@ -155,11 +160,19 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
 
     def create_token_rule(self) -> TokenRule:
         """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py)."""
-        return TOKEN_RULES[self.args.cold_start_loss].rule(self.args)
+        args = copy.copy(self.args)
+        args.t_scaling = self.t_scaling
+        return TOKEN_RULES[args.cold_start_loss].rule(args)
+
+    def take_token_rule(self) -> None:
+        """Use [`create_token_rule`] from here on, and plain nll until `t_scaling: auto` has found its value."""
+        self.t_scaling = found_by(self.state).get(FOUND, self.args.t_scaling)
+        self._token_rule = nll_rule() if self.t_scaling == AUTO else self.create_token_rule()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._old_policy is not None:
             epoch_iterator = self._old_policy.next_step(epoch_iterator, num_batches)
+        epoch_iterator = self._calibration.next_step(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -269,6 +282,7 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             "",
             f"- cold_start_loss: {config.cold_start_loss}",
             *(f"- {name}: {getattr(config, name)}" for name in TOKEN_RULES[config.cold_start_loss].fields),
+            *(f"- {name}: {value:.3g}" for name, value in found_by(self.state).items()),
             f"- selection: {rule}",
         ]
         if chosen:

@@ -18,7 +18,7 @@ from small_runs import (
 from tiny_models import build_model
 from torch.utils.data import IterableDataset
 
-from aesl_trl.losses import rules
+from aesl_trl.losses import old_policy, rules
 from aesl_trl.losses.rules import TOKEN_RULES
 
 
@@ -58,11 +58,17 @@ def test_each_loss_trains_and_logs_nll_beside_it(name, tokenizer, tmp_path):
         assert abs(steps_of(trainer, "eval_loss")[0] / steps_of(trainer, "eval_nll")[0] - 1) > 1e-3
 
 
-def counted(trainer):
-    """How many batches were scored without gradients, by global step."""
-    scored, original = [], trainer._old_policy._log_probs
-    trainer._old_policy._log_probs = lambda batch: (scored.append(trainer.state.global_step), original(batch))[1]
-    return scored
+@pytest.fixture
+def scored(monkeypatch):
+    """The global step of each batch that is scored without gradients."""
+    steps, original = [], old_policy.score_batch
+
+    def score_batch(trainer, batch):
+        steps.append(trainer.state.global_step)
+        return original(trainer, batch)
+
+    monkeypatch.setattr(old_policy, "score_batch", score_batch)
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -79,20 +85,18 @@ def counted(trainer):
     ],
 )
 def test_refreshes_come_within_the_epoch_and_score_each_batch_once(
-    refresh, accumulation, expected, tokenizer, tmp_path
+    refresh, accumulation, expected, scored, tokenizer, tmp_path
 ):
     settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation, "psft_refresh_steps": refresh}
     trainer = trainer_for(tokenizer, tmp_path, rows=ROWS, cold_start_loss="psft", **settings)
-    scored = counted(trainer)
     trainer.train()
     assert scored == expected
     firsts = [loss for loss in steps_of(trainer, "loss") if abs(loss + 1) < 1e-6]
     assert len(firsts) == len({step for step in range(20) if step % (10 // accumulation) % refresh == 0})
 
 
-def test_no_batch_is_scored_that_is_not_trained(tokenizer, tmp_path):
+def test_no_batch_is_scored_that_is_not_trained(scored, tokenizer, tmp_path):
     trainer = trainer_for(tokenizer, tmp_path, rows=ROWS, cold_start_loss="psft", max_steps=3)
-    scored = counted(trainer)
     trainer.train()
     assert scored == [0, 0]
 
@@ -139,28 +143,27 @@ def test_resuming_at_a_refresh_is_bit_for_bit(stop, equal, tokenizer, tmp_path):
     assert [stop + i for i, loss in enumerate(resumed_losses) if abs(loss + 1) < 1e-6] == refreshes
 
 
-def test_a_stream_without_length(tokenizer, tmp_path):
+def test_a_stream_without_length(scored, tokenizer, tmp_path):
     rows = ROWS.to_iterable_dataset()
     assert isinstance(rows, IterableDataset)
     trainer = trainer_for(tokenizer, tmp_path, rows=rows, cold_start_loss="psft", max_steps=13)
-    scored = counted(trainer)
     trainer.train()
     # One pass is 10 steps; what a new pass gives up to the next multiple of 8
     assert trainer.state.global_step == 13 and scored == [0] * 7 + [8] + [10] * 2
 
 
-def test_dropout_is_off_while_the_old_policy_is_scored(tokenizer, tmp_path):
+def test_dropout_is_off_while_the_old_policy_is_scored(tokenizer, tmp_path, monkeypatch):
     model = build_model(tokenizer, attention_dropout=0.5)
     trainer = trainer_for(tokenizer, tmp_path, model, ROWS, cold_start_loss="psft", max_steps=4)
-    seen = []
-    original = trainer._old_policy._log_probs
+    seen, original = [], old_policy.score_batch
 
-    def twice(batch):
-        seen.append((original(batch), original(batch)))
+    def twice(trainer, batch):
+        first, second = original(trainer, batch), original(trainer, batch)
+        seen.append((first.log_probs, second.log_probs))
         assert trainer.model.training
-        return seen[-1][0]
+        return first
 
-    trainer._old_policy._log_probs = twice
+    monkeypatch.setattr(old_policy, "score_batch", twice)
     trainer.train()
     assert len(seen) == 3 and all(torch.equal(*pair) for pair in seen)
 

@@ -25,6 +25,7 @@ def test_every_plot_of_the_story_is_drawn_in_the_page_and_beside_it(chain):
         *("pass@1", "pass@8"),
         *("Prompts by outcome", "Prompts by outcome"),  # AESL, and the one nll run that two arms selected from
         *("Plain nll (nats per token)", "Loss as trained (weighted for AESL)", "Held-out nll (nats per token)"),
+        "Effective weight (loss / nll)",
         *("Mean weight", "Share of weights under 0.1", "Mean temperature", "Weight at the end-of-sequence token"),
         *("Mean weight by position", "Mean temperature by position"),
         *("Reward", "Standard deviation of the reward in a group", "Share of groups with equal rewards (no signal)"),

@@ -5,7 +5,7 @@ from report_runs import STEPS, Page, fake_run, readiness, written_page
 
 from aesl_trl.diversity.coverage import GAINED, LOST
 from aesl_trl.diversity.intervals import paired_interval
-from aesl_trl.files import write_json, write_jsonl
+from aesl_trl.files import read_json, write_json, write_jsonl
 from aesl_trl.report.parts import Cell
 from aesl_trl.report.sections import changes
 
@@ -95,3 +95,13 @@ def test_a_turning_point_is_marked_whatever_rule_selected(chain, tmp_path, undra
     flat = fake_run(tmp_path / "aesl", "aesl")
     write_jsonl(flat / "sft/diversity.jsonl", [{"step": step, "entropy": 0.2} for step in STEPS])
     assert "No turning point in aesl:" in written_page([flat]).words
+
+
+def test_what_aesl_was_set_to_and_whether_it_acted(tmp_path, undrawn):
+    run = fake_run(tmp_path / "aesl", "aesl", weights=True)
+    settings = read_json(run / "sft/run.json")
+    write_json(run / "sft/run.json", settings | {"t_scaling": "auto", "t_scaling_found": 0.17842})
+    words = written_page([run]).words
+    assert "AESL, 800 steps t_scaling 0.178" in words
+    assert "loss / nll, counts each token by its nll; at 1 the step is that of plain nll. It is 0.94 at first" in words
+    assert "effective weight" not in written_page([fake_run(tmp_path / "nll", "nll_last")]).words

@@ -124,6 +124,7 @@ def fake_sft(folder: Path, loss: str, rule: str, seed: int, rng) -> dict:
         nll = _at(step, CURVES[loss]["nll"]) * (1 + rng.gauss(0, 0.08))
         weight = max(0.05, 0.9 - 0.8 * (1 - math.exp(-step / 150))) if loss == "aesl" else 1.0
         added = {
+            "weight_effective": 0.5 + weight / 2,
             "weight_mean": weight,
             "weight_low_share": 1 - weight,
             "temperature_mean": 3 * nll,

@@ -49,7 +49,14 @@ def train(folder: Path, cold_start_loss: str, batch: int, **changes) -> dict:
     )
     trainer.train()
     keys = ("loss", "nll", "weight_mean", "temperature_mean", "entropy", "mean_token_accuracy", "num_tokens")
-    keys += ("diversity/entropy", "diversity/self_bleu", "diversity/pass@1")
+    keys += (
+        "weight_effective",
+        "nll_learnt",
+        "t_scaling_found",
+        "diversity/entropy",
+        "diversity/self_bleu",
+        "diversity/pass@1",
+    )
     return {
         "num_processes": trainer.accelerator.num_processes,
         "weights": trained_weights(trainer),
@@ -63,6 +70,7 @@ def run_all(folder: Path, num_processes: int) -> dict:
     results = {loss: train(folder / loss, loss, batch) for loss in ("aesl", "nll", "psft", "gem")}
     results["accumulated"] = train(folder / "accumulated", "aesl", batch // 2, gradient_accumulation_steps=2)
     results["packed"] = train(folder / "packed", "aesl", batch, padding_free=True, max_length=None)
+    results["auto"] = train(folder / "auto", "aesl", batch, t_scaling="auto")
     results["measured"] = train(folder / "measured", "aesl", batch, **DIVERSITY)
     return results
 

@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 from small_runs import cpu_settings, small_config
 from transformers import HfArgumentParser
-from trl import GRPOConfig, SFTConfig
+from trl import GRPOConfig, SFTConfig, TrlParser
 
 from aesl_trl import AESLSFTConfig
+from aesl_trl.arguments import parse
 from aesl_trl.diversity.selection import RULES
 from aesl_trl.errors import InputError
 from aesl_trl.losses.rules import TOKEN_RULES
@@ -147,7 +148,11 @@ def test_selection_rule_follows_the_loss(loss, tmp_path):
         ({"t_scaling": 0.0}, "t_scaling is 0.0, but must be above 0"),
         ({"t_scaling": -1}, "t_scaling is -1, but must be above 0"),
         ({"t_scaling": float("nan")}, "t_scaling is nan, but must be a finite number, above 0"),
-        ({"t_scaling": "3"}, "t_scaling is '3', but must be a finite number, above 0"),
+        ({"t_scaling": "high"}, "t_scaling is 'high', but must be a finite number, above 0; auto finds it"),
+        ({"t_scaling": "nan"}, "t_scaling is nan, but must be a finite number, above 0"),
+        ({"t_scaling": "auto", "prefix_mode": "none"}, "t_scaling is 'auto', but prefix_mode is 'none', .* a number"),
+        ({"t_scaling": "auto", "cold_start_loss": "nll"}, "t_scaling is 'auto', but cold_start_loss is 'nll'"),
+        ({"t_scaling": "auto", "aesl_weight": "linear"}, "t_scaling is 'auto', but aesl_weight is 'linear'"),
         ({"t_scaling": None}, "t_scaling is None, but must be a finite number"),
         ({"min_temperature": 0}, "min_temperature is 0, but must be above 0"),
         (
@@ -198,3 +203,14 @@ def test_a_lower_nll_is_better(name, tmp_path):
 def test_each_field_of_a_loss_is_of_that_one_only():
     fields = [name for row in TOKEN_RULES.values() for name in row.fields]
     assert len(set(fields)) == len(fields) and set(fields) <= AESLSFTConfig.__dataclass_fields__.keys()
+
+
+def test_t_scaling_is_a_number_or_auto_from_every_parser(tmp_path):
+    """YAML 1.1 reads 1e-1 as text, and TrlParser hands on what stands on the command line as text."""
+    types, file = [AESLSFTConfig], tmp_path / "config.yaml"
+    for written, value in (("auto", "auto"), ("1e-1", 0.1), ("2", 2.0)):
+        file.write_text(f"t_scaling: {written}\nuse_cpu: true\nbf16: false\n")
+        flags = ["--t_scaling", written, "--use_cpu", "--bf16", "false"]
+        for argv in (["--config", str(file)], flags):
+            assert parse(types, argv, prog="aesl sft")[0].t_scaling == value
+            assert TrlParser(types).parse_args_and_config(argv)[0].t_scaling == value

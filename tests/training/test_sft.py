@@ -132,7 +132,7 @@ def test_the_command_refuses_in_one_line(tmp_path, config):
     [
         ({"t_scalling": 3.0}, ("t_scalling", "t_scaling")),
         ({"t_scaling": 0.0}, ("t_scaling", "above 0")),
-        ({"t_scaling": None}, ("t_scaling", "null")),
+        ({"t_scaling": None}, ("t_scaling", "None", "auto")),
         ({"prefix_mode": "inclusiv"}, ("prefix_mode", "inclusive")),
         ({"diversity_samples": 1}, ("diversity_samples", "at least 2")),
         ({"loss_type": "dft"}, ("loss_type", "cold_start_loss")),

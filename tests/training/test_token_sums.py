@@ -47,6 +47,9 @@ def test_figures_by_hand(batch):
         "weight_mean": pytest.approx(2.3 / 5),
         "weight_low_share": pytest.approx(1 / 5),
         "temperature_mean": pytest.approx(15 / 5),
+        "weight_effective": pytest.approx((0.5 * 1 + 0.05 * 2 + 1 * 4 + 0.25 * 1 + 0.5 * 2) / 10),
+        # prefix means 1, 3/2, 7/3 and 1, 3/2
+        "nll_learnt": pytest.approx((1 * 1 + 2 * 3 / 2 + 4 * 7 / 3 + 1 * 1 + 2 * 3 / 2) / 10),
         "weight_eos": pytest.approx(0.75),
         "prob_eos": pytest.approx((torch.tensor(-4.0).exp().item() + torch.tensor(-2.0).exp().item()) / 2),
     }
@@ -79,5 +82,15 @@ def test_batches_and_ranks_add_up(batch):
 def test_a_vector_keeps_every_sum(batch):
     sums = TokenSums.of_batch(batch, [EOS])
     vector = sums.to_vector()
-    assert vector.dtype == torch.float64 and len(vector) == 10 + 3 * POSITION_BINS
+    assert vector.dtype == torch.float64 and len(vector) == 12 + 3 * POSITION_BINS
     assert all(torch.equal(value, vars(sums)[name]) for name, value in vars(TokenSums.of_vector(vector)).items())
+
+
+def test_a_vector_of_an_older_version_lacks_the_newer_figures(batch):
+    """It goes on adding up, through JSON's null as well (resuming.py)."""
+    sums = TokenSums.of_batch(batch, [EOS])
+    vector = sums.to_vector()
+    older = TokenSums.of_vector(torch.cat([vector[:10], vector[12:]]))
+    figures = (older + sums).figures(True)
+    assert figures == {name: value for name, value in sums.figures(True).items() if name in figures}
+    assert sums.figures(True).keys() - figures.keys() == {"weight_effective", "nll_learnt"}

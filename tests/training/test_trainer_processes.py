@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     return {"rank0": first, "rank1": second, "one": torchrun_script.run_all(one, 1), "two_dir": two, "one_dir": one}
 
 
-KINDS = ("aesl", "nll", "psft", "gem", "accumulated", "packed", "measured")
+KINDS = ("aesl", "nll", "psft", "gem", "accumulated", "packed", "auto", "measured")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +32,7 @@ def test_two_processes_train_as_one(kind, runs):
     two, one = runs["rank0"][kind], runs["one"][kind]
     assert two["num_processes"] == 2 and one["num_processes"] == 1
     assert_close_by_name(two["weights"], one["weights"], rtol=0, atol=1e-6)
-    for key in ("loss", "nll", "weight_mean", "temperature_mean", "num_tokens"):
+    for key in ("loss", "nll", "weight_mean", "temperature_mean", "num_tokens", "weight_effective", "nll_learnt"):
         assert two[key] == pytest.approx(one[key], abs=1e-5), key
 
 
@@ -42,6 +42,13 @@ def test_both_ranks_hold_the_same(kind, runs):
     assert all(torch.equal(first["weights"][name], weight) for name, weight in second["weights"].items())
     for key in first.keys() - {"weights"}:
         assert first[key] == second[key], key
+
+
+def test_t_scaling_auto_is_found_over_both_processes(runs):
+    """Both ranks hold the same value, by the test above; that of one process differs by the order of the sums."""
+    (two,), (one,) = (runs[name]["auto"]["t_scaling_found"] for name in ("rank0", "one"))
+    assert two == pytest.approx(one, rel=1e-6) and 0.1 < one < 10
+    assert files.read_settings(runs["two_dir"] / "auto")["t_scaling_found"] == two
 
 
 @pytest.mark.parametrize("kind", ["aesl", "nll"])

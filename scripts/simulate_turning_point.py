@@ -1,6 +1,6 @@
 """How often `find_turning_point` stops too early, too late or never, and what it costs, against argmax and patience.
 
-python scripts/simulate_turning_point.py --output docs/turning_point.json     # the tables of docs/turning_point.md
+python scripts/simulate_turning_point.py --output docs/turning_point.json     # its tables of simulated runs
 python scripts/simulate_turning_point.py --calibrate 20000                    # the thresholds of turning_point.py
 python scripts/simulate_turning_point.py --collect RUN --output FILE          # per-prompt values of an SFT run
 
@@ -27,6 +27,7 @@ from aesl_trl import files
 from aesl_trl.diversity import self_bleu
 from aesl_trl.diversity.turning_point import (
     MULTIPLE,
+    ONLY_FALLS,
     STANDARD_ERRORS,
     THRESHOLD_COUNTS,
     THRESHOLDS,
@@ -215,6 +216,30 @@ def false_stops(seed: list[int], replications: int) -> list[dict]:
     return rows
 
 
+# ---- The verdict "only falls", asked once at the end: of flat series by mistake, of falling ones rightly
+
+HALVING = 40 * 0.5 ** np.arange(10)  # by 40 in all, half of what is left at each measurement
+# curve, size of the training noise
+FALL_CASES = [(Curve(f"flat: {length}", np.zeros(length)), 2.0) for length in (4, 5, 6, 8, 12, 20, 40)]
+FALL_CASES += [(Curve(f"halving: 40 in {length}", HALVING[:length]), 1.0) for length in (4, 6, 10)]
+FALL_CASES += [(Curve("steady: 24 in 20", np.linspace(0, -24, 20)), 1.0)]
+
+
+def only_falls(seed: list[int], replications: int) -> list[dict]:
+    rows = []
+    for case, (curve, training) in enumerate(FALL_CASES):
+        found = {"by_prompt": 0, "values": 0}
+        for run in range(replications):
+            prompts = draw(np.random.default_rng([*seed, case, run]), curve, training)
+            for name, given in (("by_prompt", list(prompts)), ("values", None)):
+                values = prompts.mean(axis=1).tolist()
+                verdict = find_turning_point(range(len(values)), values, by_prompt=given).evidence["verdict"]
+                found[name] += verdict == ONLY_FALLS
+        shares = {name: count / replications for name, count in found.items()}
+        rows.append({"curve": curve.name, "training": training} | shares)
+    return rows
+
+
 def calibrate(replications: int) -> list[float]:
     """Thresholds that spend FALSE_STOPS over the measurements in proportion to 1 / n^2, at correlation 0.5."""
     counts = np.arange(THRESHOLD_COUNTS[0], THRESHOLD_COUNTS[-1] + 1)
@@ -277,6 +302,11 @@ def markdown(report: dict) -> str:
     for row in report["false_stops"]:
         cells = [str(row[key]) if key != "training" else f"{row[key]:g}" for key in keys]
         lines.append(line(*cells, f"{row['stopped']:.3f} ± {row['error']:.3f}"))
+    lines += ["", line("curve", "training", "by_prompt", "values"), line(*["---"] * 4)]
+    for row in report["only_falls"]:
+        lines.append(
+            line(row["curve"], f"{row['training']:g}", *(f"{row[key]:.3f}" for key in ("by_prompt", "values")))
+        )
     return "\n".join(lines)
 
 
@@ -311,6 +341,7 @@ def main() -> None:
         "replications": args.replications,
         "runs": runs,
         "false_stops": false_stops([args.stream, 1], 4 * args.replications),
+        "only_falls": only_falls([args.stream, 2], 4 * args.replications),
     }
     if args.output:
         files.write_json(args.output, report)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
-from ..diversity.selection import RULES, default_rule
+from ..diversity.selection import DEFAULT_RULE, RULES
 from ..errors import InputError, nearest
 from ..values import SEED_BOUNDS, SHORT, check_bound, check_choice, load_yaml, read_dataclass, shown
 
@@ -216,14 +216,10 @@ def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[st
 
 
 def _set_default_selections(config: CompareConfig) -> None:
-    """Give a method that names no selection the default of its loss, or none beside rl_from_steps."""
-    if "sft" not in config.chain:
-        return
-    loss = load_yaml(config.chain["sft"]["config"]).get("cold_start_loss", "aesl")
+    """Give a method that names no selection the default one, or none beside rl_from_steps."""
     for options in config.methods.values():
         if options.sft is not None and options.selections is None:
-            rule = default_rule(options.sft.get("cold_start_loss", loss))
-            options.selections = [] if config.rl_from_steps else [rule]
+            options.selections = [] if config.rl_from_steps else [DEFAULT_RULE]
 
 
 def _check_names(config: CompareConfig) -> None:

@@ -9,19 +9,21 @@ from pathlib import Path
 
 from .. import files
 from ..arguments import ArgumentParser
-from ..errors import InputError, exit_on_input_error, tell
+from ..errors import InputError, exit_on_input_error, say, tell
 from ..files import RunFolder
 from ..provenance import __version__
 from ..values import check_choice
-from .intervals import is_number, with_interval
+from .intervals import is_number, paired_interval, with_interval
 from .readiness import rank
 from .series import METRICS, by_step, check_settings, nearest_step, turning_point_of
+from .turning_point import ONLY_FALLS
 
 
 EVAL_METRICS = {"eval_nll": "min", "pass@1": "max"}  # on which side of the figure the model is best
 RULES = ("turning_point", "last", "best_eval", "readiness", "mix")
 # The rules that read what a command measured after the training, and that command
 LEFT_TO = {"readiness": "aesl probe", "mix": "aesl mix"}
+DEFAULT_RULE = "turning_point"  # whatever the loss: AESL's last step was never a better start than its turning point
 
 
 def select_checkpoint(
@@ -38,9 +40,8 @@ def select_checkpoint(
 ) -> dict:
     """Choose one of the saved candidates.
 
-    - "turning_point": where the diversity of the model's own samples peaks (CE-ES of the AESL paper). Undetermined,
-      it falls back to "best_eval" where candidates were evaluated, else to "last".
-    - "last": the end of training, for a loss that does the early stopping itself.
+    - "turning_point": where the diversity of the model's own samples peaks (CE-ES of the AESL paper).
+    - "last": the end of training.
     - "best_eval": the best evaluation among the candidates, for comparison: the paper finds it too late for RL.
       Without any evaluation it falls back to "last".
     - "readiness": the best of the candidates that `aesl probe` found ready ([`~readiness.rank`]): by the reward after
@@ -48,12 +49,18 @@ def select_checkpoint(
       falls back to "turning_point".
     - "mix": the best of the averages with the base that `aesl mix` wrote ([`best_mix`]).
 
+    A series without a turning point is undetermined or only falls. Then the candidate with the most mixed groups goes
+    to RL, where rewards found any: by paired intervals over prompts, the earliest of equals; else, where the series
+    only falls, the earliest candidate whose held-out nll has covered half of its fall; else the last, with a warning
+    that names the next command.
+
     The step that a rule wants may not be saved (the base model, step 0, never is). Then the nearest candidate is
     taken, and the earlier of two that are equally near.
 
     Args:
         diversity_rows: lines of diversity.jsonl. Of a step measured twice (a resumed run), the later line counts.
-        eval_rows: rows with `step` and `eval_nll`, such as Trainer's log_history.
+        eval_rows: rows with `step` and `eval_nll` (nats per token), such as Trainer's log_history. The fall of
+            `eval_nll` goes from its first row to its lowest.
         candidates: steps of the saved candidates.
         rule, patience: one of the above; and the patience of [`~turning_point.find_turning_point`].
         metric: "entropy" or "self_bleu". The turning point of the other metric goes into the evidence.
@@ -63,10 +70,11 @@ def select_checkpoint(
 
     Returns:
         The contents of selection.json except `path`: `rule` (asked for), `applied`, `step`, `candidate` (`step-400`,
-        or `mix-0.7`: an average of the base and `step`), `reason`, `evidence`, `candidates`, `metric`. The evidence
-        has `turning_point` (by metric: `step`, `reason` and the numbers), `evaluation` (`metric`, and its `values` by
-        step) and `measured` (the row of the chosen candidate, or None). It has `verdicts` (by step) under the rule
-        "readiness", and `wanted_step` where that was not saved.
+        or `mix-0.7`: an average of the base and `step`), `reason`, `evidence`, `candidates`, `metric`. `applied` is a
+        rule, or "mixed_groups" or "half_fall" where a series has no turning point. The evidence has `turning_point`
+        (by metric: `step`, `reason`, `verdict` and the numbers), `evaluation` (`metric`, and its `values` by step) and
+        `measured` (the row of the chosen candidate, or None). It has `verdicts` (by step) under the rule "readiness",
+        and `wanted_step` where that was not saved.
     """
     check_choice("rule", rule, RULES)
     check_choice("metric", metric, METRICS)
@@ -83,9 +91,8 @@ def select_checkpoint(
         )
     points = {name: turning_point_of(measured.values(), name, patience) for name in METRICS}
     turning_points = {name: {"step": it.step, "reason": it.reason, **it.evidence} for name, it in points.items()}
-    evaluated = measured.values() if best_eval_metric == "pass@1" else eval_rows
-    known = [row for row in evaluated if is_number(row.get(best_eval_metric)) and isinstance(row.get("step"), int)]
-    evaluations = {row["step"]: row[best_eval_metric] for row in known}
+    nll = _figures(eval_rows, "eval_nll")
+    evaluations = nll if best_eval_metric == "eval_nll" else _figures(measured.values(), best_eval_metric)
     entries = (readiness or {}).get("checkpoints", []) if rule == "readiness" else []
     probed = [entry for entry in entries if entry.get("step") in candidates]
     if rule == "readiness" and not probed:
@@ -95,8 +102,9 @@ def select_checkpoint(
         mix, reason = best_mix(mixes["candidates"])
         applied, wanted = rule, mixes["step"]
     else:
+        without = _without_turning_point(turning_points[metric]["verdict"], measured, nll, candidates)
         applied, wanted, reason = _apply(
-            rule, metric, turning_points, best_eval_metric, evaluations, candidates, probed
+            rule, metric, turning_points, without, best_eval_metric, evaluations, candidates, probed
         )
     step = wanted if mix else nearest_step(wanted, candidates)
     evidence = {
@@ -143,16 +151,76 @@ def best_mix(rows: Sequence[dict]) -> tuple[dict, str]:
     return best, f"largest {words}, {shown}, of {len(measured)} averages of the base and the candidate"
 
 
+def _figures(rows: Iterable[dict], name: str) -> dict[int, float]:
+    """Return the known values of a figure by step."""
+    known = [row for row in rows if is_number(row.get(name)) and isinstance(row.get("step"), int)]
+    return {row["step"]: row[name] for row in known}
+
+
+def _without_turning_point(
+    verdict: str, measured: dict[int, dict], nll: dict[int, float], candidates: list[int]
+) -> tuple[str, int, str]:
+    """Return what is applied to a series without a turning point, the candidate that it takes, and why."""
+    if (found := _most_mixed(measured, candidates)) is not None:
+        return "mixed_groups", *found
+    if verdict == ONLY_FALLS and (found := _half_fallen(nll, candidates)) is not None:
+        return "half_fall", *found
+    return "last", candidates[-1], f"the last candidate, step {candidates[-1]}"
+
+
+def _most_mixed(measured: dict[int, dict], candidates: list[int]) -> tuple[int, str] | None:
+    """Return the candidate with the most mixed groups, the earliest of equals, and why; None without a mixed group.
+
+    A candidate equals the best where the interval of their difference, paired by prompt, includes zero. Rows without
+    the values of each prompt (of an older version) are equal where their shares are.
+    """
+    rows = {step: measured[step] for step in candidates if step in measured}
+    shares = _figures(rows.values(), "groups_mixed")
+    if not any(shares.values()):
+        return None
+    best = max(shares, key=shares.get)
+
+    def mixed(step: int) -> list[bool | None]:
+        rates = (rows[step].get("by_prompt") or {}).get("pass@1") or []
+        return [None if rate is None else 0 < rate < 1 for rate in rates]
+
+    def equals_best(step: int) -> bool:
+        before, after = mixed(step), mixed(best)
+        is_paired = len(before) == len(after)
+        return shares[step] == shares[best] or (is_paired and paired_interval(before, after)[1] <= 0)
+
+    step = next(step for step in shares if equals_best(step))
+    why = f"most mixed groups, {shares[step]:.2f} at step {step}"
+    return step, why if step == best else f"{why}, not told apart from {shares[best]:.2f} at step {best}"
+
+
+def _half_fallen(nll: dict[int, float], candidates: list[int]) -> tuple[int, str] | None:
+    """Return the earliest candidate whose held-out nll has covered half of its fall, and why; None without a fall."""
+    if not nll:
+        return None
+    first, lowest = nll[min(nll)], min(nll.values())
+    there = min(step for step, value in nll.items() if value <= (first + lowest) / 2)
+    later = [step for step in candidates if step >= there]
+    if first == lowest or not later:
+        return None
+    why = f"held-out nll has covered half of its fall from {first:.4g} to {lowest:.4g}"
+    return later[0], f"{why} by step {there}, and step {later[0]} is the earliest candidate from there on"
+
+
 def _apply(
     rule: str,
     metric: str,
     turning_points: dict[str, dict],
+    without: tuple[str, int, str],
     eval_metric: str,
     evaluations: dict[int, float],
     candidates: list[int],
     probed: list[dict],
 ) -> tuple[str, int, str]:
-    """Return the rule in effect after fallbacks, the step that it wants, and why."""
+    """Return the rule in effect after fallbacks, the step that it wants, and why.
+
+    `without` is what is applied where the series has no turning point.
+    """
     reason = ""
     if rule == "readiness":
         try:
@@ -171,12 +239,13 @@ def _apply(
         step = turning_points[metric]["step"]
         reason += f"{metric}: {turning_points[metric]['reason']}"
         if step is not None:
-            others = {name: found["step"] for name, found in turning_points.items() if found["step"] != step}
-            for name, other in others.items():
-                reason += f"; {name} says " + ("undetermined" if other is None else f"step {other}")
+            for name, other in turning_points.items():
+                if other["step"] != step:
+                    found = other["verdict"] if other["step"] is None else f"step {other['step']}"
+                    reason += f"; {name} says {found}"
             return rule, step, reason
-        rule = "best_eval" if evaluated else "last"
-        reason += f"; falls back to {rule}: "
+        applied, step, why = without
+        return applied, step, f"{reason}; falls back to {applied}: {why}"
     if rule == "best_eval" and evaluated:
         best = (min if EVAL_METRICS[eval_metric] == "min" else max)(evaluated, key=evaluations.get)
         where = f"best {eval_metric} among {len(evaluated)} evaluated candidates"
@@ -219,7 +288,7 @@ def select_run(
         raise InputError(
             f"{folder.sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's"
         )
-    rule = rule or recorded.get("selection") or default_rule(recorded.get("cold_start_loss"))
+    rule = rule or recorded.get("selection") or DEFAULT_RULE
     candidates = folder.candidates
     if step is not None:
         if step not in candidates:
@@ -247,6 +316,8 @@ def select_run(
     selection["path"] = files.SELECTED
     replaces = _replaced(out / files.SELECTION, files.chosen(selection))
     files.write_json(out / files.SELECTION, selection)
+    if selection["applied"] == "last" != rule and step is None:
+        say(f"aesl_trl: warning: {_not_chosen(folder, out, rule)}")
     return selection | {"weights": str(out / files.SELECTED), "replaces": replaces}
 
 
@@ -258,6 +329,16 @@ def _replaced(path: Path, now: str) -> str | None:
         return None
     is_other = files.chosen(before) not in (None, now)
     return f"{files.chosen(before)}, chosen by {before.get('applied')}" if is_other else None
+
+
+def _not_chosen(folder: RunFolder, out: Path, rule: str) -> str:
+    """Say that the last candidate was taken for want of a reason, and what to run next."""
+    taken = "nothing measured says which candidate RL should start from, the last was taken"
+    if rule == "readiness":
+        return f"{taken}; why none is ready: {files.own_folder(folder.sft) / files.READINESS}"
+    into = "" if out == folder.own else f" --out {out}"
+    ask = f"aesl probe {folder.sft} --config FILE, then aesl select {folder.path} --rule readiness{into}"
+    return f"{taken}; to ask each candidate: {ask}"
 
 
 def _read_readiness(sft: Path) -> dict:
@@ -292,11 +373,6 @@ def _read_mixes(run: RunFolder) -> dict:
     if missing:
         raise InputError(f"{path} lacks {missing[0]}, aesl mix was cut off: run it again to go on")
     return found
-
-
-def default_rule(cold_start_loss: str | None) -> str:
-    """Return "last" for AESL, which stops early token by token, and "turning_point" for any other loss."""
-    return "last" if cold_start_loss == "aesl" else "turning_point"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ def by_step(rows: Iterable[dict]) -> dict[int, dict]:
         by_prompt = row.get("by_prompt") or {}
         if not isinstance(by_prompt, dict):
             raise InputError(f"{files.DIVERSITY}, row {number}: 'by_prompt' is no object")
-        for name in METRICS:
+        for name in (*METRICS, "pass@1", "groups_mixed"):
             values = by_prompt.get(name) or []
             if not isinstance(values, list) or not all(map(_is_figure, values)):
                 raise InputError(f"{files.DIVERSITY}, row {number}: {name!r} of 'by_prompt' is no list of numbers")

@@ -14,6 +14,9 @@ both exceed what noise makes of a flat series. Two noises are known:
 - the standard error of the rise and of the fall over prompts, where every measurement used the same prompts and their
   values are given: it is known from the second value on, and blind to what training does to all prompts alike.
 With per-prompt values a smaller multiple of the first is enough in short series, and the second is added to it.
+
+A series whose peak is its first value, and whose fall counts by the same test, has no turning point but a verdict of
+its own: it only falls.
 """
 
 import math
@@ -42,6 +45,8 @@ THRESHOLDS = (38.0, 32.0, 31.0, 29.5, 26.5, 20.0, 16.2, 13.6, 12.0, 10.2, 9.0, 8
 STANDARD_ERRORS = 3.0
 MULTIPLE = 20.0
 
+TURNED, ONLY_FALLS, UNDETERMINED = "turning point", "only falls", "undetermined"  # verdicts
+
 ROUGHNESS_SHARE = 0.2  # of the second differences in the noise: keeps it above zero where the fit follows every value
 
 
@@ -68,10 +73,12 @@ def find_turning_point(
     later values confirm the fall, and the first call that names one is the moment to stop. On a run whose diversity
     does not change, it is wrong in 1 of 20 within 40 measurements; docs/turning_point.md has the error rates.
 
-    The selection is undetermined, its step None, where
+    The verdict is "only falls", and the step None, where the peak is the first value, usually the model before
+    training, and the fall from it exceeds noise and has `patience` values, as that from any peak: measure more often
+    early on, or this cold start only narrows the model. Asked once, at most 1 in 50 flat series get this verdict.
+
+    The verdict is "undetermined", and the step None, where
     - there are fewer than 6 values (4 with `by_prompt`);
-    - the series only falls. Its highest value is the first, usually the model before training, but no turning point
-      was seen: measure more often early on, or this cold start only narrows the model;
     - the series still rises, or its peak has fewer than `patience` later values;
     - the rise or the fall is within noise. A dip before the peak is read as noise and asks for a clearer peak.
 
@@ -86,13 +93,13 @@ def find_turning_point(
             a measured step has none, the numbers of prompts differ, or fewer than 16 prompts are complete.
 
     Returns:
-        A [`Selection`]. Its evidence: `mode`, `patience`, `steps` and `values` as used, `missing` (steps of gaps),
-        `prompts` (complete ones behind the standard errors, 0 without), `unpaired` (why `by_prompt` was left out,
-        only then), and once there are enough values `fit`, `peak_step`, `peak` (its value), `start`, `end`, `rise`,
-        `fall` (both in the direction of diversity), `later` (values after the peak), `noise` (of one value, from the
-        residuals), `rise_error`, `fall_error` (standard errors over prompts, 0 without), `threshold` (multiple of
-        `noise` without prompts), `needed_rise`, `needed_fall` and `needed` (the larger of the two), in the values'
-        unit.
+        A [`Selection`]. Its evidence: `verdict` (one of the above, or "turning point"), `mode`, `patience`, `steps`
+        and `values` as used, `missing` (steps of gaps), `prompts` (complete ones behind the standard errors, 0
+        without), `unpaired` (why `by_prompt` was left out, only then), and once there are enough values `fit`,
+        `peak_step`, `peak` (its value), `start`, `end`, `rise`, `fall` (both in the direction of diversity), `later`
+        (values after the peak), `noise` (of one value, from the residuals), `rise_error`, `fall_error` (standard
+        errors over prompts, 0 without), `threshold` (multiple of `noise` without prompts), `needed_rise`,
+        `needed_fall` and `needed` (the larger of the two), in the values' unit.
 
     Raises:
         InputError: lengths differ, steps do not increase, `mode` is unknown, `patience` is below 1, or `by_prompt`
@@ -111,6 +118,7 @@ def find_turning_point(
             raise InputError(f"steps must increase, but {after} follows {before}")
     places = [place for place, value in enumerate(values) if is_number(value)]
     evidence = {
+        "verdict": UNDETERMINED,
         "mode": mode,
         "patience": patience,
         "steps": [int(steps[place]) for place in places],
@@ -121,7 +129,7 @@ def find_turning_point(
     evidence |= {"prompts": 0 if prompts is None else prompts.shape[1]} | ({"unpaired": unpaired} if unpaired else {})
     least = MINIMUM if prompts is None else MINIMUM_BY_PROMPT
     if len(places) < least:
-        return Selection(None, f"undetermined: {len(places)} measurements, at least {least} are needed", evidence)
+        return Selection(None, f"{UNDETERMINED}: {len(places)} measurements, at least {least} are needed", evidence)
     evidence |= _shape(evidence["values"], prompts, 1.0 if mode == "max" else -1.0, evidence["steps"])
     return _decide(evidence)
 
@@ -195,11 +203,16 @@ def _decide(evidence: dict) -> Selection:
     sizes = ", ".join(
         f"{size} {evidence[size]:.3g} (needed {evidence[f'needed_{size}']:.3g})" for size in ("rise", "fall")
     )
-    if rises and falls and later >= patience:
-        return Selection(step, f"peak of diversity at step {step} ({best}, {evidence['peak']:.4g}; {sizes})", evidence)
-    if evidence["rise"] == 0 and evidence["fall"] > evidence["noise"]:
-        doubt = "" if falls else ", within noise"
-        why = f"diversity only fell from the first measurement, step {evidence['steps'][0]}{doubt} ({sizes})"
+    from_first = evidence["rise"] == 0  # the peak is the first value
+    if falls and later >= patience and (rises or from_first):
+        if from_first:
+            why = f"{ONLY_FALLS}: diversity is {best} at the first measurement, step {step} ({sizes})"
+            return Selection(None, why, evidence | {"verdict": ONLY_FALLS})
+        why = f"peak of diversity at step {step} ({best}, {evidence['peak']:.4g}; {sizes})"
+        return Selection(step, why, evidence | {"verdict": TURNED})
+    if from_first and evidence["fall"] > evidence["noise"]:
+        doubt = f"for {later} values, patience asks for {patience}" if falls else "within noise"
+        why = f"diversity only fell from the first measurement, step {step}, {doubt} ({sizes})"
     elif not rises and not falls:
         why = f"flat within noise ({sizes})"
     elif not rises:
@@ -208,7 +221,7 @@ def _decide(evidence: dict) -> Selection:
         why = f"still rising: {best} at step {step}, only {later} values after it, patience asks for {patience}"
     else:
         why = f"no fall beyond noise after step {step} ({sizes})"
-    return Selection(None, f"undetermined: {why}", evidence)
+    return Selection(None, f"{UNDETERMINED}: {why}", evidence)
 
 
 def unimodal_fit(values: Sequence[float]) -> list[float]:

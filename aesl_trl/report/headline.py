@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from .. import files
 from ..diversity.coverage import lost_sentence
+from ..diversity.turning_point import TURNED
 from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import headline_panels
-from .runs import Arm, Run, values_of
+from .runs import Arm, Run, turning_point, values_of
 
 
 SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of an evaluation
@@ -107,7 +108,10 @@ def _selected(arm: Arm) -> Cell:
     if not starts:
         return Cell("–", "" if arm.runs[0].has_sft else "no SFT")
     asked, applied = (arm.runs[0].selection.get(key) for key in ("rule", "applied"))
-    rule = f"{applied} (asked: {asked})" if asked and applied and asked != applied else str(applied or asked or "")
+    rule = str(applied or asked or "")
+    if asked and applied and asked != applied:
+        verdict = turning_point(arm.runs[0]).evidence["verdict"]
+        rule = f"{applied} (asked: {asked}" + (")" if verdict == TURNED else f"; {verdict})")
     steps = [start.removeprefix("step ") for start in starts]
     word = "" if any(map(files.is_mix, starts)) else "steps " if len(steps) > 1 else "step "
     return Cell(f"{word}{', '.join(steps)}", rule.replace("_", " "))

@@ -42,20 +42,24 @@ class Candidates:
         self.trainer.accelerator.wait_for_everyone()
 
     def _worth_keeping(self, saved: list[int], step: int, series: list[dict]) -> set[int]:
-        """Return the last step, the best step by evaluation, and then the most diverse steps."""
-        kept = {step}
+        """Return the last step, the best ones by evaluation, diversity and mixed groups, and then by diversity."""
+        saved = sorted(saved)
         evaluations = (
             {row["step"]: -row["eval_nll"] for row in self.trainer.state.log_history if "eval_nll" in row}
             if self.best_eval_metric == "eval_nll"
             else {row["step"]: row.get(self.best_eval_metric) for row in series}
         )
-        evaluated = [candidate for candidate in saved if evaluations.get(candidate) is not None]
-        if evaluated:
-            kept.add(max(evaluated, key=evaluations.get))
         diversity = {row["step"]: row[self.metric] for row in series if row[self.metric] is not None}
-        others = [candidate for candidate in saved if candidate in diversity and candidate not in kept]
-        others.sort(key=diversity.get, reverse=METRICS[self.metric] == "max")
-        return kept.union(others[: self.max_candidates - len(kept)])
+        diverse = [candidate for candidate in saved if candidate in diversity]
+        diverse.sort(key=diversity.get, reverse=METRICS[self.metric] == "max")
+
+        def best(figures: dict[int, float | None]) -> list[int]:
+            known = [candidate for candidate in saved if figures.get(candidate) is not None]
+            return [max(known, key=figures.get)] if known else []
+
+        mixed = best({row["step"]: row.get("groups_mixed") for row in series})
+        wanted = dict.fromkeys([step, *best(evaluations), *diverse[:1], *mixed, *diverse])
+        return set(list(wanted)[: self.max_candidates])
 
 
 def forget_candidates(folder: Path, step: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from trl import SFTConfig
 
-from ..diversity.selection import EVAL_METRICS, METRICS, RULES, default_rule
+from ..diversity.selection import DEFAULT_RULE, EVAL_METRICS, METRICS, RULES
 from ..errors import InputError
 from ..losses.definition import AESL_WEIGHTS, GEM_H, PREFIX_MODES
 from ..losses.rules import TOKEN_RULES
@@ -82,17 +82,16 @@ class AESLSFTConfig(SFTConfig):
             minimum).
         diversity_patience: measurements after the peak that must confirm the fall.
         stop_at_turning_point: end the training once the turning point is confirmed.
-        selection: which checkpoint goes to RL: `"turning_point"` (default but for aesl), `"last"` (default for aesl:
-            the loss itself is the early stop), `"best_eval"` (for comparison) or `"readiness"` (the best checkpoint
-            that `aesl probe` finds ready) or `"mix"` (the best average with the base that `aesl mix` wrote). The
-            selection is made at the end of a training with `diversity_steps`; by readiness and mix it is made in the
-            chain, or by `aesl probe` or `aesl mix`, and `aesl select`, afterwards.
+        selection: which checkpoint goes to RL: `"turning_point"` (default), `"last"`, `"best_eval"` (for comparison),
+            `"readiness"` (the best checkpoint that `aesl probe` finds ready) or `"mix"` (the best average with the base
+            that `aesl mix` wrote). The selection is made at the end of a training with `diversity_steps`; by readiness
+            and mix it is made in the chain, or by `aesl probe` or `aesl mix`, and `aesl select`, afterwards.
         best_eval_metric: metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on
             the diversity prompts.
         packing_unverified: allow packing and padding_free, with a warning, where a small copy of the model cannot be
             made or run (code of its own, say), and so cannot show that the documents of a row do not see each other.
-        max_candidates: weights-only candidates kept on disk at a time; the last measurement and the best evaluation
-            are always among them.
+        max_candidates: weights-only candidates kept on disk at a time: the last measurement, the best evaluation, the
+            most diverse one, the one with the most mixed groups, and then by diversity.
         chat_template_kwargs: keywords for the chat template, as GRPOConfig's, for the trained rows and the diversity
             prompts. Those of a row's column of this name come before them.
         hub_include: parts of the run that `push_to_hub` uploads beside the model, to `_aesl` in its repository:
@@ -140,7 +139,7 @@ class AESLSFTConfig(SFTConfig):
     diversity_metric: str = option("entropy", "Series whose turning point is sought.", choices=METRICS)
     diversity_patience: int = option(3, "Measurements after the peak that must confirm the fall.")
     stop_at_turning_point: bool = option(False, "End the training once the turning point is confirmed.")
-    selection: str | None = option(None, "Checkpoint for RL. Default: turning_point, for aesl last.", choices=RULES)
+    selection: str | None = option(None, f"Checkpoint for RL. Default: {DEFAULT_RULE}.", choices=RULES)
     best_eval_metric: str = option("eval_nll", "Metric by which selection best_eval chooses.", choices=EVAL_METRICS)
     packing_unverified: bool = option(
         False, "Allow packing and padding_free where no probe can show that documents do not see each other."
@@ -176,8 +175,8 @@ class AESLSFTConfig(SFTConfig):
 
     @property
     def selection_rule(self) -> str:
-        """`selection`, or its default for the loss."""
-        return self.selection or default_rule(self.cold_start_loss)
+        """`selection`, or its default."""
+        return self.selection or DEFAULT_RULE
 
     @property
     def measurement(self) -> MeasurementSettings:

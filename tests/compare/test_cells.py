@@ -4,21 +4,17 @@ from aesl_trl.compare.cells import Cell, groups, rows, table_cells
 from aesl_trl.compare.config import Point, read_config
 
 
-def test_rows_and_selections(project, tmp_path):
+def test_rows_and_selections(project):
     config = read_config(project(rl_from_steps=[10, 40]))
     assert [row["row"] for row in rows(config)] == [
         "base",
         *("nll/turning_point", "nll/last", "nll/step-10", "nll/step-40"),
-        *("aesl/step-10", "aesl/step-40"),
+        *("aesl/last", "aesl/step-10", "aesl/step-40"),
     ]
-    # without steps, the rule that the loss has by default
-    gem = {"sft": {"cold_start_loss": "gem"}}
-    config = read_config(project(methods={"gem": gem, "aesl": {"sft": {"cold_start_loss": "aesl"}}}, reference=[]))
-    assert (config.selections("gem"), config.selections("aesl")) == (["turning_point"], ["last"])
-    # the loss may be that of the template's config
-    assert read_config(project(methods={"own": {"sft": {}}}, reference=[])).selections("own") == ["last"]
-    (tmp_path / "sft.yaml").write_text("cold_start_loss: nll\n")
-    assert read_config(project(methods={"own": {"sft": {}}}, reference=[])).selections("own") == ["turning_point"]
+    methods = {loss: {"sft": {"cold_start_loss": loss}} for loss in ("gem", "aesl")}  # that name no selection
+    config = read_config(project(methods=methods, reference=[]))
+    assert config.selections("gem") == config.selections("aesl") == ["turning_point"]
+    assert read_config(project(methods=methods, reference=[], rl_from_steps=[10])).selections("gem") == ["step-10"]
 
 
 def test_settings_choose_their_methods(project):

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aesl_trl import files
 from aesl_trl.diversity.selection import main, select_checkpoint, select_run
@@ -18,6 +21,7 @@ SELF_BLEU = [0.60, 0.55, 0.50, 0.42, 0.48, 0.58, 0.66, 0.75]  # its valley is on
 PASS_1 = [0.15, 0.12, 0.11, 0.14, 0.26, 0.24, 0.27, 0.26]
 EVAL_NLL = {10: 0.9, 40: 0.7, 60: 0.65, 100: 0.6, 200: 0.7, 800: 1.1}
 CANDIDATES = [10, 20, 40, 200, 800]
+TURNING = "docs/turning_point.md"
 
 
 def diversity_rows(entropy=ENTROPY, self_bleu=SELF_BLEU):
@@ -55,27 +59,124 @@ def test_undetermined_other_metric_is_said():
     assert "self_bleu says undetermined" in select(rows=diversity_rows(self_bleu=[0.5] * 8))["reason"]
 
 
-def test_undetermined_falls_back_to_the_last():
-    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY)))
+# ---- Without a turning point
+
+RISING = sorted(ENTROPY)
+FALLING = [2.5, 1.0, 0.5, 0.3, 0.2, 0.15, 0.12, 0.1]
+
+
+def graded_rows(entropy, mixed, prompts=None):
+    """Rows with the share of mixed groups; and with pass@1 of each prompt, given which of the prompts are mixed."""
+    rows = [row | {"groups_mixed": share} for row, share in zip(diversity_rows(entropy), mixed, strict=True)]
+    rates = [[0.5 if is_mixed else 1.0 for is_mixed in row] for row in prompts or []]
+    return (
+        [row | {"by_prompt": {"pass@1": of_row}} for row, of_row in zip(rows, rates, strict=True)] if rates else rows
+    )
+
+
+@pytest.mark.parametrize("evals", [(), eval_rows()])
+def test_undetermined_and_without_rewards_it_is_the_last_and_never_the_best_evaluation(evals):
+    chosen = select(rows=diversity_rows(entropy=RISING), evals=evals)
     assert (chosen["rule"], chosen["applied"], chosen["step"]) == ("turning_point", "last", 800)
     assert "still rising" in chosen["reason"] and "falls back to last" in chosen["reason"]
+    assert chosen["evidence"]["turning_point"]["entropy"]["verdict"] == "undetermined"
 
 
-def test_undetermined_falls_back_to_the_best_evaluation_where_there_is_one():
-    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY)), evals=eval_rows())
-    assert (chosen["applied"], chosen["step"]) == ("best_eval", 40)  # 40 and 200 tie among the saved: the earlier
-    assert "falls back to best_eval" in chosen["reason"] and "0.7 at step 40" in chosen["reason"]
+@pytest.mark.parametrize("entropy", [RISING, FALLING])
+def test_with_rewards_it_is_the_candidate_with_the_most_mixed_groups(entropy):
+    mixed = [0.9, 0.3, 0.5, 0.6, 0.8, 0.7, 0.6, 0.1]  # the base and step 60 are no candidates; 40 and 200 are equal
+    chosen = select(rows=graded_rows(entropy, mixed), evals=eval_rows())
+    assert (chosen["applied"], chosen["step"]) == ("mixed_groups", 40)
+    assert "falls back to mixed_groups: most mixed groups, 0.60 at step 40" in chosen["reason"]
 
 
-def test_evaluations_away_from_candidates_do_not_count():
-    chosen = select(rows=[], evals=[{"step": 60, "eval_nll": 0.1}])
-    assert chosen["applied"] == "last"
+def test_equal_by_paired_intervals_is_the_earliest():
+    # Of 40 prompts the best candidate, step 200, has 30 mixed. At step 20 the same but one are: the difference is 1/40
+    # and a resample leaves that prompt out with chance (39/40)^40 = 0.36, so the interval begins at 0. At step 10 ten
+    # prompts fewer are mixed: none of them is drawn with chance (3/4)^40 = 1e-5, so the interval lies above 0.
+    best = [place < 30 for place in range(40)]
+    near, far = [place < 29 for place in range(40)], [place < 20 for place in range(40)]
+    prompts = [best, far, near, far, best, best, best, far]
+    rows = graded_rows(RISING, [sum(row) / 40 for row in prompts], prompts)
+    chosen = select(rows=rows)
+    assert (chosen["applied"], chosen["step"]) == ("mixed_groups", 20)
+    assert "0.72 at step 20, not told apart from 0.75 at step 200" in chosen["reason"]
+
+    shares = [{key: value for key, value in row.items() if key != "by_prompt"} for row in rows]
+    assert select(rows=shares)["step"] == 200  # older rows: only equal shares are equal
 
 
-def test_only_falling_diversity_never_selects_the_base_model():
-    chosen = select(rows=diversity_rows(entropy=sorted(ENTROPY, reverse=True)))
-    assert (chosen["applied"], chosen["step"]) == ("last", 800)
-    assert "only fell" in chosen["reason"]
+def test_no_mixed_group_says_as_little_as_no_rewards():
+    chosen = select(rows=graded_rows(FALLING, [0.0] * 8), evals=eval_rows())
+    assert (chosen["applied"], chosen["step"]) == ("half_fall", 40)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "evals", "applied", "step"),
+    [
+        # From 0.9 to 0.6: half is 0.75, which step 40 (0.7) is the first to pass
+        (CANDIDATES, eval_rows(), "half_fall", 40),
+        ([10, 20, 200, 800], eval_rows(), "half_fall", 200),
+        ([10, 20], eval_rows(), "last", 20),  # no candidate is that far
+        (CANDIDATES, [{"step": 10, "eval_nll": 0.6}, {"step": 800, "eval_nll": 0.7}], "last", 800),  # no fall
+        (CANDIDATES, [{"step": 10, "eval_nll": None}], "last", 800),
+        (CANDIDATES, (), "last", 800),
+    ],
+)
+def test_only_falling_and_without_rewards_it_is_where_half_is_learnt(candidates, evals, applied, step):
+    chosen = select(rows=diversity_rows(entropy=FALLING), evals=evals, candidates=candidates)
+    assert (chosen["applied"], chosen["step"]) == (applied, step)
+    assert "entropy: only falls: diversity is highest at the first measurement, step 0" in chosen["reason"]
+    assert chosen["evidence"]["turning_point"]["entropy"]["verdict"] == "only falls"
+    assert select(rows=diversity_rows(entropy=RISING), evals=evals, candidates=candidates)["applied"] == "last"
+
+
+FIGURES = st.none() | st.floats(0, 4)
+RATES = st.none() | st.lists(st.none() | st.sampled_from([0.0, 0.25, 1.0]), max_size=4)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(FIGURES, FIGURES, st.none() | st.floats(0, 1), RATES), max_size=12),
+    st.lists(st.tuples(st.integers(0, 12), FIGURES), max_size=6),
+    st.sets(st.integers(1, 12), min_size=1),
+    st.sampled_from(["turning_point", "last", "best_eval"]),
+)
+def test_the_step_is_always_a_candidate(columns, evals, candidates, rule):
+    rows = [
+        {"step": step, "entropy": entropy, "self_bleu": bleu, "groups_mixed": mixed, "by_prompt": {"pass@1": rates}}
+        for step, (entropy, bleu, mixed, rates) in enumerate(columns)
+    ]
+    chosen = select(rule, rows, [{"step": step, "eval_nll": nll} for step, nll in evals], candidates)
+    assert chosen["step"] in candidates
+    assert chosen["applied"] in {rule, "mixed_groups", "half_fall", "last"}
+
+
+@pytest.mark.parametrize(
+    ("place", "out", "command"),
+    [
+        ("run", None, "aesl probe {sft} --config FILE, then aesl select {run} --rule readiness\n"),
+        ("run", "chain", "aesl probe {sft} --config FILE, then aesl select {run} --rule readiness --out {out}\n"),
+    ],
+)
+def test_the_last_for_want_of_a_reason_names_the_next_command(tmp_path, capsys, place, out, command):
+    run = make_run(tmp_path / place, diversity_patience=7)
+    out = out and str(tmp_path / out)
+    main([str(run), *(["--out", out] if out else [])])
+    said = capsys.readouterr()
+    assert said.out.startswith("selected step 800 by last: entropy: undetermined: still rising") and len(said.err) > 0
+    assert said.err.endswith(command.format(sft=run, run=run, out=out)) and said.err.count("\n") == 1
+    main([str(run), "--rule", "last"])
+    main([str(run), "--patience", "3"])
+    assert capsys.readouterr().err == ""
+
+
+def test_one_sentence_says_it_everywhere():
+    root = Path(__file__).parents[2]
+    texts = [select_checkpoint.__doc__, *(root.joinpath(name).read_text() for name in ("README.md", TURNING))]
+    start, end = "Then the candidate with the most", "that names the next command."
+    said = [text[text.index(start) : text.index(end)].split() for text in texts]
+    assert said[0] == said[1] == said[2]
 
 
 def test_last():
@@ -135,11 +236,13 @@ def test_readiness(entries, applied, step, said):
 
 def test_readiness_falls_back_twice():
     entries = {"checkpoints": [probed(10, "never stops")]}
-    chosen = select("readiness", rows=diversity_rows(entropy=sorted(ENTROPY)), readiness=entries)
+    chosen = select("readiness", rows=diversity_rows(entropy=RISING), readiness=entries)
     assert (chosen["applied"], chosen["step"]) == ("last", 800)
     assert (
         "(1 never stops)" in chosen["reason"] and "falls back to turning_point: entropy: undeter" in chosen["reason"]
     )
+    rows = graded_rows(RISING, [0.1] * 6 + [0.2] * 2)
+    assert select("readiness", rows=rows, readiness=entries)["step"] == 200  # by the same rule
 
 
 @pytest.mark.parametrize(
@@ -317,11 +420,12 @@ def test_select_run_again_replaces(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "options", "expected"),
     [
-        ({"cold_start_loss": "aesl"}, {}, ("last", "entropy", 800)),
+        ({"cold_start_loss": "aesl"}, {}, ("turning_point", "entropy", 20)),
+        ({"cold_start_loss": "aesl", "selection": "last"}, {}, ("last", "entropy", 800)),
         ({"cold_start_loss": "aesl", "selection": "best_eval"}, {}, ("best_eval", "entropy", 40)),
         ({"diversity_metric": "self_bleu"}, {}, ("turning_point", "self_bleu", 40)),
         ({"diversity_metric": "self_bleu"}, {"metric": "entropy"}, ("turning_point", "entropy", 20)),
-        ({"diversity_patience": 7}, {}, ("best_eval", "entropy", 40)),
+        ({"diversity_patience": 7}, {}, ("last", "entropy", 800)),
         ({"diversity_patience": 7}, {"patience": 3}, ("turning_point", "entropy", 20)),
         ({"selection": "best_eval", "best_eval_metric": "pass@1"}, {}, ("best_eval", "entropy", 200)),
     ],

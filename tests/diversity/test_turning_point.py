@@ -169,11 +169,49 @@ def test_peak_with_too_few_later_values_is_still_rising():
     assert find_turning_point(range(9), [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.25, 0.2, 0.15]).step == 5
 
 
-def test_monotone_fall_is_undetermined_and_says_so():
+def test_monotone_fall_only_falls():
     found = find_turning_point(STEPS, sorted(ENTROPY, reverse=True))
-    assert found.step is None
-    assert "only fell from the first measurement, step 0" in found.reason
+    assert (found.step, found.evidence["verdict"]) == (None, "only falls")
+    assert found.reason.startswith("only falls: diversity is highest at the first measurement, step 0 (rise 0 ")
     assert found.evidence["peak_step"] == 0
+
+
+def test_a_fall_needs_as_many_later_values_as_one_from_a_peak():
+    found = find_turning_point(STEPS, sorted(ENTROPY, reverse=True), patience=8)
+    assert found.evidence["verdict"] == "undetermined"
+    assert "only fell from the first measurement, step 0, for 7 values, patience asks for 8" in found.reason
+
+
+def test_a_fall_within_noise_is_undetermined():
+    found = find_turning_point(range(8), [0.40, 0.25, 0.38, 0.31, 0.35, 0.28, 0.32, 0.28])
+    assert found.evidence["verdict"] == "undetermined"
+    assert "only fell from the first measurement, step 0, within noise" in found.reason
+
+
+def test_what_is_needed_of_a_first_fall_is_what_is_needed_of_any():
+    # By hand: all residuals of the fit are 0; the bends 2.5 - 2 + 0.5 = 1 and 1 - 1 + 0.3 = 0.3 are its noise:
+    # 0.2 * sqrt((1 + 0.09) / 2 / 6) = 0.0603, and 20 of it 1.206; the error over prompts is small beside it
+    prompts = spread([2.5, 1.0, 0.5, 0.3], error=0.01)
+    found = find_turning_point([0, 20, 40, 60], means(prompts), by_prompt=prompts)
+    assert found.evidence["verdict"] == "only falls"
+    assert found.evidence["fall"] == pytest.approx(2.2) and found.evidence["rise"] == 0
+    assert found.evidence["noise"] == pytest.approx(0.0603, abs=1e-4)
+    assert found.evidence["needed_fall"] == pytest.approx(1.206, rel=1e-3)
+    unsure = spread([2.5, 1.0, 0.5, 0.3], error=0.7)  # 3 of them are 2.1, and the root of 2.1^2 + 1.2^2 is above 2.2
+    found = find_turning_point([0, 20, 40, 60], means(unsure), by_prompt=unsure)
+    assert found.evidence["verdict"] == "undetermined" and "within noise" in found.reason
+
+
+def test_flat_prompts_rarely_only_fall():
+    generator = np.random.default_rng(14)
+    runs = [flat_prompts(generator, 2)[:8] for _ in range(200)]
+    verdicts = [verdict_of(prompts) for prompts in runs]
+    assert verdicts.count("only falls") <= 200 / 50 + 3 * math.sqrt(200 / 50)
+
+
+def verdict_of(prompts):
+    found = find_turning_point(range(len(prompts)), means(prompts), by_prompt=list(prompts))
+    return found.evidence["verdict"]
 
 
 def test_plateau_after_a_rise_has_no_fall():
@@ -256,6 +294,11 @@ def test_unit_of_the_values_plays_no_part(exponent, mirrored):
 def test_a_step_found_is_measured_and_confirmed(values, patience):
     steps = [3 * place for place in range(len(values))]
     found = find_turning_point(steps, values, patience=patience)
+    assert (found.evidence["verdict"] == "turning point") is (found.step is not None)
+    if found.evidence["verdict"] != "undetermined":
+        known, peak = found.evidence["values"], found.evidence["peak_step"]
+        assert found.evidence["fall"] > found.evidence["needed_fall"] and len(known) > patience
+        assert (peak == found.evidence["steps"][0]) is (found.evidence["verdict"] == "only falls")
     if found.step is not None:
         known = found.evidence["values"]
         place = found.evidence["steps"].index(found.step)

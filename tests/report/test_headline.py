@@ -30,6 +30,17 @@ def test_recorded_runs_are_labelled_and_the_live_one_is_not(chain):
     assert "aesl recorded" not in words and "aesl (recorded)" not in words
 
 
+def test_a_fall_back_is_named_with_the_verdict(tmp_path, undrawn):
+    run = fake_run(tmp_path / "aesl", "aesl")
+    selection = json.loads((run / "selection.json").read_text())
+    write_json(run / "selection.json", {**selection, "rule": "turning_point", "applied": "mixed_groups"})
+    rows = [{"step": step, "entropy": 2.5 * 0.5 ** (step / 10), "self_bleu": 0.5} for step in range(0, 80, 10)]
+    write_jsonl(run / "sft/diversity.jsonl", rows)
+    words = written_page([run]).words
+    assert "step 800 mixed groups (asked: turning point; only falls)" in words
+    assert "No turning point in aesl: only falls: diversity is highest at the first measurement, step 0" in words
+
+
 def test_the_mean_over_seeds_stands_in_the_table(tmp_path, undrawn):
     runs = [fake_run(tmp_path / "aesl" / f"seed-{seed}", "aesl", seed) for seed in (0, 1, 2)]
     finals = [json.loads((run / "evaluation.json").read_text())["models"]["final"]["pass@1"] for run in runs]

@@ -139,7 +139,7 @@ def compare_project(folder: Path) -> Callable[..., Path]:
         "methods": {
             "base": {"sft": None},
             "nll": {"sft": {"cold_start_loss": "nll"}, "selections": ["turning_point", "last"]},
-            "aesl": {"sft": {"cold_start_loss": "aesl"}},
+            "aesl": {"sft": {"cold_start_loss": "aesl"}, "selections": ["last"]},
         },
     }
 

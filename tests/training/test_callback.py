@@ -581,8 +581,11 @@ def test_a_measurement_that_fails_is_a_gap_and_the_training_is_the_same(
     assert [(row["step"], row["gap"], row["entropy"], row["self_bleu"]) for row in rows] == [
         (step, reason, None, None) for step in (0, 2, 4)
     ]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert all(out.count(f"step {step} is a gap in diversity.jsonl: {reason}\n") == 1 for step in (0, 2, 4))
+    assert (
+        f"aesl probe {tmp_path / 'gaps'} --config FILE, then aesl select {tmp_path / 'gaps'} --rule readiness" in err
+    )
     chosen = files.read_json(tmp_path / "gaps" / files.OWN / files.SELECTION)  # undetermined: the last one
     assert (chosen["applied"], chosen["step"]) == ("last", 4)
     assert not (tmp_path / "gaps" / files.OWN / files.SAMPLES).exists()

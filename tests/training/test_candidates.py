@@ -1,5 +1,7 @@
 """Candidates: how many are on disk, which ones, and who must leave them alone."""
 
+from types import SimpleNamespace
+
 import pytest
 from monitored_runs import PEAKED, monitored_trainer, plan
 
@@ -43,6 +45,22 @@ def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
     evaluated = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
     chosen = files.read_json(tmp_path / files.OWN / files.SELECTION)
     assert chosen["applied"] == "best_eval" and chosen["step"] == min(evaluated, key=evaluated.get)
+
+
+def test_what_a_series_that_only_falls_needs_is_kept():
+    """By hand: of entropy 6 to 1 and mixed groups that are most at step 4, the last, the best by eval_nll (step 5), the
+    most diverse (1), the most mixed (4), then the next most diverse (2); a gap and a step without weights count nothing."""
+    state = SimpleNamespace(log_history=[{"step": step, "eval_nll": abs(step - 5) + 1.0} for step in range(1, 7)])
+    mixed = [0.1, 0.2, 0.3, 0.6, 0.5, 0.2, 0.9]
+    series = [{"step": step, "entropy": 7 - step, "groups_mixed": mixed[step - 1]} for step in (1, 2, 3, 4, 5, 6)]
+    series += [{"step": 7, "entropy": None}, {"step": 8, "entropy": 9.0, "groups_mixed": 0.9}]
+    kept = {
+        number: Candidates(SimpleNamespace(state=state), "entropy", "eval_nll", number)._worth_keeping(
+            [3, 1, 2, 6, 5, 4, 7], 6, series
+        )
+        for number in (2, 3, 4, 5)
+    }
+    assert kept == {2: {6, 5}, 3: {6, 5, 1}, 4: {6, 5, 1, 4}, 5: {6, 5, 1, 4, 2}}
 
 
 def test_candidates_survive_the_trainers_rotation(tokenizer, tmp_path):

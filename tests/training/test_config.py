@@ -103,9 +103,8 @@ def test_every_added_field_has_help_that_argparse_takes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loss", TOKEN_RULES)
-def test_selection_rule_follows_the_loss(loss, tmp_path):
-    rule = "last" if loss == "aesl" else "turning_point"
-    assert small_config(tmp_path, cold_start_loss=loss).selection_rule == rule
+def test_the_turning_point_is_selected_whatever_the_loss(loss, tmp_path):
+    assert small_config(tmp_path, cold_start_loss=loss).selection_rule == "turning_point"
     for selection in RULES:
         chosen = small_config(tmp_path, cold_start_loss=loss, selection=selection, diversity_steps=5)
         assert chosen.selection_rule == selection

@@ -90,7 +90,8 @@ def test_a_run_stands_for_its_candidates(project, monkeypatch):
         (20, "candidates/step-20"),
     ]
     selection = select_run(folder, rule="readiness")  # no untrained model is ready
-    assert selection["applied"] == "last" and "no candidate is ready (2 never stops)" in selection["reason"]
+    assert (selection["applied"], selection["step"]) == ("mixed_groups", 10)  # as many at each step: the earliest
+    assert "no candidate is ready (2 never stops)" in selection["reason"]
     for one in found["checkpoints"]:
         one["verdict"] = READY
     files.write_json(folder / files.READINESS, found)

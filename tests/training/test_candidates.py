@@ -48,8 +48,8 @@ def test_best_evaluation_is_among_the_candidates(tokenizer, tmp_path):
 
 
 def test_what_a_series_that_only_falls_needs_is_kept():
-    """By hand: the last step (6), the best by eval_nll (5), the most diverse (1), the one with most mixed groups (4), and
-    the next most diverse (2). A gap (7) and a step without weights (8) count nothing."""
+    """By hand: the last step (6), the best by eval_nll (5), the most diverse (1), the one with most mixed groups (4),
+    and the next most diverse (2). A gap (7) and a step without weights (8) count nothing."""
     state = SimpleNamespace(log_history=[{"step": step, "eval_nll": abs(step - 5) + 1.0} for step in range(1, 7)])
     mixed = [0.1, 0.2, 0.3, 0.6, 0.5, 0.2, 0.9]
     series = [{"step": step, "entropy": 7 - step, "groups_mixed": mixed[step - 1]} for step in (1, 2, 3, 4, 5, 6)]

@@ -84,8 +84,8 @@ class AESLSFTConfig(SFTConfig):
         stop_at_turning_point: end the training once the turning point is confirmed.
         selection: which checkpoint goes to RL: `"turning_point"` (default), `"last"`, `"best_eval"` (for comparison),
             `"readiness"` (the best checkpoint that `aesl probe` finds ready) or `"mix"` (the best average with the
-            base that `aesl mix` wrote). The selection is made at the end of a training with `diversity_steps`; by readiness
-            and mix it is made in the chain, or by `aesl probe` or `aesl mix`, and `aesl select`, afterwards.
+            base that `aesl mix` wrote). The selection is made at the end of a training with `diversity_steps`; by
+            readiness and mix it is made in the chain, or by `aesl probe` or `aesl mix`, and `aesl select`, afterwards.
         best_eval_metric: metric by which `"best_eval"` chooses: the lowest `"eval_nll"`, or the highest `"pass@1"` on
             the diversity prompts.
         packing_unverified: allow packing and padding_free, with a warning, where a small copy of the model cannot be

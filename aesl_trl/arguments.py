@@ -200,21 +200,29 @@ def check_folder(name: str, path: str | Path) -> None:
         raise InputError(f"{name}: no permission to write in {place}; name another folder")
 
 
-def check_replaceable(name: str, target: str | Path, mark: str, kept: Iterable[str | Path]) -> None:
-    """Refuse a folder `target`, given as the setting `name`, that may not be swapped for a new one as a whole.
+def check_replaceable(
+    name: str, target: str | Path, is_ours: bool, kept: Iterable[str | Path] = (), *, is_file: bool = False
+) -> None:
+    """Refuse a folder `target`, with `is_file` a file, that a command may not replace by a new one as a whole.
 
-    It must not hold any of `kept`, the folders that the command reads. It may hold other files only if `mark` is among
-    them, the file that an earlier run of the command has written.
+    `name` is the setting that names it. It may be there, and not empty, only if `is_ours`: an earlier run of the
+    command has written it. It must be no symlink, and hold none of `kept`, the folders that the command reads.
     """
-    check_folder(name, target)
     target = Path(target)
+    check_folder(name, target.parent if is_file else target)
+    if target.is_symlink():
+        raise InputError(f"{name}: {target} is a symlink, and would be replaced; name a new folder")
     for folder in map(Path, kept):
         if folder.resolve().is_relative_to(target.resolve()):
             is_target = folder.resolve() == target.resolve()
             problem = "is read from" if is_target else f"holds {folder}, which is read from"
             raise InputError(f"{name}: {target} {problem}, and would be replaced; name a new folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
-        raise InputError(f"{name}: {target} holds other files, and would be replaced; name a new folder")
+    is_there = not target.is_dir() and target.exists()
+    with suppress(FileNotFoundError, NotADirectoryError):  # another process may just swap it
+        is_there = bool(os.listdir(target))
+    if is_there and not is_ours:
+        problem = "holds other files" if target.is_dir() else "was written by something else"
+        raise InputError(f"{name}: {target} {problem}, and would be replaced; name a new folder")
 
 
 def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) -> Any:

@@ -5,6 +5,7 @@ is added whole or not at all. NaN and infinity become null, so that every line i
 """
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,11 +13,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import InputError, nearest_sibling
+from .errors import InputError, nearest_sibling, say
 from .provenance import __version__
 
 
@@ -36,6 +37,7 @@ TRAINING_LOCK = ".training.lock"
 CHAIN = "chain.json"
 SELECTION = "selection.json"
 SELECTED = "selected"
+IDENTITY = "identity.json"  # in `selected`: which weights lie there
 HANDOFF = "handoff.json"
 HANDOFF_DIR = "handoff"
 READINESS = "readiness.json"
@@ -44,6 +46,10 @@ GRPO_DIR = "grpo"
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 LOGS = "logs"
+EVALUATION_SAMPLES = "evaluation_samples"
+# What is written under a temporary name into a run's folder or into its own part
+WRITTEN = (RUN, TRAINED_WITH, POSITIONS, DIVERSITY, STAGE, CHAIN, SELECTION, SELECTED, HANDOFF, HANDOFF_DIR, READINESS)
+WRITTEN += (MIXES, EVALUATION, REPORT, "report.md")
 # One of these files shows where the files of a run lie
 BEGUN = (STAGE, RUN, POSITIONS, DIVERSITY)
 
@@ -71,11 +77,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", opener=in_place) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk leaves a part of it
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -111,6 +120,25 @@ def in_place(path: str | Path, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
+def leads_away(path: Path, root: Path) -> bool:
+    """Say whether `path` below `root` is elsewhere, because it or a folder on the way from `root` is a symlink."""
+    place = os.path.join(os.path.realpath(root), os.path.relpath(path, root))
+    return os.path.realpath(path) != os.path.normpath(place)
+
+
+def check_unlinked(path: Path, root: Path, *, inside: bool = False) -> Path:
+    """Return `path`, which lies below the folder `root` of a run; refuse a symlink on the way to it.
+
+    With `inside` we refuse a symlink inside of `path` too. We make none, and another's may lead to files of yours.
+    """
+    # One by one: what a link leads to may be a whole disk, and is not walked
+    for each in itertools.chain([path], path.rglob("*") if inside else ()):
+        if leads_away(each, root):
+            place = os.path.realpath(each)
+            raise InputError(f"{each} leads by a symlink to {place}, out of {root}: put a copy in the link's place")
+    return path
+
+
 @contextmanager
 def swapped(target: str | Path) -> Iterator[Path]:
     """Give an empty folder to write to, and put it in the place of `target` when the block ends without an error.
@@ -122,7 +150,10 @@ def swapped(target: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    try:
+        new.mkdir()
+    except FileNotFoundError:  # /proc and the like
+        raise InputError(f"{target} cannot be made, {target.parent} takes no folders; name another folder") from None
     try:
         yield new
         while new.exists():
@@ -139,12 +170,6 @@ def swapped(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not target.exists():  # the last rename failed
             os.replace(old, target)
-
-
-def replace_dir(source: str | Path, target: str | Path) -> None:
-    """Make `target` a copy of the folder `source`, with hard links where the disk allows them."""
-    with swapped(target) as folder:
-        shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -169,6 +194,15 @@ def read_object(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def wrote(path: str | Path, key: str) -> bool:
+    """Say whether a command of ours wrote the file `path`: a JSON object with the key `key`, or one that is torn."""
+    try:
+        found = read_json(path) if Path(path).is_file() else None
+    except InputError:
+        return True
+    return isinstance(found, dict) and key in found
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -269,22 +303,41 @@ class RunFolder:
 
     @cached_property
     def sft(self) -> Path:
-        """The SFT folder: the run itself, or the one that its chain trained. InputError: there is none."""
+        """The SFT folder: the run itself, or the one that its chain trained.
+
+        Several chains may share one, elsewhere: a line then says where it lies.
+
+        Raises:
+            InputError: there is none, or chain.json names no SFT run of ours, or one behind a symlink.
+        """
         if (self.path / CHAIN).exists():
             folder = self.chain.get("sft_dir")
             if folder is None:
                 raise InputError(f"{self.path} is a chain without an SFT stage")
-            return (self.path / str(folder)).resolve()
+            return self._shared(str(folder))
         for folder in (self.path, self.path / "sft"):
             if is_sft_folder(folder):
                 return folder
         raise InputError(f"{self.path} holds no SFT run: none of {DIVERSITY}, {RUN}, {TRAINER_STATE} is there")
 
+    def _shared(self, name: str) -> Path:
+        """Return the folder that chain.json names as `sft_dir`."""
+        home = os.path.realpath(self.path)
+        folder, said = Path(os.path.normpath(os.path.join(home, name))), f"{self.path / CHAIN}: sft_dir names"
+        if folder.exists():  # it may be deleted when all is done
+            if not any(map(_has_begun, (folder, folder / OWN))):
+                raise InputError(f"{said} {folder}, which is no SFT run of aesl_trl")
+            if os.path.realpath(folder) != str(folder):
+                raise InputError(f"{said} {folder}, which leads by a symlink to {os.path.realpath(folder)}")
+            if not folder.is_relative_to(home):
+                _say_where(self.path, folder)
+        return folder
+
     @property
     def own(self) -> Path:
         """The folder for what a command makes of this run: that of a chain's run, else the SFT folder's own part."""
         has_chain = (self.path / CHAIN).exists() or not is_sft_folder(self.path)
-        return self.path if has_chain else own_folder(self.path)
+        return self.path if has_chain else check_unlinked(own_folder(self.path), self.path)
 
     @property
     def places(self) -> list[Path]:
@@ -328,8 +381,9 @@ class RunFolder:
         return steps
 
     def candidate(self, name: int | str) -> Path:
-        """Return the folder of the candidate of a step, or of that name (`mix-0.7`)."""
-        return self.candidates_folder / (name if isinstance(name, str) else f"step-{name}")
+        """Return the folder of the candidate of a step, or of that name (`mix-0.7`). InputError: it is a symlink."""
+        name = name if isinstance(name, str) else f"step-{name}"
+        return check_unlinked(self.candidates_folder / name, self.sft, inside=True)
 
     @cached_property
     def mixes(self) -> dict[str, dict]:
@@ -362,6 +416,18 @@ def chosen(selection: dict) -> str | None:
     """Say what a selection.json chose: `step 400`, or `mix-0.7`; None where it chose nothing."""
     step, candidate = selection.get("step"), selection.get("candidate")
     return candidate if is_mix(candidate) else None if step is None else f"step {step}"
+
+
+@cache
+def _say_where(run: Path, sft: Path) -> None:
+    say(f"aesl_trl: the SFT of {run} is {sft}, as its {CHAIN} says")
+
+
+def check_candidate(path: str | Path) -> None:
+    """Refuse a candidate of a run, named by its path, that is a symlink or holds one. Other folders pass."""
+    path = Path(path).absolute()
+    if path.parent.name == CANDIDATES and (re.fullmatch(r"step-\d+", path.name) or is_mix(path.name)):
+        check_unlinked(path, run_of(path), inside=True)
 
 
 def is_sft_folder(folder: Path) -> bool:

@@ -3,10 +3,12 @@
 import codecs
 import os
 import re
+import shutil
 import signal
 import site
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from .files import in_place
 
 
 GRACE_S = 300  # seconds that a stage has to end after SIGINT or SIGTERM: the rest of a step, and a checkpoint
+LINGER_S = 10  # seconds that what a stage has started may outlive it
 ORPHANS_S = 30  # seconds that we wait for a killed process, which may be in the midst of a write
 # Holds the folder that a stage writes to. All that the stage starts inherits it, also in sessions of their own.
 MARK = "AESL_STAGE_FOLDER"
@@ -94,8 +97,9 @@ class Interrupts(ExitStack):
             if time.monotonic() > self.deadline:
                 self._send(KILL)
         # What the stage left behind (a server, a worker) would hold the pipe, and the GPU, for ever.
-        reader.join(10)
-        if reader.is_alive():
+        reader.join(LINGER_S)
+        _, left = psutil.wait_procs(started_for(self.folder), LINGER_S)  # some have closed their streams
+        if left or reader.is_alive():
             self._send(KILL)
             reader.join()
         return process.returncode
@@ -189,17 +193,23 @@ def check_in_child(command: str, argv: list[str]) -> None:
 
 
 def end_processes(folder: str) -> list[int]:
-    """Kill all that a stage which writes to `folder` has started, wherever it is in the tree. Return the process ids.
-
-    We know these processes by the environment that they inherit ([`MARK`]).
-    """
+    """Kill all that a stage which writes to `folder` has started, wherever it is in the tree; return process ids."""
     ended = []
+    for process in started_for(folder):
+        with suppress(psutil.Error):  # it is gone by now
+            process.kill()
+            ended.append(process.pid)
+    return ended
+
+
+def started_for(folder: str) -> list[psutil.Process]:
+    """Return the processes at work for a stage that writes to `folder`: by [`MARK`], which they inherit."""
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # it is gone by now, or somebody else's
             if process.environ().get(MARK) == folder:
-                process.kill()
-                ended.append(process.pid)
-    return ended
+                found.append(process)
+    return found
 
 
 def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
@@ -221,6 +231,17 @@ def lock_beside(folder: Path) -> Path:
 def is_stage_of(folder: Path) -> bool:
     """Say whether a chain, which holds the lock beside `folder`, has started this process to work there."""
     return MARK in os.environ and Path(os.environ[MARK]).resolve() == folder.resolve()
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """Give a temporary folder inside the block, and remove those that killed processes have left under `name`."""
+    for path in Path(tempfile.gettempdir()).glob(f"aesl-{name}-*-*"):
+        writer = path.name.split("-")[2]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(path, ignore_errors=True)  # which leaves what is a link, or another user's
+    with tempfile.TemporaryDirectory(prefix=f"aesl-{name}-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -356,10 +356,11 @@ def test_infinity_is_refused_save_where_trl_takes_it(config):
 def test_a_folder_may_be_replaced_when_it_is_new_empty_or_our_own(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "ours").mkdir()
-    for name in ("handoff.json", "model.safetensors"):
-        (tmp_path / "ours" / name).write_text("{}")
+    (tmp_path / "ours" / "model.safetensors").write_text("")
     for name in ("new/deep", "empty", "ours"):
-        arguments.check_replaceable("output", tmp_path / name, "handoff.json", [tmp_path / "run"])
+        arguments.check_replaceable("output", tmp_path / name, name == "ours", [tmp_path / "run"])
+    for name in ("new/a.txt", "ours/model.safetensors"):
+        arguments.check_replaceable("output", tmp_path / name, name[:4] == "ours", is_file=True)
 
 
 @pytest.mark.parametrize(
@@ -369,15 +370,28 @@ def test_a_folder_may_be_replaced_when_it_is_new_empty_or_our_own(tmp_path):
         (".", "output: {0} holds {0}/run, which is read from, and would be replaced; name a new folder"),
         ("notes", "output: {0}/notes holds other files, and would be replaced; name a new folder"),
         ("notes/a.txt", "output: {0}/notes/a.txt is a file; name another folder"),
+        ("link", "output: {0}/link is a symlink, and would be replaced; name a new folder"),
+        ("dangling", "output: {0}/dangling is a symlink, and would be replaced; name a new folder"),
     ],
 )
 def test_a_folder_that_may_not_be_replaced(target, message, tmp_path):
-    for name in ("run", "notes"):
+    for name in ("run", "notes", "empty"):
         (tmp_path / name).mkdir()
+    for name in ("run", "notes"):
         (tmp_path / name / "a.txt").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError) as error:
-        arguments.check_replaceable("output", tmp_path / target, "handoff.json", [tmp_path / "run"])
+        arguments.check_replaceable("output", tmp_path / target, False, [tmp_path / "run"])
     assert str(error.value) == message.format(tmp_path)
+
+
+def test_a_file_of_somebody_else_may_not_be_replaced(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, problem in (("report.html", "was written by something else"), ("link", "is a symlink")):
+        with pytest.raises(InputError, match=f"--output: .*{name} {problem}, and would be replaced; name a new fold"):
+            arguments.check_replaceable("--output", tmp_path / name, False, is_file=True)
 
 
 # ---- Parsers and functions by name

@@ -380,7 +380,37 @@ RUNS = {
         "the last whole one is",
         "out/checkpoint-2",
     ),
-    "recipes over a folder": (lambda p: ["recipes", "copy", str(p.out)], "out exists; name a new folder"),
+    "recipes over a folder": (lambda p: ["recipes", "copy", str(p.out)], "DIR: ", "out holds other files, and would"),
+    "recipes to a dangling link": (
+        lambda p: (p.folder / "link").symlink_to("nowhere") or ["recipes", "copy", str(p.folder / "link")],
+        "DIR: ",
+        "link is a symlink",
+    ),
+    "recipes to a system's folder": (
+        lambda p: ["recipes", "copy", "/proc/recipes"],
+        "/proc",
+        "name another folder",
+    ),
+    "handoff over another handoff.json": (
+        on_run("handoff", write={"out/handoff.json": '{"mine": 1}'}),
+        "output: ",
+        "out/handoff.json was written by something else, and would be replaced",
+    ),
+    "select over somebody's folder": (
+        on_run("select", "--out", "{folder}/p", "--rule", "last", write={"p/selected/thesis.txt": "mine"}),
+        "--out: ",
+        "p/selected holds other files, and would be replaced; name a new folder",
+    ),
+    "report over somebody's page": (
+        on_run("report", "--output", "{folder}/p", write={"p/report.html": "mine"}),
+        "--output: ",
+        "p/report.html was written by something else, and would be replaced",
+    ),
+    "eval over somebody's figures": (
+        evaluate(lambda p: p.base, output="rows.json", write={"rows.json": "[]"}),
+        "output: ",
+        "rows.json was written by something else",
+    ),
     "no such command": (lambda p: ["sfft"], "unknown command 'sfft'", "did you mean 'sft'"),
 }
 CHAINS = {

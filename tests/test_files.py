@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,13 +48,26 @@ def test_a_broken_line_is_named(tmp_path):
         files.read_jsonl(path)
 
 
-def test_replace_dir_takes_the_place_of_an_older_folder(tmp_path):
-    for name, text in (("source", "new"), ("target", "old")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(text)
-    files.replace_dir(tmp_path / "source", tmp_path / "target")
-    assert (tmp_path / "target" / "weights").read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+
+    def full_disk(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"x": 2})
+    assert files.read_json(path) == {"x": 1} and [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_ours"), [('{"applied": "last"}', True), ('{"a', True), ("[1]", False), ('{"name": 1}', False)]
+)
+def test_a_file_of_ours_is_known_by_its_key_or_is_torn(text, is_ours, tmp_path):
+    (tmp_path / "selection.json").write_text(text)
+    assert files.wrote(tmp_path / "selection.json", "applied") == is_ours
+    assert not files.wrote(tmp_path / "nothing.json", "applied")
 
 
 # ---- A folder is swapped
@@ -150,7 +164,7 @@ def test_the_sft_folder_of_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no SFT run"):
         _ = files.RunFolder(tmp_path).sft
     files.write_json(tmp_path / "chain" / files.CHAIN, {"sft_dir": "../shared"})
-    assert files.RunFolder(tmp_path / "chain").sft == (tmp_path / "shared").resolve()
+    assert files.RunFolder(tmp_path / "chain").sft == (tmp_path / "shared").resolve()  # deleted when all was done
     sft_run(tmp_path / "run" / "sft")
     assert files.RunFolder(tmp_path / "run").sft == tmp_path / "run" / "sft"
     files.write_json(tmp_path / "base" / files.CHAIN, {"sft_dir": None})
@@ -339,6 +353,52 @@ def test_no_line_is_added_through_a_link(tmp_path):
     with pytest.raises(InputError, match="rows.jsonl is a symlink"):
         files.append_jsonl(tmp_path / "rows.jsonl", {"step": 1})
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_sft_dir_names_a_run_of_ours_and_no_symlink(tmp_path, capsys):
+    shared, run = sft_run(tmp_path / "shared"), tmp_path / "chains" / "run"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / files.TRAINER_STATE).write_text("{}")  # a training, but none of ours
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, said in (
+        ("../../home", f"sft_dir names {tmp_path}/home, which is no SFT run of aesl_trl"),
+        ("/", "sft_dir names /, which is no SFT run of aesl_trl"),
+        ("../../link/shared", f"sft_dir names {tmp_path}/link/shared, which leads by a symlink to {shared}"),
+    ):
+        files.write_json(run / files.CHAIN, {"sft_dir": name})
+        with pytest.raises(InputError, match=f"chain.json: {said}$"):
+            _ = files.RunFolder(run).sft
+    files.write_json(run / files.CHAIN, {"sft_dir": "../../shared"})
+    assert capsys.readouterr().err == ""
+    for _ in range(2):  # it is said once
+        assert files.RunFolder(run).sft == shared
+    assert capsys.readouterr().err == f"aesl_trl: the SFT of {run} is {shared}, as its chain.json says\n"
+
+
+@pytest.mark.parametrize("link", ["candidates/step-5", "candidates/step-5/model.safetensors", "candidates", ""])
+def test_no_symlink_leads_out_of_a_candidate(link, tmp_path):
+    """Neither is the link followed nor what it leads to walked: it may be a whole disk."""
+    run, elsewhere = sft_run(tmp_path / "run" / "_aesl"), tmp_path / "elsewhere"
+    files.write_text(elsewhere / "step-5" / "model.safetensors", "mine")
+    files.write_text(elsewhere / "candidates" / "step-5" / "model.safetensors", "mine")
+    place = run / link
+    if not link:
+        (run / files.RUN).replace(elsewhere / files.RUN)
+        run.rmdir()
+    place = Path(str(place).rstrip("/"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    targets = {"": "", "candidates": "candidates", "candidates/step-5": "step-5"}
+    place.symlink_to(elsewhere / targets.get(link, "step-5/model.safetensors"))
+    with pytest.raises(InputError, match=f"leads by a symlink to {elsewhere}.*: put a copy in the link's place"):
+        files.RunFolder(tmp_path / "run").candidate(5)
+    with pytest.raises(InputError, match="leads by a symlink"):
+        files.check_candidate(run / "candidates/step-5")
+    if not link:
+        with pytest.raises(InputError, match="_aesl leads by a symlink"):
+            _ = files.RunFolder(tmp_path / "run").own
+    (tmp_path / "candidates").mkdir()
+    (tmp_path / "candidates" / "qwen").symlink_to(elsewhere)
+    files.check_candidate(tmp_path / "candidates" / "qwen")  # a model of the user's own
 
 
 @pytest.mark.parametrize(

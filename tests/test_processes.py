@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -174,6 +175,33 @@ def test_a_signal_reaches_the_stage_and_handlers_are_put_back(tmp_path):
     sender.join()
     assert interrupts.received == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_closed_its_streams_does_not_outlive_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LINGER_S", 0.1)
+    leave = f"""
+import subprocess, sys
+null = {{name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}}
+print(subprocess.Popen([sys.executable, "-c", {SLEEP!r}], start_new_session=True, **null).pid)
+"""
+    log = tmp_path / "stage.log"
+    assert processes.run_process([sys.executable, "-c", leave], log, processes.Interrupts(), env=marked(tmp_path)) == 0
+    deadline = time.monotonic() + 30  # it was killed, and is gone in a moment
+    while processes.started_for(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes.started_for(str(tmp_path)) == []
+
+
+def test_what_killed_processes_left_of_their_scratch_is_removed(tmp_path, monkeypatch, child):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    others = ["aesl-check-1-x", "aesl-check-me-x", "aesl-probe-4194305-x", "check-4194305-x"]  # 1 is alive
+    for name in (*others, "aesl-check-4194305-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "grpo.yaml").write_text("env: {}")
+    with processes.scratch("check") as folder:
+        assert folder.parent == tmp_path and list(folder.iterdir()) == []
+        assert {path.name for path in tmp_path.iterdir()} == {*others, folder.name}
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
 
 
 # ---- What a child imports, and what it prints

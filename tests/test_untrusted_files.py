@@ -102,6 +102,43 @@ def test_a_selection_cannot_point_out_of_its_run(project, capsys, path):
     assert not (project.out / "handoff").exists()
 
 
+@pytest.mark.parametrize("link", ["candidates/step-2", "candidates/step-2/model.safetensors", "selected"])
+def test_no_symlink_leads_a_command_out_of_a_run(project, capsys, link):
+    place, secret = project.out / link, project.folder / "secret"
+    secret.mkdir()
+    (secret / "diary.txt").write_text("mine")
+    target = secret / "diary.txt" if place.is_file() else secret
+    place.unlink() if place.is_file() else shutil.rmtree(place)
+    place.symlink_to(target)
+    candidate = project.out / "candidates/step-2"
+    commands = {
+        "select": ["select", project.out, "--rule", "last"],
+        "handoff": ["handoff", project.out if link == "selected" else candidate],
+        "interpolate": ["interpolate", project.out, candidate, "--output", project.folder / "averaged"],
+        "eval": evaluate(lambda _: str(candidate))(project),
+        "probe": ["probe", project.out, "--config", project.config("probe.yaml", {"use_cpu": True})],
+    }
+    if link == "selected":
+        commands = {name: commands[name] for name in ("select", "handoff", "interpolate")}
+    for name, argv in commands.items():
+        assert run(*argv) == 2, name
+        assert "symlink" in only_line(capsys.readouterr().err, name), name
+    assert sorted(path.name for path in project.folder.rglob("diary*")) == ["diary.txt"]
+    assert os.stat(secret / "diary.txt").st_nlink == 1
+
+
+def test_an_index_cannot_name_weights_outside_of_its_folder(project, capsys):
+    shutil.copytree(project.base, project.folder / "elsewhere")
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        folder = Path(project.model())
+        (folder / index).write_text(json.dumps({"weight_map": {"a": "../elsewhere/model.safetensors"}}))
+        for argv in (["handoff", folder], evaluate(lambda _, folder=folder: str(folder))(project)):
+            assert run(*argv) == 2
+            line = only_line(capsys.readouterr().err, argv[0])
+            assert f"{index} names ../elsewhere/model.safetensors, which is outside of its folder" in line
+        shutil.rmtree(folder)
+
+
 def test_code_of_a_model_is_not_run_unasked(project, tmp_path, capsys):
     """Refuse a model's own code (`auto_map`), which makes a folder, in one line of each command that loads a model."""
     folder = Path(project.model())

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .. import files
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, check_replaceable
 from ..diversity.readiness import CAUTION, READY
 from ..diversity.selection import select_run
 from ..errors import UNFINISHED, InputError, tell
@@ -146,7 +146,8 @@ def _version(output: Path) -> tuple[int, int] | None:
 def _prepare_folder(chain: Chain, stage: Stage, inputs: Inputs) -> Path | None:
     """Return the checkpoint to resume from. Move aside what another run left, or refuse it where it is shared."""
     folder = stage.folder
-    sweep(folder or chain.run)
+    for place in {chain.run, chain.sft_dir or chain.run, folder or chain.run}:
+        sweep(place)
     if folder is None or not folder.exists():
         return None
     places = [place for place in (folder, folder / files.OWN) if place.is_dir()]
@@ -207,6 +208,10 @@ def main(argv: list[str] | None = None) -> None:
         check_stages(chain, () if given.dry_run == HERE else ANYWHERE)
         tell(plan(chain))
         return
+    record = chain.run / files.CHAIN
+    check_replaceable("output_dir", record, files.wrote(record, "stages"), is_file=True)
+    for name in ("sft", files.GRPO_DIR, files.LOGS):
+        files.check_unlinked(chain.run / name, chain.run)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         trained = list(filter(None, (chain.sft_dir, chain.run / files.GRPO_DIR)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import files
 from ..arguments import INPUT_FIELDS, OUTPUT_FIELDS, resolve, without_defaults
+from ..identity import file_hash
 from ..values import load_yaml
 from .stages import BUILDERS, Chain, Stage, argument_types
 
@@ -94,12 +95,6 @@ def _folder_contents(folder: Path, pattern: str) -> str:
         if path.is_file() and not f"/{name}".count("/."):
             found[name] = path.stat().st_size if path.suffix in WEIGHTS else file_hash(path)
     return _digest(found)
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the sha256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(value: Any) -> str:

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 from ..arguments import INPUT_FIELDS, resolve
+from ..identity import file_hash
 from ..values import load_yaml
-from .fingerprints import Inputs, file_hash, settings_of
+from .fingerprints import Inputs, settings_of
 from .stages import BUILDERS, Chain, Stage, portable
 
 

@@ -98,7 +98,8 @@ class Chain:
         self.record = {
             "config": os.path.relpath(self.path, self.run),
             "seed": self.config.seed,
-            "sft_dir": os.path.relpath(self.sft_dir, self.run) if self.sft_dir else None,
+            # readers follow no symlink on the way
+            "sft_dir": self.sft_dir and os.path.relpath(os.path.realpath(self.sft_dir), os.path.realpath(self.run)),
             "stages": files.read_object(self.run / files.CHAIN).get("stages", {}),
         }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, check_replaceable
 from ..chain.stages import ANYWHERE, CLI
 from ..diversity.selection import LEFT_TO, select_run
 from ..errors import InputError, nearest, tell
@@ -220,6 +220,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"--{name}: {given.config} has no {value}{nearest(str(value), map(str, known))}")
     path, command = Path(given.config).absolute(), shlex.join([*NAME.split(), *argv])
     comparison = Comparison(config, path, given.workers, given.methods, given.seeds, command)
+    is_ours = files.wrote(comparison.output / JSON, "cells")
+    for name in (JSON, MARKDOWN, *(path.name for path in comparison.output.glob("compare_*.png"))):
+        check_replaceable("output_dir", comparison.output / name, is_ours, is_file=True)
     if given.table_only:
         tell(write_results(comparison))
     elif given.dry_run:

@@ -1,7 +1,6 @@
 """Before a comparison runs: every config checked as its stage will, what is left to run, and how long that takes."""
 
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from .. import files
 from ..chain.stages import Chain, check_stages
 from ..diversity.passk import powers_of_two
 from ..errors import InputError, nearest
+from ..processes import scratch
 from ..values import load_yaml
 from .cells import CHAIN_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
 from .config import CompareConfig
@@ -33,8 +33,8 @@ def check(config: CompareConfig, path: Path, flags: Sequence[str] = ()) -> None:
     for field, name in (("metric", config.metric), *([("tune.by", config.tune.by)] if config.tune else [])):
         if name not in known:
             raise InputError(f"{path}: {field}: the evaluation has no figure {name!r}{nearest(name, known)}")
-    with tempfile.TemporaryDirectory() as place:
-        trial = replace(config, output_dir=place)
+    with scratch("check") as place:  # the configs in it hold `env`
+        trial = replace(config, output_dir=str(place))
         trials = {(cell.base, cell.row, cell.point): cell for cell in [*planned(trial), *table_cells(trial, {})]}
         for cell in trials.values():
             cell.write_configs()

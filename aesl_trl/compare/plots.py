@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ..diversity.intervals import is_number, with_interval
+from ..files import write_bytes
 from ..report.parts import LIGHT, Panel, Row, png, ring_dot_whisker
 from .config import STEP
 from .page import TITLES
@@ -26,7 +27,7 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[str]:
     for name, panels in sheets.items():
         (folder / name).unlink(missing_ok=True)
         if panels:
-            (folder / name).write_bytes(png(panels))
+            write_bytes(folder / name, png(panels))
     return [name for name, panels in sheets.items() if panels]
 
 

@@ -4,8 +4,6 @@ A folder without data.json is unfinished. The files of another run are replaced 
 same output again changes nothing.
 """
 
-import hashlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -13,6 +11,7 @@ from typing import Any
 
 from ..errors import InputError, tell
 from ..files import read_json, write_json, write_jsonl
+from ..identity import file_hash
 from ..provenance import package_versions
 from .checks import check_demonstrations, check_prompts
 from .problems import Drops, listed
@@ -78,13 +77,16 @@ def write(output: Output, args: Any) -> list[str]:
         if name != HELD_OUT:
             check_held_out(rows, output.files[HELD_OUT], field=HELD_OUT, train_field=name)
     folder = Path(args.output_dir)
-    for old in folder.glob(".new-*"):  # a killed run left it
-        rmtree(old)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as place:
+    place = folder / ".aesl-data.tmp"
+    rmtree(place, ignore_errors=True)  # a killed run left it
+    place.mkdir()
+    try:
         for name, rows in {**output.files, DROPPED: output.drops.rows}.items():
-            write_jsonl(Path(place) / name, rows)
-        described = _describe(output, args, Path(place))
-        state = _replace(folder, Path(place), described, args.overwrite)
+            write_jsonl(place / name, rows)
+        described = _describe(output, args, place)
+        state = _replace(folder, place, described, args.overwrite)
+    finally:
+        rmtree(place)
     return _summary(described, state, folder)
 
 
@@ -93,7 +95,7 @@ def _describe(output: Output, args: Any, place: Path) -> dict:
     files = {}
     for name, rows in {**output.files, DROPPED: output.drops.rows}.items():
         path = place / name
-        files[name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": file_hash(path)}
     return {
         "stage": "data",
         "source": {"dataset_name": args.dataset_name, "split": args.dataset_split, **output.source},
@@ -107,16 +109,12 @@ def _describe(output: Output, args: Any, place: Path) -> dict:
     }
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _replace(folder: Path, place: Path, described: dict, overwrite: bool) -> str:
     """Move the new files into `folder` and return `written`; return `unchanged` if they are there already."""
     before = _described(folder)
     old, new = before.get("files", {}), described["files"]
-    changed = [name for name in new if not (folder / name).is_file() or _sha256(folder / name) != new[name]["sha256"]]
+    paths = {name: folder / name for name in new}
+    changed = [name for name in new if not paths[name].is_file() or file_hash(paths[name]) != new[name]["sha256"]]
     if not changed and old.keys() == new.keys() and (before == described or not overwrite):
         return "unchanged"
     if before and not overwrite:

@@ -4,13 +4,15 @@ Works on the files of a finished or running SFT folder, so a selection can be re
 patience without training. Writes `selection.json` and `selected/`.
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import files
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, check_replaceable
 from ..errors import InputError, exit_on_input_error, say, tell
 from ..files import RunFolder
+from ..identity import identity_of
 from ..provenance import __version__
 from ..values import check_choice
 from .intervals import is_number, paired_interval, with_interval
@@ -264,6 +266,7 @@ def select_run(
     patience: int | None = None,
     best_eval_metric: str | None = None,
     step: int | None = None,
+    verify: bool = False,
 ) -> dict:
     """Select from the candidates of a run and write `selection.json` and `selected/`.
 
@@ -274,13 +277,15 @@ def select_run(
         rule, metric, patience, best_eval_metric: by default as recorded in the run's run.json, by the config or by
             DiversityCallback. Without a record the rule is "turning_point" on entropy with patience 3.
         step: take this candidate, by no rule.
+        verify: also record the sha256 of each weight file, which a handoff can then compare. Files are read whole.
 
     Returns:
         The contents of selection.json, whose `path` is relative to its folder. `weights` is that folder as seen from
         here, and `replaces` says in words which other step an earlier selection had chosen, or is None.
 
     Raises:
-        InputError: `run` is no run, it has no candidates or not the one asked for, or a file in it is unreadable.
+        InputError: `run` is no run, it has no candidates or not the one asked for, a file in it is unreadable, or
+            something else would be replaced in `out`.
     """
     folder = RunFolder(run)
     out, recorded = folder.own if out is None else Path(out), folder.settings
@@ -310,9 +315,19 @@ def select_run(
     )
     if step is not None:
         selection |= {"rule": "step", "applied": "step", "reason": f"step {step} was asked for"}
-    out.mkdir(parents=True, exist_ok=True)
-    # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere
-    files.replace_dir(folder.candidate(selection["candidate"]), out / files.SELECTED)
+    candidate, target = folder.candidate(selection["candidate"]), out / files.SELECTED
+    # In the run's own folder these names are ours. Older versions wrote no identity into selected/.
+    is_own = out.resolve() == folder.own.resolve()
+    is_ours = is_own or files.wrote(out / files.SELECTION, "applied")
+    check_replaceable("--out", out / files.SELECTION, is_ours, is_file=True)
+    is_ours = (target / files.IDENTITY).is_file() or (out / files.SELECTION).is_file() or out.name == files.OWN
+    check_replaceable("--out", target, is_ours, [candidate])
+    # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere.
+    # A handoff finds it, since the weights say which candidate they are.
+    with files.swapped(target) as place:
+        shutil.copytree(candidate, place, copy_function=files.link_or_copy, dirs_exist_ok=True)
+        selection["identity"] = identity_of(place, selection, contents=verify)
+        files.write_json(place / files.IDENTITY, selection["identity"])
     selection["path"] = files.SELECTED
     replaces = _replaced(out / files.SELECTION, files.chosen(selection))
     files.write_json(out / files.SELECTION, selection)
@@ -392,6 +407,8 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--step", type=int, help="take this candidate, by no rule")
     parser.add_argument("--best_eval_metric", help=f"the figure that best_eval compares: {', '.join(EVAL_METRICS)}")
     parser.add_argument("--out", help=f"folder to write to (default: RUN, for an SFT folder RUN/{files.OWN})")
+    recorded = "also record the sha256 of the weights, for aesl handoff --verify"
+    parser.add_argument("--verify", action="store_true", help=recorded)
     given = vars(parser.parse_args(argv))
     selection = select_run(given.pop("run"), given.pop("out"), **given)
     replaces = f"; replaces {selection['replaces']}" if selection["replaces"] else ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_folder, parse, positionals
+from ..arguments import check_replaceable, parse, positionals
 from ..data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from ..data.checks import check_prompts
 from ..data.prompts import prompt_rows
@@ -23,7 +23,7 @@ from ..data.rows import load_rows
 from ..data.sampled import check_samples_of
 from ..diversity.figures import Group
 from ..errors import InputError, exit_on_input_error, nearest, tell
-from ..files import EVALUATION, write_json
+from ..files import EVALUATION, EVALUATION_SAMPLES, check_unlinked, write_json, wrote
 from ..models.chat import template_columns
 from ..models.folder import ModelFolder
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
@@ -37,7 +37,7 @@ from ..sampling.draws import Piece, SamplingSettings
 from ..sampling.offline import open_engine
 from ..values import option
 from .figures import PROMPTS, Task, describe, grade_task, summary_lines
-from .samples import SAMPLES_DIR, SamplesFile, assemble, draw_missing, folder_for, pieces
+from .samples import SamplesFile, assemble, draw_missing, folder_for, pieces
 
 
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     if not paths:
         raise InputError("which model? aesl eval MODEL --config eval.yaml, or --start A --final B")
     target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
-    check_folder("output", target.parent)
+    check_replaceable("output", target, wrote(target, "models"), is_file=True)
+    samples = check_unlinked(target.parent / EVALUATION_SAMPLES, target.parent)
     tasks = load_tasks(args)
     models = {}
     for name, path in paths.items():
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         check_golds(task.reward_funcs, task.rows, where=where)
         for model in models.values():
             check_samples_of(model, task.rows, task.reward_funcs, args.max_new_tokens, field=where, **how)
-    result = evaluate(models, tasks, args, target.parent / SAMPLES_DIR)
+    result = evaluate(models, tasks, args, samples)
     if result is not None:
         write_json(target, result)
         tell("\n".join(summary_lines(result)))

@@ -9,9 +9,9 @@ import copy
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, ModelConfig
 
 from .. import files
-from ..arguments import check_folder, parse, positionals
+from ..arguments import check_replaceable, parse, positionals
 from ..data.prompts import check_held_out, prompt_rows
 from ..diversity.coverage import GAINED, LOST
 from ..diversity.figures import Group
@@ -31,6 +31,7 @@ from ..errors import InputError, exit_on_input_error
 from ..files import RunFolder
 from ..models.folder import ADAPTER_CONFIG
 from ..models.loading import release_memory
+from ..processes import scratch
 from ..provenance import package_versions
 from ..rewards.golds import check_golds
 from ..training.grpo import (
@@ -97,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         usage = f"{NAME} CHECKPOINT... --config probe.yaml"
         raise InputError(f"which checkpoint? {usage}; a run's folder stands for its candidates")
     reference = find_reference(script_args.reference)
-    target = find_target(script_args.output, checkpoints)
-    check_folder("output", target.parent)
+    target = find_target(script_args.output, checkpoints, names)
+    check_replaceable("output", target, files.wrote(target, "checkpoints"), is_file=True)
     reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
@@ -272,8 +273,8 @@ def probe(
     """
     script_args, training_args, _ = settings
     threshold, began = script_args.success_threshold, time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
-        trainer = trainer_in(scratch, settings, reward_funcs, rows, train)
+    with scratch("probe") as place:
+        trainer = trainer_in(str(place), settings, reward_funcs, rows, train)
         groups = sample(trainer, rows, script_args.num_samples)
         how = {
             "success_threshold": threshold,
@@ -298,8 +299,8 @@ def probe(
 
 def base_samples(settings: tuple, reward_funcs: list, rows: list[dict]) -> list[Group]:
     """Return the samples of the reference; its model is freed at the end."""
-    with tempfile.TemporaryDirectory(prefix="aesl-probe-") as scratch:
-        groups = sample(trainer_in(scratch, settings, reward_funcs, rows), rows, settings[0].num_samples)
+    with scratch("probe") as place:
+        groups = sample(trainer_in(str(place), settings, reward_funcs, rows), rows, settings[0].num_samples)
     release_memory()
     return groups
 
@@ -316,13 +317,22 @@ def trainer_in(folder: str, settings: tuple, reward_funcs: list, rows: list[dict
     return trainer
 
 
-def find_target(output: str | None, checkpoints: list[Checkpoint]) -> Path:
-    """Return the file to write: `output`, else in the run of which all candidates are probed, else in this folder."""
+def find_target(output: str | None, checkpoints: list[Checkpoint], names: Sequence[str] = ()) -> Path:
+    """Return the file to write: `output`, else in the run of which all candidates are probed, else in this folder.
+
+    A chain's run among the `names` may lead to an SFT folder elsewhere, where nothing is written unasked.
+    """
     if output:
         return Path(output) if Path(output).suffix == ".json" else Path(output) / files.READINESS
     runs = {each.run for each in checkpoints if Path(each.path).parent.name == files.CANDIDATES}
     is_whole_run = len(runs) == 1 and None not in runs and len(checkpoints) == len(RunFolder(*runs).candidates)
-    return (RunFolder(runs.pop()).own if is_whole_run else Path.cwd()) / files.READINESS
+    if not is_whole_run:
+        return Path.cwd() / files.READINESS
+    run = runs.pop()
+    for name in names:
+        if (Path(name) / files.CHAIN).exists() and not run.resolve().is_relative_to(Path(name).resolve()):
+            raise InputError(f"output: the candidates of {name} lie in {run}: probe that, or name where to write")
+    return RunFolder(run).own / files.READINESS
 
 
 def describe(

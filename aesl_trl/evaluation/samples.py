@@ -19,7 +19,6 @@ from ..files import append_jsonl, in_place, read_jsonl, write_json
 from ..sampling.draws import Piece
 
 
-SAMPLES_DIR = "evaluation_samples"
 SETTINGS = "settings.json"
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, in_one_line
-from ..files import read_object
+from ..files import check_candidate, read_object, stays_inside
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -16,6 +16,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 # Types of PEFT whose forward pass wants more than token ids
 NEEDS_MORE = {
@@ -45,6 +46,7 @@ class ModelFolder:
 
         A name on the hub counts as full weights. `name` is the setting that an error message opens with.
         """
+        check_candidate(path)
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
         return cls(str(path), base_of(str(path), name) if is_adapter else None)
 
@@ -148,13 +150,17 @@ def found_from(base: str, adapter: str) -> str:
 
 def check_weights(folder: Path) -> None:
     """Refuse weights that are missing or cut off, as an interrupted copy leaves them; only their headers are read."""
-    listed = read_object(folder / INDEX).get("weight_map", {})
-    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-        raise InputError(f"{folder / INDEX}: 'weight_map' must name a file for each tensor: download or copy it again")
-    shards = set(listed.values())
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise InputError(f"{folder} lacks {missing[0]}, one of {len(shards)} weight files: download or copy it again")
+    for index in (folder / INDEX, folder / PICKLE_INDEX):
+        listed = read_object(index).get("weight_map", {})
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+            raise InputError(f"{index}: 'weight_map' must name a file for each tensor: download or copy it again")
+        shards = set(listed.values())
+        if outside := sorted(shard for shard in shards if not stays_inside(shard)):
+            raise InputError(f"{index} names {outside[0]}, which is outside of its folder: download or copy it again")
+        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            raise InputError(
+                f"{folder} lacks {missing[0]}, one of {len(shards)} weight files: download or copy it again"
+            )
     files = sorted(folder.glob("*.safetensors"))
     if not files and not any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("adapter_model*.bin")):
         raise InputError(f"{folder} holds no weights, only their config: copy the *.safetensors as well")

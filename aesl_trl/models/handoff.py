@@ -32,6 +32,7 @@ from ..files import (
     read_object,
     swapped,
     write_json,
+    wrote,
 )
 from ..values import check_choice
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, adapter_config
@@ -67,6 +68,9 @@ class HandoffArguments:
         metadata={"help": f"Folder to write. Default: RUN/{HANDOFF_DIR}, for an SFT folder RUN/{OWN}/{HANDOFF_DIR}."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
+    verify: bool = field(
+        default=False, metadata={"help": "Compare the weights' sha256 with that of aesl select --verify."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse((HandoffArguments,), [*given, *names[1:], *flags], prog="aesl handoff")
     if args.run is None:
         raise InputError("which run? aesl handoff RUN")
-    settings = {name: getattr(args, name) for name in ("mode", "base", "output", "trust_remote_code")}
+    settings = {name: getattr(args, name) for name in ("mode", "base", "output", "trust_remote_code", "verify")}
     result = hand_off(args.run, **settings)
     tell(described(result, find_target(args.run, args.output)))
 
@@ -121,20 +125,27 @@ def hand_off(
     base: str | None = None,
     output: str | Path | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> dict:
     """Write the folder `output` with a handoff.json, which a run gets too. Return its content.
 
     By default the folder is `handoff` in a chain's run or a model's folder, and `_aesl/handoff` in a training's.
+    The selected weights must be those that selection.json names: by their step, names, sizes and headers, with
+    `verify` by the sha256 that `select_run(verify=True)` recorded.
 
     Raises:
         InputError: nothing to hand over, a base that does not fit, files that cannot be made to agree, log-probs that
             differ, or samples that never stop. Nothing is left of the new folder then, and an older folder stays.
     """
     run = Path(run)
-    source = find_source(run, base, trust_remote_code)
+    source = find_source(run, base, trust_remote_code, verify=verify)
     mode = choose_mode(mode, source)
     own, target = RunFolder(run).own, find_target(run, output)
-    check_replaceable("output", target, HANDOFF, [source.folder, run])
+    check_replaceable("output", target, wrote(target / HANDOFF, "mode"), [source.folder, run])
+    # A run gets a handoff.json too, and somebody's model, named with an output, does not
+    is_run = output is None or any((own / name).exists() for name in (SELECTION, CHAIN))
+    if is_run:
+        check_replaceable("output", own / HANDOFF, wrote(own / HANDOFF, "mode"), is_file=True)
     field = f"the base of {source.weights}" if source.is_adapter else "run"
     check_model(source.config_at, field, trust_remote_code=trust_remote_code)
     with swapped(target) as folder:
@@ -142,7 +153,7 @@ def hand_off(
         is_inside = source.folder.resolve().is_relative_to(run.resolve())
         result["source"] = str(source.folder.resolve().relative_to(run.resolve())) if is_inside else source.weights
         write_json(folder / HANDOFF, result)
-    if output is None or any((own / name).exists() for name in (SELECTION, CHAIN)):  # a run, not somebody's model
+    if is_run:
         write_json(own / HANDOFF, result)
     return result
 

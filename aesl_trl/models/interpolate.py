@@ -29,7 +29,7 @@ from transformers import AutoConfig
 
 from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error, tell
-from ..files import read_json, swapped, write_json
+from ..files import read_json, swapped, write_json, wrote
 from ..provenance import package_versions
 from .folder import ADAPTER_CONFIG, CONFIG, INDEX, TOKENIZER_CONFIG, open_tensors
 from .source import Source, find_source
@@ -96,7 +96,8 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
     """
     check_weight(weight, first, second)
     sources = [find_source(Path(name)) for name in (first, second)]
-    check_replaceable("output", output, INTERPOLATION, [source.folder for source in sources])
+    is_ours = wrote(Path(output) / INTERPOLATION, "weight")
+    check_replaceable("output", output, is_ours, [source.folder for source in sources])
     is_adapter = sources[0].is_adapter
     if is_adapter != sources[1].is_adapter:
         adapter, model = (first, second) if is_adapter else (second, first)
@@ -131,7 +132,8 @@ def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *
     source, base_share = find_source(Path(tuned)), 1 - weight
     if not source.is_adapter:
         return interpolate(tuned, base, output, weight=base_share)
-    check_replaceable("output", output, INTERPOLATION, [source.folder, base])
+    is_ours = wrote(Path(output) / INTERPOLATION, "weight")
+    check_replaceable("output", output, is_ours, [source.folder, base])
     _check_safetensors(source)
     _check_plain_lora(source)
     tensors, others = open_tensors(source.folder), open_tensors(Path(base))

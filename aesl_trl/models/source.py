@@ -12,8 +12,11 @@ from ..errors import InputError
 from ..files import (
     CHAIN,
     DIVERSITY,
+    OWN,
     SELECTION,
     RunFolder,
+    check_candidate,
+    check_unlinked,
     chosen,
     is_mix,
     read_json,
@@ -22,6 +25,7 @@ from ..files import (
     read_settings,
     stays_inside,
 )
+from ..identity import mismatch
 from .folder import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -53,10 +57,15 @@ class Source(ModelFolder):
     trust_remote_code: bool
 
 
-def find_source(run: Path, base: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find the selected weights of `run` (a chain run or an SFT folder), or take `run` itself as model or adapter."""
+def find_source(
+    run: Path, base: str | None = None, trust_remote_code: bool = False, *, verify: bool = False
+) -> Source:
+    """Find the selected weights of `run` (a chain run or an SFT folder), or take `run` itself as model or adapter.
+
+    `verify` also compares the weights' sha256 with what the selection recorded.
+    """
     found = RunFolder(run)
-    folder, selection, sft = _selected(found)
+    folder, selection, sft = _selected(found, verify)
     step, candidate = selection.get("step"), chosen(selection)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / CONFIG).is_file():
@@ -91,7 +100,7 @@ def find_source(run: Path, base: str | None = None, trust_remote_code: bool = Fa
     return Source(str(folder), base, trained_on=trained_on, quantization=quantization, **rest)
 
 
-def _selected(run: RunFolder) -> tuple[Path, dict, Path | None]:
+def _selected(run: RunFolder, verify: bool) -> tuple[Path, dict, Path | None]:
     """Return the folder with the weights, their selection.json, and the SFT folder that has their samples."""
     try:
         sft = run.sft
@@ -117,7 +126,14 @@ def _selected(run: RunFolder) -> tuple[Path, dict, Path | None]:
                 raise InputError(
                     f"{place / SELECTION} points to {folder}, which {problem}; run aesl select {run.path} again"
                 )
+            check_unlinked(folder, place.parent if place.name == OWN else place, inside=True)
+            if problem := mismatch(folder, selection, contents=verify):
+                again = f"aesl select {run.path}" + (" --verify" if verify else "")
+                raise InputError(f"{folder} {problem}: run {again} again")
             return folder, selection, sft
+    if verify:
+        raise InputError(f"--verify is for a selection: {run.path} has no {SELECTION}")
+    check_candidate(run.path)
     return run.path, {}, sft
 
 

@@ -8,8 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, check_replaceable
 from ..errors import InputError, tell
+from ..files import swapped
 from .facts import first_comment
 
 
@@ -49,8 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()
     if given.command == "copy":
-        if given.target.exists():
-            raise InputError(f"{given.target} exists; name a new folder, e.g. {given.target}-aesl")
+        check_replaceable("DIR", given.target, False)
         # The copies work as they are, since the paths in them are relative
-        folder = shutil.copytree(folder, given.target, ignore=shutil.ignore_patterns("__pycache__"))
+        with swapped(given.target) as place:
+            left_out = shutil.ignore_patterns("__pycache__", place.name)
+            shutil.copytree(folder, place, ignore=left_out, dirs_exist_ok=True)
+        folder = given.target
     tell("\n".join([f"{folder}:", *list_configs(folder)]))

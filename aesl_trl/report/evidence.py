@@ -14,13 +14,14 @@ def evidence(arms: list[Arm]) -> Section:
     if start := files.chosen(selection):
         see = f"Why {start} went to RL: {selection.get('reason') or ''}"
     missing = [f"{arm.label}: {', '.join(arm.runs[0].missing)}" for arm in arms if arm.runs[0].missing]
+    omitted = ("candidates", "evidence", "path", "identity")
     return Section(
         "evidence",
         "Selection and settings",
         see,
         gap=f"Missing in {'; in '.join(missing)}." if missing else "",
         tables=[
-            ("Selection", _side_by_side(arms, lambda run: run.selection, ("candidates", "evidence", "path")), True),
+            ("Selection", _side_by_side(arms, lambda run: run.selection, omitted), True),
             ("Handoff checks", _side_by_side(arms, lambda run: run.handoff, ("template",)), True),
             ("Evidence of the selection", _side_by_side(arms, lambda run: run.selection.get("evidence") or {}), False),
             ("SFT settings", _side_by_side(arms, lambda run: run.sft, ("versions",)), False),

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, check_replaceable
 from ..errors import exit_on_input_error, tell, visible
 from ..files import OWN, REPORT, RunFolder, write_bytes
 from .headline import story, warnings
 from .parts import PALETTE, Section, Table, markdown_table, png, svg
 from .runs import Arm, read_arms
 from .sections import sections_of
+
+
+MARKDOWN = "report.md"
+FOOTER = b"Written by aesl report"  # of every version's page
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,11 +56,15 @@ def write_report(
     sections = sections_of(arms)
     title = title or f"From cold start to RL: {arms[0].label}"
     folder = Path(output) if output is not None else RunFolder(runs[0]).own
-    for section in sections:
-        if section.panels:
-            write_bytes(folder / f"report_{section.id}.png", png(section.panels))
-    write_bytes(folder / "report.md", visible(_markdown(title, arms, sections)).encode())
-    write_bytes(folder / REPORT, visible(_html(title, arms, sections)).encode())
+    pages = {REPORT: _html, MARKDOWN: _markdown}
+    plots = {f"report_{section.id}.png": section.panels for section in sections if section.panels}
+    is_ours = (folder / REPORT).is_file() and FOOTER in (folder / REPORT).read_bytes()
+    for name in (*pages, *plots):
+        check_replaceable("--output", folder / name, is_ours, is_file=True)
+    for name, write in pages.items():  # the page comes first: it shows that the other files are ours
+        write_bytes(folder / name, visible(write(title, arms, sections)).encode())
+    for name, panels in plots.items():
+        write_bytes(folder / name, png(panels))
     return folder / REPORT
 
 

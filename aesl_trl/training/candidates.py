@@ -70,10 +70,12 @@ def forget_candidates(folder: Path, step: int) -> None:
     for candidate, path in _steps(folder).items():
         if step == 0 or candidate > step:
             shutil.rmtree(path)
+    saving = (path for path in folder.glob(".step-*.tmp") if path.name[6:-4].isdecimal())
     mixes = (path for path in folder.glob("mix-*") if files.is_mix(path.name))
-    for path in [*folder.glob(".step-*.tmp"), *mixes]:
+    for path in [*saving, *mixes]:
         shutil.rmtree(path)
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    return {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    found = {path.name.removeprefix("step-"): path for path in folder.glob("step-*") if path.is_dir()}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}

@@ -27,8 +27,13 @@ INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' own name; the file 
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")  # Trainer, FSDP, FSDP sharded, DeepSpeed
 ON_WINDOWS = os.name == "nt"
 EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetensors' header, a zip's directory
-# Left by files.py (with its process id), or by `rotate`
-LEFTOVER = re.compile(r"\..+\.(\d+)\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
+# The names that files.py (with its process id) and `rotate` give to what is being written or deleted
+NAMES = [re.escape(name) for name in (*files.WRITTEN, MANIFEST, "settings.json")]
+NAMES += [r"step-\d+\.jsonl", r"mix-[0-9.e-]+(?:\.jsonl)?", r"report_\w+\.png", r"push-\d+", r"\w+\.log"]
+LEFTOVER = re.compile(rf"\.(?:{'|'.join(NAMES)})\.(\d+)\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
+# Where in a run we write so: the folder itself, and these
+PLACES = (files.OWN, files.LOGS, files.SAMPLES, f"{files.OWN}/{files.SAMPLES}", "checkpoint-*")
+PLACES += (f"{files.EVALUATION_SAMPLES}/*", files.CANDIDATES, f"{files.OWN}/{files.CANDIDATES}")
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -209,8 +214,12 @@ def rotate(folder: Path, limit: int, keep: set[Path]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files and folders that killed writers left in `folder`; those of a live process stay."""
-    for path in list(folder.rglob("[._]*")):
+    """Remove what killed writers left in `folder`, that of a run. What a live process writes stays.
+
+    The folder may be a home: what has another name than ours, or lies where we write nothing, is somebody else's.
+    """
+    places = [place for name in PLACES for place in folder.glob(name) if not files.leads_away(place, folder)]
+    for path in [path for place in (folder, *places) if place.is_dir() for path in place.iterdir()]:
         if match := LEFTOVER.fullmatch(path.name):
             writer = int(match[1] or os.getpid())
             if writer == os.getpid() or not psutil.pid_exists(writer):

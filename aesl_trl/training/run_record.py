@@ -66,6 +66,7 @@ def write_log(trainer: Any) -> None:
     if trainer.is_world_process_zero():
         path = files.own_folder(trainer.args.output_dir) / files.TRAINER_STATE
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # Trainer would write through a symlink
         trainer.state.save_to_json(str(path))
 
 
@@ -77,16 +78,18 @@ def forget_after(output_dir: str | Path, step: int) -> None:
     if step == 0:
         files.renew_own_folder(output_dir)
     own = files.own_folder(output_dir)
+    for place in (own / files.CANDIDATES, own / files.SAMPLES):  # before anything is deleted there
+        files.check_unlinked(place, Path(output_dir))
     rows = files.read_jsonl(own / files.DIVERSITY) if (own / files.DIVERSITY).exists() and step > 0 else []
     if rows:
         files.write_jsonl(own / files.DIVERSITY, [row for row in rows if row["step"] <= step])
     else:
         (own / files.DIVERSITY).unlink(missing_ok=True)
+    if step == 0 or (own / files.SELECTION).exists():  # without it nothing would show that selected/ is ours
+        shutil.rmtree(own / files.SELECTED, ignore_errors=True)
     (own / files.SELECTION).unlink(missing_ok=True)
     (own / files.READINESS).unlink(missing_ok=True)
     (own / files.MIXES).unlink(missing_ok=True)
-    if step == 0:
-        shutil.rmtree(own / files.SELECTED, ignore_errors=True)
     for samples in (own / files.SAMPLES).glob("step-*.jsonl"):
         if step == 0 or int(samples.stem.removeprefix("step-")) > step:
             samples.unlink()

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..data.checks import checked_when_read
 from ..data.rows import load_rows
 from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
-from ..files import OWN, TRAINING_LOCK
+from ..files import OWN, TRAINING_LOCK, check_unlinked
 from ..processes import is_stage_of, lock, lock_beside
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .resuming import CheckpointCallback
@@ -94,6 +94,7 @@ def training_lock(args: Any) -> Iterator[None]:
     with ExitStack() as stack:
         if args.process_index == 0:
             folder = Path(args.output_dir)
+            check_unlinked(folder / OWN, folder)
             message = f"another training is at work in {folder}: end it first"
             stack.enter_context(lock(folder.resolve() / OWN / TRAINING_LOCK, message, again=True))
             beside = lock_beside(folder)

@@ -627,6 +627,25 @@ def test_no_log_and_no_lock_of_a_chain_follows_a_link(project, fakes, tmp_path):
     run(project())
 
 
+@pytest.mark.parametrize("name", ["sft", "grpo", "logs"])
+def test_a_chain_writes_behind_no_link(project, fakes, tmp_path, name):
+    folder = Path(read_config(project()).output_dir)
+    folder.mkdir(parents=True)
+    (folder / name).symlink_to(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=f"{name} leads by a symlink to"):
+        run(project())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_chain_keeps_another_programs_chain_json(project, fakes):
+    record = Path(read_config(project()).output_dir) / files.CHAIN
+    files.write_text(record, '{"blocks": []}')
+    with pytest.raises(InputError, match="output_dir: .*chain.json was written by something else"):
+        run(project())
+    assert record.read_text() == '{"blocks": []}'
+
+
 def test_an_output_dir_that_is_not_used_is_not_judged(project, fakes, tmp_path):
     path = project(output_dir="rows.jsonl/x")
     with pytest.raises(InputError, match="output_dir: .*rows.jsonl is a file"):

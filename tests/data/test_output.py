@@ -61,7 +61,15 @@ def test_other_settings_are_refused_and_overwrite_replaces(run):
     run(None, "--overwrite", seed=1)
     assert not (out / "sft_4.jsonl").exists()
     assert contents_of(out) != before and read_json(out / "data.json")["settings"]["seed"] == 1
-    assert not list(out.glob(".new-*"))
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(run):
+    out = run()
+    for name in (".aesl-data.tmp", ".new-ideas"):
+        (out / name).mkdir()
+        (out / name / "a").write_text("")
+    run(None, "--overwrite", seed=1)
+    assert not (out / ".aesl-data.tmp").exists() and (out / ".new-ideas" / "a").exists()
 
 
 def test_other_data_under_the_same_settings_is_refused(run):

@@ -1,5 +1,6 @@
 """Rules on rows, and `aesl select` on folders as a training leaves them."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -413,7 +414,7 @@ def test_select_run_again_replaces(tmp_path):
     again = select_run(run, rule="last")
     assert (again["step"], again["replaces"]) == (800, "step 20, chosen by turning_point")
     assert weights(run) == "weights of step 800" and select_run(run, rule="last")["replaces"] is None
-    assert os.listdir(run / files.SELECTED) == ["model.safetensors"]
+    assert sorted(os.listdir(run / files.SELECTED)) == ["identity.json", "model.safetensors"]
     assert (run / files.CANDIDATES / "step-20").exists()
 
 
@@ -474,6 +475,47 @@ def test_moved_run_still_finds_its_weights(tmp_path):
     select_run(run)
     moved = run.rename(tmp_path / "after")
     assert (moved / files.read_json(moved / files.SELECTION)["path"] / "model.safetensors").exists()
+
+
+def test_what_lies_there_already_is_kept(tmp_path):
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    for name in (files.SELECTED + "/thesis.txt", files.SELECTION):
+        files.write_text(out / name, '"mine"')
+        with pytest.raises(InputError, match="--out: .* would be replaced; name a new folder"):
+            select_run(run, out)
+        assert (out / name).read_text() == '"mine"' and not (out / files.SELECTED / "model.safetensors").exists()
+        (out / name).unlink()
+    select_run(run, out)
+    select_run(run, out, rule="last")
+    (run / files.SELECTED).symlink_to(out / files.SELECTED)
+    with pytest.raises(InputError, match="selected is a symlink"):
+        select_run(run)
+    assert weights(out) == "weights of step 800"
+
+
+def test_a_selection_of_an_older_version_is_replaced(tmp_path):
+    """It has no identity: its selection.json shows that selected/ is ours, a torn one too; in _aesl its name does."""
+    for place, said in ((tmp_path / "a", '{"applied": "last", "step": 40}'), (tmp_path / "b", '{"appl')):
+        files.write_text(place / files.SELECTED / "model.safetensors", "old")
+        files.write_text(place / files.SELECTION, said)
+        select_run(make_run(place / "run"), place)
+        assert weights(place) == "weights of step 20"
+    own = make_run(tmp_path / "c" / files.OWN)
+    files.write_text(own / files.SELECTED / "model.safetensors", "old")
+    select_run(tmp_path / "c")
+    assert weights(own) == "weights of step 20"
+
+
+def test_the_weights_say_which_step_they_are_of(tmp_path):
+    run = make_run(tmp_path)
+    written = select_run(run, step=40)["identity"]
+    data = b"weights of step 40"
+    facts = {"bytes": 18, "header": hashlib.sha256(data).hexdigest()}  # no header: what claims to be one is all of it
+    assert written == {"step": 40, "candidate": "step-40", "files": {"model.safetensors": facts}}
+    assert files.read_json(run / files.SELECTED / files.IDENTITY) == written
+    assert files.read_json(run / files.SELECTION)["identity"] == written
+    verified = select_run(run, step=40, verify=True)["identity"]
+    assert verified == {**written, "sha256": {"model.safetensors": hashlib.sha256(data).hexdigest()}}
 
 
 def test_half_saved_candidates_are_not_candidates(tmp_path):

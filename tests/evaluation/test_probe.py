@@ -81,6 +81,19 @@ def sft_run(project, steps=(10, 20)) -> Path:
     return folder
 
 
+def test_nothing_is_written_into_an_sft_folder_that_a_chain_leads_to(project):
+    sft, chain = sft_run(project), project.folder / "chains" / "run"
+    files.write_json(chain / files.CHAIN, {"sft_dir": "../../sft"})
+    checkpoints = probe.find_checkpoints(str(chain))
+    with pytest.raises(InputError, match=f"output: the candidates of {chain} lie in {sft}: probe that, or name where"):
+        probe.find_target(None, checkpoints, [str(chain)])
+    assert probe.find_target("here", checkpoints, [str(chain)]) == Path("here") / files.READINESS
+    assert probe.find_target(None, probe.find_checkpoints(str(sft)), [str(sft)]) == sft / files.READINESS
+    files.write_json(project.folder / files.CHAIN, {"sft_dir": "sft"})
+    inside = str(project.folder)
+    assert probe.find_target(None, probe.find_checkpoints(inside), [inside]) == sft / files.READINESS
+
+
 def test_a_run_stands_for_its_candidates(project, monkeypatch):
     folder = sft_run(project)
     probe.main([str(folder), *project(output=...)])

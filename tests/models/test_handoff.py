@@ -12,6 +12,7 @@ import torch
 from tiny_models import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
 from aesl_trl.files import write_json, write_jsonl
 from aesl_trl.models import handoff
@@ -111,6 +112,75 @@ def test_a_chain_hands_over_what_it_selected(tmp_path, full_run):
     result = hand_off(chain)
     assert result["source"] == "selected" and result["samples"]["num"] == 16
     assert (chain / "handoff" / "config.json").is_file() and (chain / "handoff.json").is_file()
+
+
+def select(run: Path, step: int, **options) -> None:
+    """Select the candidate `step` of a run whose candidates are all its selected weights, and differ in their values.
+
+    All have one name, one size and one header.
+    """
+    if not (run / "candidates").exists():
+        model = AutoModelForCausalLM.from_pretrained(run / "selected")
+        for each in (4, 8):
+            shutil.copytree(run / "selected", run / f"candidates/step-{each}")
+            with torch.no_grad():
+                model.lm_head.weight.add_(each * 1e-6)
+            model.save_pretrained(run / f"candidates/step-{each}")
+        shutil.rmtree(run / "selected")
+        write_json(run / "run.json", {"stage": "sft"})
+    select_run(run, step=step, **options)
+
+
+def test_a_selection_that_was_cut_off_is_found(full_run):
+    """The weights are those of another step than selection.json says, as a kill between the two leaves them."""
+    select(full_run, 4)
+    before = (full_run / "selection.json").read_bytes()
+    select(full_run, 8)
+    (full_run / "selection.json").write_bytes(before)
+    with pytest.raises(InputError) as refused:
+        hand_off(full_run)
+    problem = "holds the weights of step 8, and selection.json names step 4"
+    assert str(refused.value) == f"{full_run / 'selected'} {problem}: run aesl select {full_run} again"
+    assert_nothing_left(full_run)
+    select(full_run, 4)
+    assert hand_off(full_run)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: (run / "selected/identity.json").unlink(), "holds the weights of no known step, and"),
+        (lambda run: edit_json(run / "selected/identity.json", candidate="step-1"), "is of another selection than"),
+        (lambda run: save_model(run / "selected", hidden_size=32), "has another model.safetensors than was selected"),
+        (lambda run: (run / "selected/more.safetensors").write_bytes(b""), "has another more.safetensors than"),
+        (lambda run: (run / "selected/model.safetensors").unlink(), "has another model.safetensors than was"),
+    ],
+)
+def test_other_weights_than_were_selected_are_refused(full_run, spoil, said):
+    select(full_run, 4)
+    spoil(full_run)
+    with pytest.raises(InputError, match=f"selected {said}"):
+        hand_off(full_run)
+    assert_nothing_left(full_run)
+
+
+def test_contents_are_compared_when_asked(full_run):
+    """Weights of one shape have one header: only the whole file tells them apart."""
+    with pytest.raises(InputError, match="has no sha256 to be compared with: run aesl select .* --verify again"):
+        hand_off(full_run, verify=True)
+    select(full_run, 4)
+    with pytest.raises(InputError, match="has no sha256 to be compared with: run aesl select .* --verify again"):
+        hand_off(full_run, verify=True)
+    select(full_run, 4, verify=True)
+    assert hand_off(full_run, verify=True)["step"] == 4
+    weights = full_run / "selected" / "model.safetensors"
+    weights.unlink()  # it is a hard link of the candidate's
+    shutil.copy2(full_run / "candidates/step-8/model.safetensors", weights)
+    assert hand_off(full_run)["step"] == 4
+    with pytest.raises(InputError, match="selected has another model.safetensors than was selected"):
+        hand_off(full_run, verify=True)
+    with pytest.raises(InputError, match="--verify is for a selection"):
+        hand_off(full_run / "selected", verify=True)
 
 
 def test_trainers_own_files_are_left_behind(full_run):

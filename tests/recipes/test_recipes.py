@@ -176,6 +176,26 @@ def test_check_ends_with_the_sum_and_exit_code(recipe, capsys):
     assert "OVER by" in out and "monitoring: KV cache: 512 x (512 + 512) tokens x 28672 bytes" in out
 
 
+def test_a_copy_that_was_cut_off_does_not_block_the_next(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shipped" / "tiny").mkdir(parents=True)
+    (tmp_path / "shipped" / "tiny" / "chain.yaml").write_text("# One CPU core\n")
+    monkeypatch.setattr(recipes, "recipes_dir", lambda: tmp_path / "shipped")
+    target, copytree = tmp_path / "mine", shutil.copytree
+
+    def full_disk(*args, **options):
+        copytree(*args, **options)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(recipes.shutil, "copytree", full_disk)
+        recipes.main(["copy", str(target)])
+    assert [path.name for path in tmp_path.iterdir()] == ["shipped"]
+    recipes.main(["copy", str(target)])
+    assert capsys.readouterr().out == f"{target}:\ntiny/chain.yaml  One CPU core\n"
+    recipes.main(["copy", str(tmp_path / "shipped" / "inside")])
+    assert [path.name for path in (tmp_path / "shipped" / "inside").iterdir()] == ["tiny"]
+
+
 @pytest.mark.parametrize(("argv", "part"), [([], "required"), (["copy"], "DIR"), (["chek"], "check")])
 def test_refusals_of_the_command(argv, part):
     with pytest.raises(InputError, match=part):

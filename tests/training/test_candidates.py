@@ -6,7 +6,9 @@ import pytest
 from monitored_runs import PEAKED, monitored_trainer, plan
 
 from aesl_trl import files
+from aesl_trl.errors import InputError
 from aesl_trl.training.candidates import Candidates
+from aesl_trl.training.run_record import forget_after
 
 
 @pytest.mark.parametrize("max_candidates", [2, 3])
@@ -78,3 +80,28 @@ def test_candidates_are_not_pushed_to_the_hub(tokenizer, tmp_path, monkeypatch):
     trainer.args.push_to_hub = True
     trainer.train()
     assert (tmp_path / files.OWN / files.SELECTED).exists()
+
+
+@pytest.mark.parametrize("link", ["candidates", "samples", ""])
+def test_nothing_is_forgotten_behind_a_link(link, tmp_path):
+    """A training in the folder of somebody else's run deletes nothing where the run's links lead."""
+    mine = tmp_path / "mine" / files.OWN
+    for name in ("candidates/step-5/model.safetensors", "samples/step-5.jsonl"):
+        files.write_text(mine / name, "mine")
+    place = tmp_path / "theirs" / files.OWN / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(mine / link)
+    with pytest.raises(InputError, match="leads by a symlink to"):
+        forget_after(tmp_path / "theirs", 0)
+    assert len([path for path in mine.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_selection_is_forgotten_as_a_whole_and_other_names_stay(tmp_path):
+    own = tmp_path / files.OWN
+    for name in ("selected/model.safetensors", "candidates/step-5/a", "candidates/step-x/a", "candidates/.step-y.tmp"):
+        files.write_text(own / name, "")
+    files.write_text(own / files.CANDIDATES / ".step-9.tmp" / "a", "")
+    files.write_json(own / files.SELECTION, {"applied": "last"})
+    forget_after(tmp_path, 5)
+    assert {path.name for path in own.iterdir()} == {"candidates"}
+    assert {path.name for path in (own / files.CANDIDATES).iterdir()} == {"step-5", "step-x", ".step-y.tmp"}

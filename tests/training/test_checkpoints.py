@@ -222,11 +222,22 @@ def test_what_is_swept_away(tmp_path):
         ".run.json.4194305.tmp",
         f".run.json.{os.getpid()}.tmp",
         ".selected.4194305.old",
-        "a/.checkpoint-3.deleted",
+        ".checkpoint-3.deleted",
+        "_checkpoint-4.deleted",
+        "_aesl/.handoff.4194305.tmp",
+        "_aesl/.push-17.4194305.tmp",
+        "_aesl/samples/.step-20.jsonl.4194305.tmp",
+        "checkpoint-3/.manifest.json.4194305.tmp",
+        "logs/.select.log.4194305.tmp",
+        "evaluation_samples/grpo-1/.settings.json.4194305.tmp",
     ]
     kept = [".training.lock", f".run.json.{os.getppid()}.tmp", "run.json.1.tmp", ".cache"]
+    # of other programs, or where we write nothing
+    kept += [".notes.deleted", ".cache.4194305.old", ".draft.4194305.tmp", "deep/er/.run.json.4194305.tmp"]
+    kept += ["linked/.run.json.4194305.tmp"]
     for name in (*gone, *kept):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "checkpoint-9").symlink_to(tmp_path / "linked")
     sweep(tmp_path)
     assert all((tmp_path / name).exists() for name in kept)
     assert not any((tmp_path / name).exists() for name in gone)

@@ -99,7 +99,7 @@ def test_what_is_asked_for_is_pushed_beside_the_model(kind, strategy, hub, token
     ours = [paths for paths in hub.uploads if any(path.startswith("_aesl/") for path in paths)]
     assert [paths for paths in hub.uploads if paths not in ours] == expected(strategy)
     samples = {f"_aesl/samples/step-{step}.jsonl" for step in (0, 1)}
-    weights = {f"_aesl/selected/{name}" for name in MODEL - {"training_args.bin"}}
+    weights = {f"_aesl/selected/{name}" for name in MODEL - {"training_args.bin"} | {files.IDENTITY}}
     assert ours == [samples] * (strategy != "end") + [samples | weights]  # it is selected when the training ends
     assert not [path for path in (tmp_path / files.OWN).iterdir() if path.name.startswith(".push")]
 

@@ -156,12 +156,13 @@ def swapped(target: str | Path) -> Iterator[Path]:
         raise InputError(f"{target} cannot be made, {target.parent} takes no folders; name another folder") from None
     try:
         yield new
-        while new.exists():
+        while True:
             shutil.rmtree(old, ignore_errors=True)
             with suppress(FileNotFoundError):  # there is none, or another process has just moved it aside
                 os.replace(target, old)
             try:
                 os.replace(new, target)
+                break
             except OSError:
                 if not target.exists():  # else another process was faster, and ours replaces that one's
                     raise

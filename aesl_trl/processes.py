@@ -212,11 +212,27 @@ def started_for(folder: str) -> list[psutil.Process]:
     return found
 
 
+def is_at_work(process: psutil.Process) -> bool:
+    """Say whether a process is there and may hold files; a zombie holds none."""
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
-    """End what a killed `what` (such as "chain") has left running, which would write to the same folder as ours."""
+    """End what a killed `what` (such as "chain") has left running, which would write to the same folder as ours.
+
+    Its locks are free at the end: a process loses its environment, by which we find it, before its open files.
+    """
     ended, deadline = set(), time.monotonic() + ORPHANS_S
-    while (found := end_processes(str(folder))) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        found = started_for(str(folder))
+        for process in found:
+            with suppress(psutil.Error):  # it is gone by now
+                process.kill()
         ended |= set(found)
+        if not found and not any(map(is_at_work, ended)):
+            break
         time.sleep(0.1)
     if ended:
         say(f"ended {len(ended)} processes that a killed {what} had left at work in {folder}")

@@ -9,6 +9,7 @@ import threading
 import time
 
 import filelock
+import psutil
 import pytest
 from held_locks import held_elsewhere
 
@@ -121,6 +122,7 @@ def test_orphans_are_ended_and_told(tmp_path, child):
     orphan, lines = child(SLEEP, env=marked(tmp_path)), []
     assert orphan.stdout.readline() == "up\n"
     processes.end_orphans(tmp_path, lines.append, "chain")
+    assert not processes.is_at_work(psutil.Process(orphan.pid))  # its locks are free, not only its mark gone
     assert orphan.wait(30) == -signal.SIGKILL
     assert lines == [f"ended 1 processes that a killed chain had left at work in {tmp_path}"]
     processes.end_orphans(tmp_path, lines.append, "chain")

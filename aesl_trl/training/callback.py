@@ -141,7 +141,7 @@ class DiversityCallback(TrainerCallback):
         self.measurement.refuse_other_series(self._folder, state.global_step)
         if not hasattr(type(self.trainer), "ingredients"):  # AESLSFTTrainer has done both before
             self._held.close()  # of a training that an error ended
-            self._held.enter_context(training_lock(args))
+            self._held.enter_context(training_lock(args, self.trainer.accelerator))
             if state.global_step > 0:
                 refuse_other_training(self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if state.global_step == 0:

@@ -18,6 +18,7 @@ from ..data.rows import load_rows
 from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
 from ..files import OWN, TRAINING_LOCK, check_unlinked
 from ..processes import is_stage_of, lock, lock_beside
+from ..sampling.draws import failure_on_any_rank
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .resuming import CheckpointCallback
 from .signals import StopCallback, StopSignals
@@ -85,23 +86,32 @@ def resume_point(args: Any, command: str) -> Path | None:
 
 
 @contextmanager
-def training_lock(args: Any) -> Iterator[None]:
+def training_lock(args: Any, accelerator: Any = None) -> Iterator[None]:
     """Keep other trainings, and chains that read what is trained, out of `args.output_dir` inside the block.
 
     The other training may be one whose launcher was killed and left it behind. A chain that trains in the folder holds
-    the lock beside it, from its first stage to its last. The first process takes the locks, as often as it asks.
+    the lock beside it, from its first stage to its last. The first process takes the locks, as often as it asks. With
+    `accelerator`, which all processes then have to give, its refusal is that of all.
     """
     with ExitStack() as stack:
+        error = None
         if args.process_index == 0:
-            folder = Path(args.output_dir)
-            check_unlinked(folder / OWN, folder)
-            message = f"another training is at work in {folder}: end it first"
-            stack.enter_context(lock(folder.resolve() / OWN / TRAINING_LOCK, message, again=True))
-            beside = lock_beside(folder)
-            if beside.exists() and not is_stage_of(folder):  # a folder that no chain has seen has none
-                message = f"a chain is at work with {folder}: end it first, or name another output_dir"
-                stack.enter_context(lock(beside, message, again=True))
+            try:
+                _take_locks(stack, Path(args.output_dir))
+            except InputError as refused:
+                error = refused
+        failure_on_any_rank(error, accelerator)
         yield
+
+
+def _take_locks(stack: ExitStack, folder: Path) -> None:
+    check_unlinked(folder / OWN, folder)
+    message = f"another training is at work in {folder}: end it first"
+    stack.enter_context(lock(folder.resolve() / OWN / TRAINING_LOCK, message, again=True))
+    beside = lock_beside(folder)
+    if beside.exists() and not is_stage_of(folder):  # a folder that no chain has seen has none
+        message = f"a chain is at work with {folder}: end it first, or name another output_dir"
+        stack.enter_context(lock(beside, message, again=True))
 
 
 @contextmanager

@@ -152,7 +152,7 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
         An [`InputError`] also refuses a folder in which another training, or a chain, is at work.
         """
         folder, say = Path(self.args.output_dir), self.accelerator.print
-        with training_lock(self.args):
+        with training_lock(self.args, self.accelerator):
             checkpoint = find_checkpoint(resume_from_checkpoint, folder, lambda line: say(f"aesl_trl: {line}"))
             if checkpoint is not None:
                 refuse_other_training(self, checkpoint)

@@ -4,10 +4,12 @@
 
 For each seed it trains nll and AESL by the recipe's own configs. Samples are measured at the first and the last step
 alone: 192 held-out prompts with 16 samples each, so that coverage is that within 8 samples. Where a premise fails at a
-seed, the exit code is 1: then change the data, and not what is compared. A run that is there is not trained again.
+seed, the exit code is 1: then change the data, and not what is compared. A run that is there is not trained again;
+runs of another base, other configs or another task lie in a folder of their own.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -46,9 +48,17 @@ def train(loss: str, base: Path, seed: int, run: Path) -> RunFolder:
     return RunFolder(run)
 
 
+def digest_of(base: Path) -> str:
+    """Return a digest of all that a run depends on but its seed: base, configs, task and this file's flags."""
+    paths = sorted([*base.iterdir(), *(RECIPE / "sft").iterdir(), RECIPES / "skills-tiny" / "task.py"])
+    contents = [path.name.encode() + path.read_bytes() for path in paths if path.is_file()]
+    return hashlib.sha256(b"\0".join([*contents, json.dumps(FLAGS).encode()])).hexdigest()[:12]
+
+
 def check(base: Path, seed: int, work_dir: Path) -> dict:
     """Train both losses and return their figures, with what holds."""
-    found = {"seed": seed}
+    digest = digest_of(base)
+    found, work_dir = {"base": base.name, "digest": digest, "seed": seed}, work_dir / digest
     for loss in ("nll", "aesl"):
         run = train(loss, base, seed, work_dir / f"seed-{seed}" / loss)
         logged = [row for row in run.log if "loss" in row][-1]

@@ -4,10 +4,12 @@
 
 It reads the samples that each cell's evaluation left, or the file that it wrote of them. There are three kinds of
 symbols: those whose rare skill SFT demonstrates, those of a rare skill that SFT shows under another symbol, and those
-of a skill that the base prefers and SFT never shows. Coverage is that of aesl_trl/diversity/coverage.py for 8 samples,
+of a skill that the base prefers and SFT never shows; they are those of the recipe's own base. Coverage is that of
+aesl_trl/diversity/coverage.py for 8 samples,
 against the row `base`, with a symbol in place of a prompt.
 """
 
+import sys
 from collections import defaultdict
 from statistics import fmean
 
@@ -50,6 +52,10 @@ def coverage(cell: dict, base: dict) -> tuple[float, float]:
 
 def table(found: list[dict]) -> str:
     kinds, bases = (COMMON, DEMONSTRATED, RARE), {cell["seed"]: cell for cell in found if cell["row"] == "base"}
+    if len(bases) < sum(cell["row"] == "base" for cell in found):
+        sys.exit(
+            "several rows `base` of one seed: only a comparison of the recipe's own base, with one RL run, is told"
+        )
     head = ["RL starts from", *kinds, "lost after RL, by seed", f"coverage at {K} before RL, lost / gained"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in dict.fromkeys(cell["row"] for cell in found):

@@ -11,12 +11,17 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, in_one_line, nearest
-from ..rewards.gym import ANSWER_AFTER, scorer
+from ..errors import InputError, in_one_line, nearest, tell
+from ..processes import child_env
+from ..rewards.gym import ANSWER_AFTER, gym_reward
 
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ SIZE = 1000  # rows of a task, in each split
 CHUNK = 2000  # items drawn at once: some tasks prepare all of them
 SPACING = 1_000_000  # an item is Random(seed + index): the items of two of our seeds lie that far apart
 MAX_SEED = 4000  # numpy, which some tasks draw with, takes no seed above 2**32
+MOST_LEFT_OUT = 20  # items of a task that may be left out whatever the number of rows
 PATIENCE = 3 * CHUNK  # items without a new question, after which a task has no more
 
 
@@ -68,7 +74,7 @@ def gym_rows(name: str, split: str = "train", *, field: str = "dataset_name") ->
         raise InputError(
             f"{field}: {name} has no split {split_name!r}{nearest(split_name, SPLITS)}; it has {', '.join(SPLITS)}"
         )
-    found = [[_row(task, entry, field) for entry in _entries(task, split_name, field)] for task in tasks]
+    found = _in_child(tasks, split_name, field)
     if not all("completion" in rows[0] for rows in found):
         for row in (row for rows in found for row in rows):
             row.pop("completion", None)
@@ -89,6 +95,7 @@ def read_name(name: str, field: str = "dataset_name") -> list[Task]:
     try:
         terms = list(_terms(ast.parse(text, mode="eval").body))
         tasks = [(term.func.id, {each.arg: ast.literal_eval(each.value) for each in term.keywords}) for term in terms]
+        json.dumps(tasks)  # a set, for one, cannot travel with the rows
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
         example = f"{PREFIX}chain_sum(max_terms=3, size=500) + leg_counting"
         raise InputError(f"{field}: {name} cannot be read; write tasks and settings as in {example}") from None
@@ -139,62 +146,106 @@ def split_of(question: str) -> str:
     return next(name for name, end in zip(SPLITS, ends, strict=True) if percent < end)
 
 
-def _entries(task: Task, split: str, field: str) -> list[dict]:
-    """Draw `size` entries with different questions of `split`."""
-    seen, found, last_new = set(), [], 0
+def _in_child(tasks: list[Task], split: str, field: str) -> list[list[dict]]:
+    """Return each task's rows, made in a process with a fixed hash seed: some tasks draw from sets of strings."""
+    request = json.dumps({"tasks": [dataclasses.asdict(task) for task in tasks], "split": split, "field": field})
+    command = [sys.executable, "-m", "aesl_trl.data.gym"]
+    child = subprocess.run(
+        command, input=request, stdout=subprocess.PIPE, text=True, env=child_env(PYTHONHASHSEED="0")
+    )
+    if child.returncode != 0:
+        raise InputError(f"{field}: the process that draws {PREFIX} tasks failed, its own error is above")
+    answer = json.loads(child.stdout)
+    if "error" in answer:
+        raise InputError(answer["error"])
+    for task, left_out in zip(tasks, answer["left_out"], strict=True):
+        if left_out and os.environ.get("RANK", "0") == "0":
+            tell(f"{field}: {PREFIX}{task.name}: {left_out} items were left out, as no answer could earn their reward")
+    return answer["rows"]
+
+
+def main() -> None:
+    """Read tasks from stdin, and write their rows to stdout, or the one line that says what is wrong."""
+    request = json.load(sys.stdin)
+    with redirect_stdout(sys.stderr):  # some tasks print
+        try:
+            drawn = [_rows(Task(**task), request["split"], request["field"]) for task in request["tasks"]]
+            answer = {"rows": [rows for rows, _ in drawn], "left_out": [left_out for _, left_out in drawn]}
+        except InputError as error:
+            answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+
+
+def _rows(task: Task, split: str, field: str) -> tuple[list[dict], int]:
+    """Return `size` rows with different questions of `split`, and how many items were left out on the way.
+
+    An item is left out where JSON cannot hold it, or its own answer, written as asked for, does not earn the reward.
+    """
+    where, seen, rows, left_out, last_new = f"{field}: {PREFIX}{task.name}", set(), [], 0, 0
     for number, entry in enumerate(_drawn(task, field)):
         if entry["question"] not in seen:
             seen.add(entry["question"])
             last_new = number
             if split_of(entry["question"]) == split:
-                found.append(entry)
-        if len(found) == task.size:
-            return found
+                row = _row(task, entry)
+                left_out += row is None
+                rows += [] if row is None else [row]
+        if len(rows) == task.size:
+            return rows, left_out
+        if left_out > max(MOST_LEFT_OUT, len(rows)):
+            raise InputError(
+                f"{where}: {left_out} of its first {left_out + len(rows)} items cannot be rows, as their own answers "
+                "do not earn the reward once they were written as JSON; choose another task or answer_after"
+            )
         if number - last_new > PATIENCE:
             break
     raise InputError(
-        f"{field}: {PREFIX}{task.name} with these settings has {len(found)} different questions in {split} "
-        f"({len(seen)} in all), and size asks for {task.size}: set size={max(1, len(found))}, or settings that allow "
-        "more"
+        f"{where} with these settings has {len(rows)} different questions in {split} ({len(seen)} in all), and size "
+        f"asks for {task.size}: set size={max(1, len(rows))}, or settings that allow more"
     )
 
 
 def _drawn(task: Task, field: str) -> Iterator[dict]:
     from reasoning_gym import create_dataset
 
-    where, start = f"{field}: {PREFIX}{task.name}", task.seed * SPACING
+    start = task.seed * SPACING
     while True:
         try:
             chunk = create_dataset(task.name, **task.settings, seed=start, size=CHUNK)
             for number in range(CHUNK):
                 yield chunk[number]
         except Exception as error:  # the gym refuses settings by assert, ValueError and others
-            raise InputError(f"{where} refuses its settings: {in_one_line(error) or type(error).__name__}") from None
+            reason = in_one_line(error) or type(error).__name__
+            raise InputError(f"{field}: {PREFIX}{task.name} refuses its settings: {reason}") from None
         start += CHUNK
 
 
-def _row(task: Task, entry: dict, field: str) -> dict:
-    """Return an entry as a row; refuse a task whose entries do not survive JSON."""
+def _row(task: Task, entry: dict) -> dict | None:
+    """Return an entry as a row, or None where its own answer does not earn the reward."""
     entry = {key: entry[key] for key in ("question", "answer", "metadata")}
     how, form = ANSWER_AFTER[task.answer_after]
+    carried = {"task": task.name, "settings": task.settings, "answer_after": task.answer_after, "entry": entry}
     try:
-        text = json.dumps(
-            {"task": task.name, "settings": task.settings, "answer_after": task.answer_after, "entry": entry}
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{field}: {PREFIX}{task.name} cannot be written as JSON: {in_one_line(error)}") from None
+        text = json.dumps(carried)
+    except (TypeError, ValueError):
+        return None
     gold = entry["answer"]
-    if gold is not None:
-        carried = json.loads(text)
-        if scorer(task.name, json.dumps(task.settings, sort_keys=True))(gold, carried["entry"]) < 1:
-            raise InputError(
-                f"{field}: {PREFIX}{task.name}: its scorer does not take its own answer once the entry was written as "
-                "JSON; choose another task"
-            )
+    answer = None if gold is None else form.format(answer=gold)
+    if answer is not None:
+        try:
+            earned = gym_reward([[{"role": "assistant", "content": answer}]], [text])
+        except Exception:  # of the gym's scorer
+            return None
+        if earned != [1.0]:
+            return None
     prompt = [{"role": "user", "content": f"{entry['question']}\n{how}"}]
     row = {"prompt": prompt, "solution": gold, "task": task.name, "metadata": text}
     worked = entry["metadata"].get("answer_cot")
-    if isinstance(worked, str) and gold is not None:
+    if isinstance(worked, str) and answer is not None:
         steps = worked.rpartition("####")[0].strip() if "####" in worked else worked.strip()
-        row["completion"] = [{"role": "assistant", "content": f"{steps}\n{form.format(answer=gold)}"}]
+        row["completion"] = [{"role": "assistant", "content": f"{steps}\n{answer}"}]
     return row
+
+
+if __name__ == "__main__":
+    main()

@@ -41,14 +41,15 @@ def load_rows(
 
     ShareGPT's `conversations` come as `messages`.
 
-    `split` is `train` by default, and `config` the configuration of a hub name or folder; `file.py:function` has
-    neither, and takes the `seed`. Relative paths start from `base_dir`, by default the current folder. With
-    `streaming` an IterableDataset is returned. `field` is the setting that named the dataset, for messages.
+    `split` is `train` by default (`validation` for held-out rows of `reasoning_gym:`), and `config` the configuration
+    of a hub name or folder; `file.py:function` has neither, and takes the `seed`. Relative paths start from
+    `base_dir`, by default the current folder. With `streaming` an IterableDataset is returned. `field` is the setting
+    that named the dataset, for messages.
     """
     if not name:
         raise InputError(f"{field} is missing: name a dataset on the hub, a local file, or file.py:function")
     if name.startswith(PREFIX):
-        rows = gym_rows(name, split or "train", field=field)
+        rows = gym_rows(name, split or ("train" if field == "dataset_name" else "validation"), field=field)
         return rows.to_iterable_dataset() if streaming else rows
     base_dir = Path(base_dir or ".")
     file, colon, _ = name.rpartition(":")

@@ -284,10 +284,10 @@ def probe(
         }
         found = entry(checkpoint.name, groups, step=checkpoint.step, history=history_of(checkpoint), base=base, **how)
         found["path"] = checkpoint.path
-        tasks = list(dict.fromkeys(row.get("task") for row in rows))
-        if len(tasks) > 1 and None not in tasks:
-            parts = ([group for group, row in zip(groups, rows, strict=True) if row["task"] == task] for task in tasks)
-            found["tasks"] = [entry(str(task), part, **how) for task, part in zip(tasks, parts, strict=True)]
+        for task, places in places_by_task(rows).items():
+            part, of_base = [groups[i] for i in places], base and [base[i] for i in places]
+            its = {**entry(task, part, base=of_base, **how), "num_prompts": len(places)}
+            found.setdefault("tasks", []).append(its)
         if train is not None:
             sizes = {"num_samples": script_args.num_samples, "success_threshold": threshold}
             found["rl"] = short_rl(trainer, groups, rows, **sizes)
@@ -295,6 +295,15 @@ def probe(
     del trainer
     release_memory()
     return found
+
+
+def places_by_task(rows: list[dict]) -> dict[str, list[int]]:
+    """Return the places of each task's rows by the column `task`; nothing where that column holds no few names."""
+    names = [row.get("task") for row in rows]
+    if not all(isinstance(name, str) for name in names):
+        return {}
+    places = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    return places if len(places) > 1 and min(map(len, places.values())) >= MIN_SAMPLES else {}
 
 
 def base_samples(settings: tuple, reward_funcs: list, rows: list[dict]) -> list[Group]:
@@ -383,10 +392,11 @@ def table(result: dict) -> str:
     for each in entries:
         if each.get("tasks"):
             shown = ("pass@1", f"pass@{largest}", "groups_mixed")
-            lines = [[f"{each['name']}, by task", *(headings.get(key, key) for key in shown), ""]]
+            lines = [[f"{each['name']}, by task", "prompts", *(headings.get(key, key) for key in shown), ""]]
             for task in each["tasks"]:
                 figures = [with_interval(task["figures"].get(key), task["intervals"].get(key)) for key in shown]
-                lines.append([task["name"], *figures, task["text"]])
+                few = "; few prompts" if task["num_prompts"] < MIN_PROMPTS else ""
+                lines.append([task["name"], str(task["num_prompts"]), *figures, task["text"] + few])
             parts.append(aligned(lines))
     verdicts = []
     for each in entries:

@@ -72,7 +72,7 @@ def changes(rows: Sequence[dict], selected: int | None, k: int) -> Table:
     names = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "pass@1": "pass@1", f"pass@{k}": f"pass@{k}"}
     names |= {LOST: "coverage lost", GAINED: "coverage gained"}
     shown, lines = [by_step[step] for step in steps], []
-    if steps[0] == 0:
+    if steps[0] == 0 and len(steps) > 1:
         shown[0] = {LOST: 0.0, GAINED: 0.0} | shown[0]  # step 0 is what the others are compared with
     for key, name in names.items():
         if all(row.get(key) is not None for row in shown):

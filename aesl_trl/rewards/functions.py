@@ -203,6 +203,7 @@ class GradedReward:
 
     def __init__(self, name: str, deadline_s: float = 10.0, graders: Graders = SHARED_GRADERS):
         self.__name__ = name
+        self.golds = "solution"  # the column that it reads
         self.deadline_s = deadline_s
         self.graders = graders
         self.failures = Counter()
@@ -211,8 +212,8 @@ class GradedReward:
         for index, text in enumerate(solution):
             if not isinstance(text, str | None):
                 raise InputError(
-                    f"reward {self.__name__!r} got the solution {reprlib.repr(text)} for completion {index}: the "
-                    "column solution must hold text"
+                    f"reward {self.__name__!r} got the {self.golds} {reprlib.repr(text)} for completion {index}: the "
+                    f"column {self.golds} must hold text"
                 )
         answers = [Answer(self.__name__, _text(item), gold) for item, gold in zip(completions, solution, strict=True)]
         grades = self.grade(answers)
@@ -240,6 +241,7 @@ class GradedGym(GradedReward):
 
     def __init__(self, name: str, deadline_s: float = 10.0, graders: Graders = SHARED_GYM_GRADERS):
         super().__init__(name, deadline_s, graders)
+        self.golds = "metadata"
 
     def __call__(self, completions: list, metadata: list[str], **kwargs) -> list[float | None]:
         return super().__call__(completions, **{**kwargs, "solution": metadata})

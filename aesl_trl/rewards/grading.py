@@ -195,7 +195,7 @@ class _Child:
     COMMAND = (sys.executable, "-m", "aesl_trl.rewards.grading")
 
     def __init__(self, memory_mb: int, loads: str):
-        self.memory_mb, self._most_memory = memory_mb, math.inf
+        self.memory_mb, self.loads, self._most_memory = memory_mb, loads, math.inf
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -263,7 +263,7 @@ class _Child:
         """Return the error of a child that has ended before its imports were done."""
         return InputError(
             f"the process that grades answers did not start (exit code {self.process.returncode}), its own error is "
-            "above; to see it alone: python -m aesl_trl.rewards.grading < /dev/null"
+            f"above; to see it alone: python -m aesl_trl.rewards.grading {self.memory_mb} {self.loads} < /dev/null"
         )
 
     def kill(self) -> None:

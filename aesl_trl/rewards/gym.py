@@ -79,7 +79,15 @@ def _score(answer: str | None, row: dict) -> float:
     if not answer:
         return 0.0
     score = scorer(row["task"], json.dumps(row["settings"], sort_keys=True))
-    return max(float(score(text, row["entry"])) for text in dict.fromkeys((answer, normalise(answer))))
+    scores, errors = [], []
+    for text in dict.fromkeys((answer, normalise(answer))):
+        try:
+            scores.append(float(score(text, row["entry"])))
+        except Exception as error:  # some scorers raise where they cannot read an answer
+            errors.append(error)
+    if not scores:
+        raise errors[0]
+    return max(scores)
 
 
 @cache

@@ -62,7 +62,19 @@ def test_several_tasks_have_figures_and_a_verdict_each(project, capsys):
     assert (never["figures"]["pass@1"], never["figures"]["groups_mixed"]) == (0.0, 0.0)
     assert even["text"] == never["text"] == "never stops: fix eos"  # an untrained model
     assert found["figures"]["pass@1"] == 0.25  # over both
-    assert "model, by task" in capsys.readouterr().out
+    assert even["num_prompts"] == 32
+    out = capsys.readouterr().out
+    assert "model, by task" in out and "never stops: fix eos; few prompts" in out
+
+
+def test_a_column_task_of_another_kind_is_not_about_tasks():
+    assert probe.places_by_task([{"task": name} for name in "ab" * 8]) == {
+        "a": list(range(0, 16, 2)),
+        "b": list(range(1, 16, 2)),
+    }
+    for tasks in (["a"] * 16, [f"row {i}" for i in range(16)], [["a"], ["b"]] * 8, [None, "a"] * 8, "ab" * 7):
+        assert probe.places_by_task([{"task": task} for task in tasks]) == {}
+    assert probe.places_by_task([{}] * 16) == {}
 
 
 # ---- Runs and their candidates

@@ -74,6 +74,14 @@ def test_solved_is_a_score_of_one_and_the_gym_s_own_score_may_be_partial(stand_i
     assert gym_score(completions, rows) == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
+def test_a_spelling_that_the_scorer_cannot_read_costs_nothing(stand_in):
+    """One of the two spellings raises, and the other one is right; where both raise, the answer was not graded."""
+    row = metadata("open_sums", answer=None)
+    assert gym_reward([[{"role": "assistant", "content": "#### **7**."}]], [row]) == [1.0]
+    with pytest.raises(SyntaxError):
+        gym_reward([[{"role": "assistant", "content": "#### 7 7"}]], [row])
+
+
 def test_a_sentence_keeps_its_dot_where_the_gold_has_one(stand_in):
     """The answer as written counts too: normalising must not take away what is right."""
     row = metadata("chain_sum", answer="The cat sat.")

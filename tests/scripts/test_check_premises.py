@@ -10,9 +10,12 @@ from aesl_trl import files
 def finished(tmp_path):
     """Write both runs of seed 3 as a training leaves them; returns the folder of all runs."""
 
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+
     def write(effective=0.2, lost=0.1, low=0.01):
         for loss, share in (("nll", 1.0), ("aesl", effective)):
-            folder = tmp_path / "seed-3" / loss / "_aesl"
+            folder = tmp_path / check_premises.digest_of(tmp_path / "base") / "seed-3" / loss / "_aesl"
             figures = {"pass@1": 0.5, "pass@8": 0.7, "entropy": 0.1, "coverage_gained": 0.2}
             ends = {"coverage_lost": [low, lost + 0.1]}
             rows = [{"step": 0}, {"step": 20, **figures, "coverage_lost": lost, "intervals": ends}]
@@ -37,6 +40,14 @@ def test_each_premise_needs_all_that_it_says(finished, tmp_path, changes, acts, 
     found = check_premises.check(tmp_path / "base", 3, finished(**changes))
     assert (found["aesl_acts"], found["nll_forgets"]) == (acts, forgets)
     assert found["aesl"]["weight_effective"] == pytest.approx(changes.get("effective", 0.2))
+
+
+def test_the_runs_of_another_base_are_others(finished, tmp_path, monkeypatch):
+    finished()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(check_premises.subprocess, "run", lambda command, check: pytest.fail("trains", pytrace=False))
+    with pytest.raises(pytest.fail.Exception, match="trains"):
+        check_premises.check(tmp_path / "base", 3, tmp_path)
 
 
 def test_the_table_says_where_a_premise_fails(finished, tmp_path):

@@ -56,6 +56,27 @@ class Open(Sums):
         return float(eval(answer) == sum(entry["metadata"]["terms"]))
 
 
+class OddItems(Sums):
+    """One in five has an answer that earns nothing, or that JSON cannot hold."""
+
+    def __getitem__(self, index):
+        entry = super().__getitem__(index)
+        if int(entry["answer"]) % 10 == 0:
+            entry["metadata"]["odd"] = {1, 2}
+        return {**entry, "answer": "" if int(entry["answer"]) % 10 == 5 else entry["answer"]}
+
+
+class Words(Sums):
+    """The order of a set of strings depends on the process."""
+
+    def __getitem__(self, index):
+        word = " ".join({f"word-{number}" for number in range(12)})
+        return {"question": f"say {index}: {word}", "answer": word, "metadata": {"terms": None}}
+
+    def score_answer(self, answer, entry):
+        return float(answer == entry["answer"])
+
+
 class ChainSum(Sums):
     """Its name is the real one's, for the self-test of the grading children."""
 
@@ -70,6 +91,8 @@ DATASETS = {
         "worked_sums": WorkedSums,
         "pairs": Pairs,
         "open_sums": Open,
+        "odd_items": OddItems,
+        "words": Words,
         "chain_sum": ChainSum,
         "composite": Sums,
     }.items()

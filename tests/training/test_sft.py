@@ -75,7 +75,11 @@ def test_a_run_writes_what_the_other_stages_read(tmp_path, config):
     samples = out / files.OWN / files.SAMPLES
     assert {path.name for path in samples.iterdir()} == {f"step-{n}.jsonl" for n in (0, 2, 4)}
     selection = files.read_json(out / files.OWN / files.SELECTION)
-    assert (selection["rule"], selection["step"]) == ("last", 4)
+    assert (selection["rule"], selection["applied"], selection["step"]) == (
+        "turning_point",
+        "last",
+        4,
+    )  # no peak in 3 steps
     assert (out / files.OWN / selection["path"] / "model.safetensors").exists()
     assert not list(out.rglob("candidates/*/training_args.bin"))
     run = files.read_json(out / files.OWN / files.RUN)

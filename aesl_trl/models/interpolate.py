@@ -31,8 +31,8 @@ from ..arguments import check_replaceable, parse, positionals
 from ..errors import InputError, exit_on_input_error, tell
 from ..files import read_json, swapped, write_json, wrote
 from ..provenance import package_versions
-from .folder import ADAPTER_CONFIG, CONFIG, INDEX, TOKENIZER_CONFIG, open_tensors
-from .source import Source, find_source
+from .folder import ADAPTER_CONFIG, CONFIG, INDEX, TOKENIZER_CONFIG, ModelFolder, check_weights, open_tensors
+from .source import find_source
 
 
 INTERPOLATION = "interpolation.json"
@@ -96,8 +96,6 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
     """
     check_weight(weight, first, second)
     sources = [find_source(Path(name)) for name in (first, second)]
-    is_ours = wrote(Path(output) / INTERPOLATION, "weight")
-    check_replaceable("output", output, is_ours, [source.folder for source in sources])
     is_adapter = sources[0].is_adapter
     if is_adapter != sources[1].is_adapter:
         adapter, model = (first, second) if is_adapter else (second, first)
@@ -105,33 +103,44 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
             f"{adapter} is an adapter and {model} holds full weights: merge it first "
             f"(aesl handoff {adapter} --output {Path(adapter).name}-merged)"
         )
-    _check_safetensors(*sources)
-    check, write = (_check_adapters, _write_adapter) if is_adapter else (_check_models, _write_model)
-    check(*sources)
-    _check_tensors(*(source.folder for source in sources))
-    _check_vocabularies(*sources)
-    return _written(output, sources[0], sources[1].weights, weight, lambda folder: write(*sources, weight, folder))
+    return _averaged(*sources, output, weight)
+
+
+def _averaged(
+    first: ModelFolder, second: ModelFolder, output: str | Path, weight: float, *, second_may_have_more: bool = False
+) -> dict:
+    """Do what [`interpolate`] does, for two folders of one kind."""
+    is_ours = wrote(Path(output) / INTERPOLATION, "weight")
+    check_replaceable("output", output, is_ours, [first.folder, second.folder])
+    _check_safetensors(first, second)
+    check, write = (_check_adapters, _write_adapter) if first.is_adapter else (_check_models, _write_model)
+    check(first, second)
+    _check_tensors(first.folder, second.folder, second_may_have_more)
+    _check_vocabularies(first, second)
+    return _written(output, first, second.weights, weight, lambda folder: write(first, second, weight, folder))
 
 
 def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *, weight: float) -> dict:
     """Write the folder `output` with (1 - W) base + W tuned, and return what its interpolation.json holds.
 
-    Tokenizer, configs and dtype are those of `tuned`. For full weights this is [`interpolate`]. For a LoRA adapter it
-    is the adapter on the same base with each B multiplied by W; modules trained as a whole are averaged with the
-    base's.
+    Tokenizer, configs and dtype are those of `tuned`. For full weights this is [`interpolate`] of what lies in the two
+    folders themselves, and the base may have tensors that `tuned` lacks, such as a tied head. For a LoRA adapter it is
+    the adapter on the same base with each B multiplied by W; modules trained as a whole are averaged with the base's.
 
     Args:
         tuned: a checkpoint's folder, with full weights or an adapter.
-        base: the folder of the full weights from which `tuned` was trained.
+        base: the folder of the full weights from which `tuned` was trained. What a run selected in it does not count.
         weight: W, the share of `tuned`, in (0, 1).
 
     Raises:
         InputError: as [`interpolate`], or a module trained as a whole that the base does not have in the same shape.
     """
     check_weight(weight, base, tuned)
-    source, base_share = find_source(Path(tuned)), 1 - weight
+    for folder in (tuned, base):
+        check_weights(Path(folder))
+    source, base_share = ModelFolder.find(tuned, "run"), 1 - weight
     if not source.is_adapter:
-        return interpolate(tuned, base, output, weight=base_share)
+        return _averaged(source, ModelFolder(str(base)), output, base_share, second_may_have_more=True)
     is_ours = wrote(Path(output) / INTERPOLATION, "weight")
     check_replaceable("output", output, is_ours, [source.folder, base])
     _check_safetensors(source)
@@ -159,7 +168,9 @@ def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *
     return _written(output, source, str(base), base_share, write)
 
 
-def _written(output: str | Path, first: Source, second: str, weight: float, write: Callable[[Path], None]) -> dict:
+def _written(
+    output: str | Path, first: ModelFolder, second: str, weight: float, write: Callable[[Path], None]
+) -> dict:
     """Swap in the folder `output`: what lies beside the weights of `first`, and the weights, by `write(folder)`."""
     kind = "adapter" if first.is_adapter else "full"
     result = {"kind": kind, "first": first.weights, "second": second, "weight": weight, "versions": package_versions()}
@@ -182,7 +193,7 @@ def check_weight(weight: float, first: str | Path, second: str | Path) -> None:
         )
 
 
-def _check_safetensors(*sources: Source) -> None:
+def _check_safetensors(*sources: ModelFolder) -> None:
     for source in sources:
         if source.is_quantized and not source.is_adapter:
             raise InputError(f"{source.weights} holds quantized weights, which cannot be averaged: name the original")
@@ -190,9 +201,9 @@ def _check_safetensors(*sources: Source) -> None:
             raise InputError(f"{source.weights} holds no *.safetensors: save the weights anew with save_pretrained")
 
 
-def _check_models(first: Source, second: Source) -> None:
-    one, other = map(_network, (first, second))
-    for name in sorted((one.keys() | other.keys()) - CONFIG_NOTES):
+def _check_models(first: ModelFolder, second: ModelFolder) -> None:
+    one, other = (_without_notes(_network(source)) for source in (first, second))
+    for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             raise InputError(
                 f"{first.weights} and {second.weights} are different models: {name} is {one.get(name)!r} and "
@@ -200,36 +211,46 @@ def _check_models(first: Source, second: Source) -> None:
             )
 
 
-def _network(source: Source) -> dict:
+def _network(source: ModelFolder) -> dict:
     """Read a model's config with the defaults that an older version did not write; as it stands, where unknown."""
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code).to_dict()
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError):
         return read_json(source.folder / CONFIG)
 
 
-def _check_adapters(first: Source, second: Source) -> None:
+def _without_notes(config: dict) -> dict:
+    """Drop CONFIG_NOTES, also from the configs of a composite model's parts (`text_config`)."""
+    kept = {name: value for name, value in config.items() if name not in CONFIG_NOTES}
+    return {name: _without_notes(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _check_adapters(first: ModelFolder, second: ModelFolder) -> None:
     if first.base != second.base:
         raise InputError(f"the adapters are on two bases, {first.base} and {second.base}: merge both first")
     for source in (first, second):
         _check_plain_lora(source)
 
 
-def _check_plain_lora(source: Source) -> None:
-    config = read_json(source.folder / ADAPTER_CONFIG)
+def _check_plain_lora(source: ModelFolder) -> None:
+    if extra := beyond_plain_lora(read_json(source.folder / ADAPTER_CONFIG)):
+        raise InputError(f"{source.weights} is more than plain LoRA ({extra}): merge it first, then interpolate")
+
+
+def beyond_plain_lora(config: dict) -> str | None:
+    """Name a setting of an adapter that makes it more than W + s B A, which has an average; None for plain LoRA."""
     extras = [name for name in NOT_PLAIN if config.get(name)]
     if config.get("peft_type") != "LORA":
         extras = [f"peft_type {config.get('peft_type')}"]
     elif config.get("init_lora_weights", True) not in PLAIN_INITS:
         extras.append(f"init_lora_weights {config['init_lora_weights']!r}")
-    if extras:
-        raise InputError(f"{source.weights} is more than plain LoRA ({extras[0]}): merge it first, then interpolate")
+    return extras[0] if extras else None
 
 
-def _check_tensors(first: Path, second: Path) -> None:
+def _check_tensors(first: Path, second: Path, second_may_have_more: bool) -> None:
     """Refuse tensors of other names or shapes, or of dtypes without an average. LoRA's ranks may differ."""
     one, other = open_tensors(first), open_tensors(second)
-    for name in sorted(one.keys() ^ other.keys()):
+    for name in sorted(one.keys() - other.keys() if second_may_have_more else one.keys() ^ other.keys()):
         raise InputError(f"{first if name in one else second} has the tensor {name}, the other one has not")
     for name in sorted(one):
         shapes = [tensors[name].get_shape() for tensors in (one, other)]
@@ -243,7 +264,7 @@ def _check_tensors(first: Path, second: Path) -> None:
             )
 
 
-def _check_vocabularies(first: Source, second: Source) -> None:
+def _check_vocabularies(first: ModelFolder, second: ModelFolder) -> None:
     """Refuse two tokenizers that differ: a row of the averaged embedding must belong to one token."""
     from transformers import AutoTokenizer
 
@@ -274,7 +295,7 @@ def average(one: Tensor, other: Tensor, weight: float) -> Tensor:
     return ((1 - weight) * one.to(wide) + weight * other.to(wide)).to(one.dtype)
 
 
-def _write_model(first: Source, second: Source, weight: float, folder: Path) -> None:
+def _write_model(first: ModelFolder, second: ModelFolder, weight: float, folder: Path) -> None:
     others = open_tensors(second.folder)
     if (first.folder / INDEX).is_file():
         shutil.copy2(first.folder / INDEX, folder)
@@ -284,7 +305,7 @@ def _write_model(first: Source, second: Source, weight: float, folder: Path) -> 
             save_file(tensors, folder / path.name, metadata=file.metadata())
 
 
-def _write_adapter(first: Source, second: Source, weight: float, folder: Path) -> None:
+def _write_adapter(first: ModelFolder, second: ModelFolder, weight: float, folder: Path) -> None:
     one, other = open_tensors(first.folder), open_tensors(second.folder)
     configs = [read_json(source.folder / ADAPTER_CONFIG) for source in (first, second)]
     stacked, ranks = {}, {}

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aesl_trl.cli import main as aesl
 from aesl_trl.errors import InputError
-from aesl_trl.files import read_json
-from aesl_trl.models.interpolate import average, average_with_base, interpolate, scaling
+from aesl_trl.files import read_json, write_json
+from aesl_trl.models.interpolate import _without_notes, average, average_with_base, interpolate, scaling
 
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -167,6 +167,31 @@ def test_full_weights_with_the_base(dtype, models, tmp_path):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), 0.3 * early[name] + 0.7 * late[name], atol=1e-7, rtol=0)
     assert found.generation_config.eos_token_id == tuned.generation_config.eos_token_id
+
+
+def test_a_base_that_is_itself_a_run_is_averaged_by_its_own_weights(models, tmp_path, tokenizer):
+    """As SFT leaves it: the last weights in the folder, the selected ones below. A tied head may be stored, too."""
+    for name in ("base", "tuned"):
+        build_model(tokenizer, seed=len(name), tie_word_embeddings=True).save_pretrained(tmp_path / name)
+    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned"))
+    assert "lm_head.weight" not in tuned
+    head = {"lm_head.weight": base["model.embed_tokens.weight"].clone()}
+    save_file(base | head, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    own = tmp_path / "base" / "_aesl"
+    shutil.copytree(tmp_path / "tuned", own / "selected")
+    write_json(own / "run.json", {"stage": "sft"})
+    write_json(own / "selection.json", {"step": 4, "candidate": "step-4", "path": "selected"})
+    result = average_with_base(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", weight=0.75)
+    assert (result["first"], result["second"]) == (str(tmp_path / "tuned"), str(tmp_path / "base"))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tuned.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, 0.25 * base[name] + 0.75 * tuned[name], atol=1e-7, rtol=0)
+
+
+def test_notes_in_the_configs_of_a_models_parts_do_not_tell_models_apart():
+    one, other = ({"text_config": {"hidden_size": 16, "dtype": dtype}} for dtype in ("float32", "bfloat16"))
+    assert _without_notes(one) == _without_notes(other) == {"text_config": {"hidden_size": 16}}
 
 
 @pytest.mark.parametrize("name", ["rank-stabilised", "modules trained whole", "embeddings"])

@@ -3,7 +3,7 @@
 The base still varies what training has narrowed, and an average with it can keep both (arXiv 2504.10478). We write a
 short path of averages as candidates `mix-W`, W the candidate's share, and measure each on the prompts and with the
 settings of the run's own series, so the rows stand beside those of diversity.jsonl. `aesl select --rule mix` reads
-them. A run that was cut off goes on: an average that is written and measured is not made again.
+them. An average that is written and measured is not made again while the inputs are the same.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import json
 import shutil
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import TrainerState
@@ -29,13 +29,14 @@ from ..errors import InputError, exit_on_input_error, tell
 from ..files import RunFolder
 from ..models.digests import folder_of, weights_digest
 from ..models.folder import ModelFolder
-from ..models.interpolate import INTERPOLATION, average_with_base, check_weight
+from ..models.interpolate import average_with_base, check_weight
 from ..models.loading import load_model, load_processing_class, put_adapter, release_memory
-from ..processes import lock
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs, reward_name
+from ..training.checkpoints import sweep
 from ..training.config import AESLSFTConfig
 from ..training.measurement import Measurement
+from ..training.session import training_lock
 from ..training.sft import SFTScriptArguments, load_datasets
 from ..values import option
 from .figures import aligned
@@ -112,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         check_columns(reward_funcs, prompts[0], where="the held-out prompts")
     accelerator = Accelerator(cpu=args.use_cpu)
     mixes = Mixes(run, step, base, script_args.weights, args, prompts, reward_funcs, accelerator)
-    place, message = mixes.path.with_name(".mix.lock"), f"another {NAME} is at work in {run.sft}"
-    with lock(place, message) if accelerator.is_main_process else nullcontext():
+    with training_lock(SimpleNamespace(output_dir=run.sft, process_index=accelerator.process_index)):
         mixes.write()
     if accelerator.is_main_process:
         tell(f"{table(run, step)}\n{mixes.path}\nnext: aesl select {names[0]} --rule mix")
@@ -174,25 +174,28 @@ class Mixes:
         }
 
     def rows_so_far(self) -> list[dict]:
-        """Return the rows of a call with the same inputs that was cut off; none of one that came to its end."""
+        """Return the rows of a call with the same inputs, cut off or not, whose averages are there and measured."""
         try:
             before, rows = files.read_object(self.path), list(self.run.mixes.values())
         except InputError:  # somebody has edited it
             return []
-        is_same = {key: before.get(key) for key in self.described} == self.described and len(rows) < len(self.weights)
-        return [row for row in rows if is_same and self.run.candidate(row["candidate"]).is_dir()]
+        is_same = {key: before.get(key) for key in self.described} == self.described
+        there = [row for row in rows if "gap" not in row and self.run.candidate(row["candidate"]).is_dir()]
+        return there if is_same else []
 
     def write(self) -> None:
-        """Make each average and its row, except what a call that was cut off has made."""
+        """Make each average and its row, except what a call with the same inputs has made."""
         rows, is_main, say = self.rows_so_far(), self.accelerator.is_main_process, self.accelerator.print
-        kept, samples = {row["candidate"] for row in rows}, self.path.parent / files.SAMPLES
+        kept = {row["candidate"] for row in rows}
+        samples = files.check_unlinked(self.path.parent / files.SAMPLES, self.run.sft)
         self.accelerator.wait_for_everyone()
         if is_main:
             self._save(rows)
-            for folder in self.run.candidates_folder.glob("mix-*"):
-                if folder.name not in kept and (folder / INTERPOLATION).is_file():
-                    shutil.rmtree(folder)
-                    (samples / f"{folder.name}.jsonl").unlink(missing_ok=True)
+            sweep(self.run.sft)
+            for path in [*self.run.candidates_folder.glob("mix-*"), *samples.glob("mix-*.jsonl")]:
+                name = path.name.removesuffix(".jsonl")
+                if files.is_mix(name) and name not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         trainer, measurement = Untrained(self.args, self.accelerator), None
         for weight in self.weights:
             name, began = name_of(weight), time.perf_counter()
@@ -215,6 +218,8 @@ class Mixes:
                 rows.append({"candidate": name, "weight": weight, **row, "seconds": time.perf_counter() - began})
                 self._save(rows)
             trainer.model = None
+            if generation := getattr(measurement.engine, "generation", None):
+                generation.model = None  # vLLM's next draw gets the next average; until then it would hold this one
             release_memory()
 
     def _save(self, rows: list[dict]) -> None:

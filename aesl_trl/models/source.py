@@ -74,7 +74,7 @@ def find_source(
     check_weights(folder)
     if base and not is_adapter:
         raise InputError(f"--base is for adapters: {folder} holds full weights")
-    samples, max_new_tokens = _samples(found if sft else None, step, candidate)
+    samples, max_new_tokens = _samples(found if sft else None, selection)
     rest = {
         "step": step,
         "candidate": candidate,
@@ -137,15 +137,22 @@ def _selected(run: RunFolder, verify: bool) -> tuple[Path, dict, Path | None]:
     return run.path, {}, sft
 
 
-def _samples(run: RunFolder | None, step: int | None, candidate: str | None) -> tuple[list[dict], int]:
-    """Return the selected candidate's samples, else the newest step's, and the length at which they were cut off."""
-    files = run.sample_files if run else {}
+def _samples(run: RunFolder | None, selection: dict) -> tuple[list[dict], int]:
+    """Return the selected candidate's samples, else the newest step's, and the length at which they were cut off.
+
+    Those of an average are its own while mix.json has the row that was selected: a later `aesl mix` replaces both.
+    """
+    files, candidate = run.sample_files if run else {}, selection.get("candidate")
     if not files:
         return [], DEFAULT_NEW_TOKENS
+    path, is_own = files[max(files)].with_name(f"{candidate}.jsonl"), False
     if is_mix(candidate):
-        path = files[max(files)].with_name(f"{candidate}.jsonl")
-        is_own, figures = True, run.mixes.get(candidate, {})
-    else:
+        figures, evidence = run.mixes.get(candidate), selection.get("evidence")
+        is_own = (
+            bool(figures) and isinstance(evidence, dict) and figures == evidence.get("measured") and path.is_file()
+        )
+    if not is_own:
+        step = None if is_mix(candidate) else selection.get("step")
         measured = step if step in files else max(files)
         path, is_own = files[measured], measured == step
         figures = next((row for row in run.rows(DIVERSITY) if row.get("step") == measured), {})

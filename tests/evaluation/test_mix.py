@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from held_locks import held_elsewhere
 from safetensors.torch import load_file
 from tiny_models import build_model
 
@@ -15,6 +18,7 @@ from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import mix
 from aesl_trl.models.handoff import hand_off
+from aesl_trl.models.source import find_source
 from aesl_trl.training.run_record import forget_after
 
 
@@ -131,7 +135,7 @@ def test_a_copy_of_the_candidate_is_measured_as_in_the_training(project, monkeyp
     assert files.read_jsonl(own / "samples" / "mix-0.5.jsonl") == files.read_jsonl(own / "samples" / "step-16.jsonl")
 
 
-def test_an_interrupted_call_goes_on_and_a_finished_one_starts_anew(project, monkeypatch):
+def test_a_call_goes_on_and_other_inputs_start_anew(project, monkeypatch):
     folder, made = project(), []
     average = mix.average_with_base
 
@@ -149,6 +153,8 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_starts_anew(project, mon
     own = run(folder)
     assert made == [0.25, 0.5, 0.5]
     rows = without_times(files.read_json(own / files.MIXES)["candidates"])
+    run(folder)  # complete, with the same inputs
+    assert len(made) == 3 and without_times(files.read_json(own / files.MIXES)["candidates"]) == rows
     run(folder, weights=("0.5", "0.25", "0.75"))
     assert made[3:] == [0.25, 0.5, 0.75]
     assert without_times(files.read_json(own / files.MIXES)["candidates"])[:2] == rows
@@ -159,6 +165,43 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_starts_anew(project, mon
     forget_after(folder / "run", 8)  # a training that goes on at step 8 trains another candidate
     assert not list((own / "candidates").glob("mix-*")) and not list((own / "samples").glob("mix-*"))
     assert not (own / files.MIXES).exists()
+
+
+def test_what_a_kill_left_is_cleared_away(project):
+    folder = project()
+    candidates, samples = (folder / "run" / files.OWN / name for name in (files.CANDIDATES, files.SAMPLES))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("mix-0.5", "mix-0.9", f".mix-0.5.{ended.pid}.tmp"):  # cut off in the clean-up, and in the writing
+        (candidates / name).mkdir()
+        (candidates / name / "model.safetensors").write_bytes(b"torn")
+    (samples / "mix-0.9.jsonl").write_text("")
+    run(folder, weights=("0.5",))
+    assert [path.name for path in sorted(candidates.glob("*mix-*"))] == ["mix-0.5"]
+    assert [path.name for path in samples.glob("mix-*")] == ["mix-0.5.jsonl"]
+
+
+def test_no_average_is_made_beside_a_training(project):
+    folder = project()
+    place = (folder / "run").resolve() / files.OWN / files.TRAINING_LOCK
+    with held_elsewhere(place), pytest.raises(InputError, match="another training is at work in"):
+        run(folder)
+
+
+def test_samples_of_a_later_call_are_not_those_of_the_selected_average(project):
+    folder = project()
+    own = run(folder, weights=("0.5",))
+    select_run(folder / "run")
+    assert find_source(folder / "run").samples == [
+        {**row, "comparable": True} for row in files.read_jsonl(own / "samples" / "mix-0.5.jsonl")
+    ]
+    newest = [{**row, "comparable": False} for row in files.read_jsonl(own / "samples" / "step-16.jsonl")]
+    found = files.read_json(own / files.MIXES)
+    found["candidates"][0]["entropy"] += 1.0
+    files.write_json(own / files.MIXES, found)
+    assert find_source(folder / "run").samples == newest
+    run(folder, weights=("0.25",))  # the files of the selected one are gone
+    assert find_source(folder / "run").samples == newest
 
 
 @pytest.fixture(scope="module")

@@ -292,7 +292,7 @@ def check_stages(chain: Chain, flags: Sequence[str] = ()) -> None:
             load_yaml(options.accelerate_config)
     if config.sft:
         flags = ["--config", config.sft.config, "--output_dir", str(chain.sft_dir), *common]
-        _, args, _ = parse(argument_types("sft"), flags, prog=NAME)
+        _, args, model_args = parse(argument_types("sft"), flags, prog=NAME)
         if not args.diversity_steps:
             raise InputError(f"{config.sft.config}: diversity_steps is 0: the chain has no candidates to select from")
         if args.push_to_hub and chain.run.resolve().is_relative_to(chain.sft_dir.resolve()):
@@ -322,10 +322,25 @@ def check_stages(chain: Chain, flags: Sequence[str] = ()) -> None:
             raise InputError(
                 f"{stage.config}: aesl mix does without deepspeed: give chain.yaml's mix a config of its own"
             )
+        if not args.diversity_steps:
+            raise InputError(f"{stage.config}: diversity_steps is 0: nothing says how the averages are measured")
+        _check_average(model_args, config.sft.config)
     elif config.mix:
         raise InputError(f"{chain.path}: mix is for selection by mix: add selection: {{rule: mix}}, or leave it out")
     if config.eval:
         load_config(config.eval.config, argument_types("eval"))
+
+
+def _check_average(model_args: Any, path: str) -> None:
+    """Refuse an adapter that has no average with its base, which `aesl mix` would refuse after the training."""
+    from ..models.interpolate import beyond_plain_lora
+    from ..training.rehearsal import peft_config_of
+
+    adapter = peft_config_of(model_args)
+    if adapter is not None and (extra := beyond_plain_lora(adapter.to_dict())):
+        raise InputError(
+            f"{path}: {extra} is more than plain LoRA, and selection by mix averages adapters: leave it out"
+        )
 
 
 def where_sft_lies(chain: Chain) -> list[str]:

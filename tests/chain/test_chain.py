@@ -243,6 +243,21 @@ def test_averages_are_made_before_the_selection(project, fakes):
     assert run(project(selection={"rule": "mix"}, mix={"weights": [0.5]})) == order[1:]
 
 
+def test_averages_of_another_chain_are_not_taken_for_its_own(project, fakes):
+    path = project(selection={"rule": "mix"})
+    run(path)
+    mixes = make(path).sft_dir / files.OWN / files.MIXES
+    before = mixes.read_text()
+    files.write_json(mixes, {"candidates": []})  # of a chain that shares the SFT, say
+    assert run(path)[0] == "mix" and mixes.read_text() == before
+    assert run(path) == []
+    record = files.read_json(make(path).run / files.CHAIN)
+    record["stages"]["mix"].pop("wrote")  # as an older version recorded it
+    files.write_json(make(path).run / files.CHAIN, record)
+    files.write_json(mixes, {"candidates": []})
+    assert run(path) == []
+
+
 def test_two_chains_in_one_folder_are_refused(project, fakes):
     path = project()
     folder = Path(read_config(path).output_dir)

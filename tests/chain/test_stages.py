@@ -110,6 +110,21 @@ def test_averages_are_checked_before_the_first_stage(changes, message, project):
         check_stages(make(project(**changes)), ANYWHERE)
 
 
+@pytest.mark.parametrize(
+    ("sft", "mix", "message"),
+    [
+        ("use_peft: true\nuse_dora: true", None, "sft.yaml: use_dora is more than plain LoRA"),
+        ("", "diversity_steps: 0", "mix.yaml: diversity_steps is 0"),
+    ],
+)
+def test_what_mix_would_refuse_is_refused_before_the_training(sft, mix, message, project, tmp_path):
+    path = project(selection={"rule": "mix"}, **({"mix": {"config": "mix.yaml"}} if mix else {}))
+    (tmp_path / "mix.yaml").write_text(f"{mix}\n")
+    (tmp_path / "sft.yaml").write_text(f"dataset_name: rows.jsonl\ndiversity_steps: 5\n{sft}\n")
+    with pytest.raises(InputError, match=message):
+        check_stages(make(path), ANYWHERE)
+
+
 def test_continued_adapter(project):
     chain = make(project())
     files.write_json(chain.run / files.HANDOFF, {"mode": "continue", "base": "org/base"})

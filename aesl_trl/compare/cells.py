@@ -7,6 +7,8 @@ Cells that share a base, a method, a setting, a point and a seed share a cold st
     sft/<method>[@<point>].yaml        the cold start's config, merged
     sft/<method>[@<point>]/seed-<n>/   its folder
     <method>[_<selection>][@<point>]/seed-<n>[-rl-<run>]/     the cell: chain.yaml, cell.json
+
+A cell whose averages have a config of their own holds it, merged, as mix.yaml.
 """
 
 import os
@@ -29,6 +31,7 @@ from .config import SFT_DIR, STEP, TUNE_DIR, CompareConfig, Point, row_name
 
 CELL = "cell.json"
 CHAIN_CONFIG = "chain.yaml"
+MIX_CONFIG = "mix.yaml"
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,18 @@ class Cell:
             if stage == "mix" and self.selection != "mix":
                 continue
             chain[stage] = dict(section) if isinstance(section, dict) else section
-            changes, of_base = (getattr(options, stage, None) or {} for options in (setting, base))
+            if stage == "mix" and not (isinstance(section, dict) and isinstance(section.get("config"), str)):
+                continue  # SFT's config is read
+            kind = "sft" if stage == "mix" else stage  # the averages are measured as the cold start was
+            changes, of_base = (getattr(options, kind, None) or {} for options in (setting, base))
             if stage == "grpo" and self.run:
                 chain[stage]["seed"] = config.rl_seed(self.seed, self.run)
-            if stage == "sft" and self.selection is not None:
+            if kind == "sft" and self.selection is not None:
                 changes = {**of_base, **config.methods[self.method].sft, **changes, **dict(self.point.values)}
-                target = self.root / SFT_DIR / f"{self.method}{self.at}.yaml"
-                chain[stage] |= {"output_dir": os.path.relpath(self.sft_dir, home)}
+                target = home / MIX_CONFIG
+                if stage == "sft":
+                    target = self.root / SFT_DIR / f"{self.method}{self.at}.yaml"
+                    chain[stage] |= {"output_dir": os.path.relpath(self.sft_dir, home)}
             elif (changes := {**of_base, **changes}) and stage in ("grpo", "eval"):
                 target = self.root / f"{stage}.yaml"
             else:

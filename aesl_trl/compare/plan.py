@@ -12,7 +12,7 @@ from ..diversity.passk import powers_of_two
 from ..errors import InputError, nearest
 from ..processes import scratch
 from ..values import load_yaml
-from .cells import CHAIN_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
+from .cells import CHAIN_CONFIG, MIX_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
 from .config import CompareConfig
 from .tuning import planned
 
@@ -50,6 +50,7 @@ def _with_own_files(text: str, path: Path, cell: Cell) -> str:
     """Name the user's files in an error in place of those put together for the trial."""
     for written in cell.configs():
         stage = {"grpo.yaml": "grpo", "eval.yaml": "eval", CHAIN_CONFIG: ""}.get(written.name, "sft")
+        stage = "mix" if written == cell.home / MIX_CONFIG else stage
         own = cell.config.chain[stage]["config"] if stage else f"{path}: chain"
         text = text.replace(str(written), f"{own} as {path.name} changes it for {cell.row}" if stage else own)
     return text

@@ -1,5 +1,7 @@
 """Cells: the rows of the table, the files that a cell is run by, and the cold starts that cells share."""
 
+import yaml
+
 from aesl_trl.compare.cells import Cell, groups, rows, table_cells
 from aesl_trl.compare.config import Point, read_config
 
@@ -49,6 +51,27 @@ def test_the_files_of_a_cell(project, tmp_path):
     }
     assert chain["grpo"]["config"] == "../../grpo.yaml"
     assert chain["eval"]["config"] == "../../../../eval.yaml"
+
+
+def test_averages_are_measured_with_what_the_cold_start_was_changed_by(project, tmp_path):
+    (tmp_path / "mix.yaml").write_text("diversity_steps: 5\nlearning_rate: 0.3\n")
+    methods = {"nll": {"sft": {"cold_start_loss": "nll"}, "selections": ["mix", "last"]}}
+    settings = {"few": {"sft": {"max_steps": 5}}}
+    path = project(methods=methods, settings=settings, reference=[])
+    values = yaml.safe_load(path.read_text())
+    values["chain"]["mix"] = {"config": "mix.yaml", "weights": [0.5]}
+    path.write_text(yaml.safe_dump(values))
+    config = read_config(path)
+    cell = Cell(config, "few", "nll", "mix", 1, Point((("learning_rate", 0.2),)))
+    found = {path.name: values for path, values in cell.configs().items() if path.parent == cell.home}
+    assert found["mix.yaml"] == {
+        "diversity_steps": 5,
+        "learning_rate": 0.2,
+        "cold_start_loss": "nll",
+        "max_steps": 5,
+    }
+    assert found["chain.yaml"]["mix"] == {"config": "mix.yaml", "weights": [0.5]}
+    assert "mix" not in [*Cell(config, "few", "nll", "last", 1).configs().values()][-1]
 
 
 def test_direct_rl_has_no_cold_start_and_a_step_is_a_selection(project):

@@ -270,9 +270,9 @@ def renew_own_folder(training: str | Path) -> None:
     """Move what version 0.1.0 left in a training's folder to `_aesl`, for a training that starts there anew."""
     folder = Path(training)
     if own_folder(folder) == folder:
-        made = (CANDIDATES, SAMPLES, SELECTED, SELECTION, READINESS, HANDOFF_DIR, HANDOFF, REPORT, TRAINER_STATE)
+        made = (CANDIDATES, SAMPLES, SELECTED, SELECTION, READINESS, MIXES, HANDOFF_DIR, HANDOFF, REPORT)
         # What shows that they lie here goes last: a move that was cut off is finished by the next start.
-        for name in (*made, *BEGUN):
+        for name in (*made, TRAINER_STATE, *BEGUN):
             if (folder / name).exists():
                 (folder / OWN).mkdir(exist_ok=True)
                 os.replace(folder / name, folder / OWN / name)

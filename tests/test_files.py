@@ -254,6 +254,7 @@ def test_a_training_that_starts_anew_moves_what_an_older_version_left(tmp_path):
     fill(tmp_path)
     files.write_text(tmp_path / "model.safetensors", "weights")
     files.write_text(tmp_path / "samples.txt", "somebody's own")
+    files.write_json(tmp_path / files.MIXES, {"candidates": []})
     for _ in range(2):
         files.renew_own_folder(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"_aesl", "model.safetensors", "samples.txt"}

@@ -101,6 +101,8 @@ def select_checkpoint(
         raise InputError("no saved candidate has been probed: run aesl probe on the run's folder, then select again")
     mix = None
     if rule == "mix":
+        if not mixes:
+            raise InputError(f"the rule mix reads {files.MIXES}, and there is none: run aesl mix on the run's folder")
         mix, reason = best_mix(mixes["candidates"])
         applied, wanted = rule, mixes["step"]
     else:

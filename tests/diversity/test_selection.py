@@ -308,6 +308,11 @@ def test_mix(rows, best, said):
     assert select("last")["candidate"] == "step-800"
 
 
+def test_mix_without_averages_is_refused_in_one_line():
+    with pytest.raises(InputError, match="the rule mix reads mix.json, and there is none"):
+        select("mix")
+
+
 def test_select_takes_the_average_and_says_what_it_replaces(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     files.write_json(run / files.MIXES, mixed((0.5, 0.3, 0.5), (0.7, 0.2, 0.6)))

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         check_columns(reward_funcs, prompts[0], where="the held-out prompts")
     accelerator = Accelerator(cpu=args.use_cpu)
     mixes = Mixes(run, step, base, script_args.weights, args, prompts, reward_funcs, accelerator)
-    with training_lock(SimpleNamespace(output_dir=run.sft, process_index=accelerator.process_index)):
+    with training_lock(SimpleNamespace(output_dir=run.sft, process_index=accelerator.process_index), accelerator):
         mixes.write()
     if accelerator.is_main_process:
         tell(f"{table(run, step)}\n{mixes.path}\nnext: aesl select {names[0]} --rule mix")

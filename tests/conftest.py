@@ -7,10 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny_models import build_tokenizer, save_model  # noqa: E402
 
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # no clock: other processes may take the cores
+hypothesis.settings.load_profile("no deadline")
 
 # Read where a kernel is defined, so before aesl_trl is imported: without a GPU the tests interpret the Triton kernels
 if not torch.cuda.is_available():

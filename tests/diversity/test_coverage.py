@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aesl_trl.diversity.coverage import GAINED, LOST, coverage, coverage_k, coverage_sums, lost_sentence
@@ -73,7 +73,6 @@ def test_has_no_bias_with_one_seed_and_with_two(p, q, shared_seed):
     assert mean == pytest.approx((before * (before - after), (1 - before) * (after - before)), abs=1e-13)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40), st.data())
 def test_bounds_and_the_change_of_pass_at_k(pairs, data):
     base, own = zip(*pairs, strict=True)

@@ -235,9 +235,14 @@ def has_ended(home: Path) -> bool:
     return ended and (home / files.EVALUATION).exists()
 
 
-def failure(home: Path) -> str | None:
-    """Return `stage grpo failed with exit code 3` where the cell's last run ended so. The next run tries it again."""
-    stages = files.read_object(home / files.CHAIN).get("stages", {})
+def failure(cell: Cell) -> str | None:
+    """Return `stage grpo failed with exit code 3` where the cell's last run ended so. The next run tries it again.
+
+    A cold start that failed fails every cell that shares it, also those that were not started for it.
+    """
+    stages = files.read_object(cell.home / files.CHAIN).get("stages", {})
+    if cell.sft_dir is not None:
+        stages = {**stages, "sft": files.read_object(files.own_folder(cell.sft_dir) / files.STAGE)}
     codes = {name: stage.get("returncode") for name, stage in stages.items() if stage.get("status") == "failed"}
     return next((f"stage {name} failed with exit code {code}" for name, code in codes.items()), None)
 

@@ -182,7 +182,7 @@ def write_results(comparison: Comparison) -> str:
     cells = [item for item in records.values() if item]
     if not cells and not any(line["finished"] for line in tuning):
         raise InputError(f"{config.output_dir} holds no finished cell: run it first, or see the logs of what failed")
-    failed = {cell: failure(cell.home) for cell, item in records.items() if not item}
+    failed = {cell: failure(cell) for cell, item in records.items() if not item}
     result = {
         "config": os.path.relpath(comparison.path, comparison.output),
         "seeds": config.seeds,

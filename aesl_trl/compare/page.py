@@ -148,7 +148,8 @@ def _difference_parts(result: dict[str, Any]) -> list[str]:
             f"Differences are taken {unit} by {unit}. Decided: the interval excludes zero. Decided, Holm: the p of "
             "its t test is below 0.05 after Holm's adjustment for the number of rows in the table, in which rows "
             "that are the same runs count once. Permutation p: unpaired and two-sided, the share of the ways to hand "
-            "out both rows' values whose means differ as much; beside it the same after Holm. "
+            f"out both rows' values, of the {unit}s that both have, whose means differ as much; beside it the same "
+            "after Holm. "
             f"{unit.capitalize()}s to decide: the smallest n with t(0.975, n - 1) * sd / sqrt(n) below the observed "
             "difference; at that n a difference of this size is found in about half of all repetitions."
         )
@@ -184,14 +185,14 @@ def _tuning_parts(result: dict[str, Any]) -> list[str]:
     going_on = f"; the best {tuning['keep']} of each went on to the next seed" if tuning.get("keep") else ""
     base = f" of base {tuning['base']}" if tuning.get("base") else ""
     unused = "a base and seeds" if base else "seeds"
-    added = [line["row"] for line in tuning["rows"] if line.get("added")]
+    added = [f"{line['row']} ({len(line['added'])})" for line in tuning["rows"] if line.get("added")]
     edges = [line["row"] for line in tuning["rows"] if line.get("edge")]
     notes = [
-        f"Every row tried the same number of points, on {unused} that the tables above do not use{going_on}. A point "
-        "of which a seed failed cannot be chosen."
+        f"Every row's grid had the same number of points, on {unused} that the tables above do not use{going_on}. "
+        "A point of which a seed failed cannot be chosen."
     ]
     if added:
-        notes.append(f"A point beyond the edge of its grid, where its best lay, was added for {', '.join(added)}.")
+        notes.append(f"Points beyond the edge of the grid, where the best lay, were added for {', '.join(added)}.")
     if edges:
         notes.append(f"**The best still lies at an edge** for {', '.join(edges)}: a better rate may lie beyond.")
     return [

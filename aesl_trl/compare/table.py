@@ -14,6 +14,7 @@ import re
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ..diversity.intervals import (
@@ -96,9 +97,23 @@ def starts_of(cells: Sequence[dict]) -> list[dict]:
     for cell in cells:
         by_start.setdefault((cell["row"], cell.get("base", ""), cell["seed"]), []).append(cell)
     return [
-        {**of[0], "runs": len(of), **{when: _means([cell[when] for cell in of]) for when in TIMES}}
+        {
+            **{**of[0], "runs": len(of), "folders": [_source(cell) for cell in of]},
+            **{when: _means([cell[when] for cell in of]) for when in TIMES},
+        }
         for of in by_start.values()
     ]
+
+
+def _source(cell: dict) -> str:
+    """Return the folder in which the cell's RL was run, as [`~aesl_trl.compare.cells.source`] finds it."""
+    home = PurePath(cell["folder"])
+    return str(home if cell["same_as"] is None else home.parent.parent / cell["same_as"] / home.name)
+
+
+def _start(cell: dict) -> Any:
+    """Return what RL started from: a step or an average; None without a cold start."""
+    return None if cell["selection"] is None else cell.get("start", cell["step"])
 
 
 def _means(figures: Sequence[dict[str, float | None]]) -> dict[str, float]:
@@ -109,34 +124,43 @@ def _means(figures: Sequence[dict[str, float | None]]) -> dict[str, float]:
 def rl_noise(cells: Sequence[dict], name: str) -> dict[str, Any]:
     """Return the sd of RL runs from one start, pooled over the starts of a row, and its degrees of freedom.
 
-    It is RL's own chance: the runs share the model that they start from, and differ in RL's seed. None without a start
-    that has two runs.
+    It is RL's own chance: the runs share the model that they start from, and differ in RL's seed. A selection may
+    measure anew: runs for which it came to another step are apart. None without a start that has two runs.
     """
     by_start: dict[tuple, list[float]] = {}
     for cell in cells:
         if cell["after"].get(name) is not None:
-            by_start.setdefault((cell.get("base", ""), cell["seed"]), []).append(cell["after"][name])
+            place = (cell.get("base", ""), cell["seed"], _start(cell))
+            by_start.setdefault(place, []).append(cell["after"][name])
     repeated = [values for values in by_start.values() if len(values) > 1]
     df = sum(len(values) - 1 for values in repeated)
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in repeated)
     return {"sd": math.sqrt(squares / df) if df else None, "df": df}
 
 
-def solved(cells: Sequence[dict]) -> dict[str, Any] | None:
-    """Return, over all runs, the problems with every sample `right` after RL, those `mixed`, and how many there are.
+def counted(cells: Sequence[dict]) -> str | None:
+    """Return the column whose values the evaluations of all cells count as solved; None where they count problems."""
+    columns = {cell.get("count_by") if "solved_of" in cell["after"] else None for cell in cells}
+    return columns.pop() if len(columns) == 1 else None
 
-    Where the evaluations count the values of a column, `by`, these stand in place of the problems.
+
+def solved(cells: Sequence[dict], by: str | None = None) -> dict[str, Any] | None:
+    """Return, over all runs, the problems with every sample `right` after RL, those `mixed`, and how many are graded.
+
+    Where the whole table counts the values of a column, `by`, these stand in place of the problems.
     None where a run does not say how many problems it was evaluated on (benchmarks, and records of older versions).
     """
-    if cells and all(cell.get("count_by") and "solved_of" in cell["after"] for cell in cells):
+    if cells and by is not None:
         right, of = (sum(round(cell["after"][name]) for cell in cells) for name in ("solved", "solved_of"))
-        return {"right": right, "mixed": 0, "of": of, "by": cells[0]["count_by"]}
+        return {"right": right, "mixed": 0, "of": of, "by": by}
     if not cells or not all(cell.get("problems") and "groups_all_right" in cell["after"] for cell in cells):
         return None
+    graded = [cell["problems"] - cell["after"].get("problems_not_graded", 0) for cell in cells]
     right, mixed = (
-        sum(round(cell["after"][name] * cell["problems"]) for cell in cells) for name in ("groups_all_right", SIGNAL)
+        sum(round(cell["after"][name] * of) for cell, of in zip(cells, graded, strict=True))
+        for name in ("groups_all_right", SIGNAL)
     )
-    return {"right": right, "mixed": mixed, "of": sum(cell["problems"] for cell in cells), "by": None}
+    return {"right": right, "mixed": mixed, "of": sum(graded), "by": None}
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
@@ -167,12 +191,13 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
     starts = starts_of(cells)
     figures = tuple(dict.fromkeys((*figure_names(starts), metric)))
     by_row = {row["row"]: [start for start in starts if start["row"] == row["row"]] for row in rows}
-    found = [_row(row, rows, by_row, figures, reference, metric) for row in rows]
+    found, by = [_row(row, rows, by_row, figures, reference, metric) for row in rows], counted(cells)
     for row in found:
         mine = [cell for cell in cells if cell["row"] == row["row"]]
-        row |= {"rl_noise": rl_noise(mine, metric), "solved": solved(mine)}
+        row |= {"rl_noise": rl_noise(mine, metric), "solved": solved(mine, by)}
     for name in reference:
-        _adjust([row["differences"][name]["after"][metric] for row in found if name in row["differences"]])
+        others = [row for row in found if name in row["differences"]]
+        _adjust([(_folders(by_row[row["row"]]), row["differences"][name]["after"][metric]) for row in others])
     return {
         "metric": metric,
         "level": LEVEL,
@@ -204,30 +229,42 @@ def _row(row: dict, rows: Sequence[dict], by_row: dict[str, list[dict]], figures
                 when: {key: paired(_by_start(mine, when, key), _by_start(theirs, when, key)) for key in figures}
                 for when in TIMES
             }
-            their_bases = _by_base(theirs, metric)
-            strata = [(values, their_bases.get(base, [])) for base, values in of_base.items()]
-            found["differences"][name]["after"][metric]["permutation_p"] = permutation_p(strata)
+            difference = found["differences"][name]["after"][metric]
+            ours, of_reference = (
+                _by_base([start for start in side if _key(start) in difference["seeds"]], metric)
+                for side in (mine, theirs)
+            )
+            is_other = _folders(mine) != _folders(theirs)
+            strata = [(values, of_reference[base]) for base, values in ours.items()]
+            difference["permutation_p"] = permutation_p(strata) if is_other else None
     return found
 
 
-def _adjust(differences: Sequence[dict[str, Any]]) -> None:
+def _folders(starts: Sequence[dict]) -> frozenset[str]:
+    """Return the folders in which the runs of a row lie: rows with the same ones are the same runs."""
+    return frozenset(folder for start in starts for folder in start["folders"])
+
+
+def _adjust(contrasts: Sequence[tuple[Hashable, dict[str, Any]]]) -> None:
     """Add Holm's adjusted p values to the differences to one reference, which are one family.
 
-    Rows that are the same runs count once, and a row that is the reference's runs does not count.
+    Each comes with what its row's runs are known by. Rows that are the same runs count once, and a row that is the
+    reference's runs has no p and does not count.
     """
     for key in ("p", "permutation_p"):
-        contrasts = {(each["mean"], each["p"]): each[key] for each in differences if each["p"] is not None}
-        adjusted = dict(zip(contrasts, holm(list(contrasts.values())), strict=True))
-        for each in differences:
-            each[f"{key}_holm"] = adjusted.get((each["mean"], each["p"]))
+        family = {runs: each[key] for runs, each in contrasts if each[key] is not None}
+        adjusted = dict(zip(family, holm(list(family.values())), strict=True))
+        for runs, each in contrasts:
+            each[f"{key}_holm"] = adjusted.get(runs)
 
 
 def _by_start(starts: Sequence[dict], when: str, name: str) -> dict[Hashable, float]:
     """Return a figure by seed, or by base and seed where there are several bases."""
-    known = [start for start in starts if start[when].get(name) is not None]
-    return {
-        (start["base"], start["seed"]) if start.get("base") else start["seed"]: start[when][name] for start in known
-    }
+    return {_key(start): start[when][name] for start in starts if start[when].get(name) is not None}
+
+
+def _key(start: dict) -> Hashable:
+    return (start["base"], start["seed"]) if start.get("base") else start["seed"]
 
 
 def _by_base(starts: Sequence[dict], metric: str) -> dict[str, list[float]]:
@@ -258,10 +295,8 @@ def distinct_runs(cells: Sequence[dict]) -> list[dict]:
     """Return the cells without those that are the same run: a selection that came to the step of an earlier cell."""
     found: dict[Any, dict] = {}
     for cell in cells:
-        start = cell.get("start", cell["step"]) if cell["selection"] is not None else None
         place = (cell.get("base"), cell["setting"], cell["method"], cell.get("point"))
-        key = (*place, cell["seed"], cell.get("run"), start)
-        found.setdefault(key, cell)
+        found.setdefault((*place, cell["seed"], cell.get("run"), _start(cell)), cell)
     return list(found.values())
 
 

@@ -2,7 +2,7 @@
 
 Every point of a row is tried on the first of `tune.seeds`. With `tune.keep` only that many of the best points go on to
 the next seed, and so on (successive halving, arXiv 1502.07943): the seeds are spent where the choice is close. Every
-method tries the same number of points on every seed. The cells' folders say which of them are finished.
+grid has the same number of points. The cells' folders say which of them are finished.
 
 Where the best point of a row has the lowest or the highest of the learning rates that were tried beside its other
 values, a rate beyond is tried on every tuning seed, at most `tune.extend` times.
@@ -139,7 +139,8 @@ def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
 
 def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:
     """Return the best point (None while a cell is at work), each point's figures, and the number of finished cells."""
-    found = [item for cell in cells if (item := cell.record())]
-    failed = [cell for cell in cells if failure(cell.home)]
+    records = [(cell, cell.record()) for cell in cells]
+    found = [item for _, item in records if item]
+    at_work = any(not item and not failure(cell) for cell, item in records)
     best, figures = tuned(found, points, seeds, lambda item: item["after"].get(config.tune.by))
-    return (best if len(found) + len(failed) >= len(cells) else None), figures, len(found)
+    return (None if at_work else best), figures, len(found)

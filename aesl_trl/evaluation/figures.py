@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..diversity.figures import Group, by_prompt, entropy_estimator, measure, prompt_sums
+from ..diversity.figures import Group, by_prompt, entropy_estimator, measure, prompt_sums, right_counts
 from ..diversity.intervals import bootstrap_interval, is_number
 from ..diversity.passk import avg_at_k, pass_at_k, powers_of_two
 from ..files import write_jsonl
@@ -49,6 +49,8 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
             if not all(is_number(sample[0]) for sample in group.rewards):
                 groups[index] = replace(group, rewards=[[math.nan] for _ in group.completions])
     figures = figures_with_intervals(groups, success_threshold)
+    if not_graded := sum(not num for num, _ in right_counts(groups)):
+        figures["problems_not_graded"] = not_graded
     if task.count_by is not None:
         figures |= count_solved(groups, [str(row.get(task.count_by)) for row in task.rows], success_threshold)
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from aesl_trl.compare.table import (
     MAX_SEEDS,
     correlations,
+    counted,
     distinct_runs,
     figure_names,
     paired,
@@ -130,6 +131,7 @@ def cell(name="nll/last", seed=0, *, before=0.3, after=0.8, entropy=0.1, **chang
     method, _, selection = name.partition("/")
     found = {"row": name, "setting": "", "method": method, "selection": selection or None, "seed": seed, "point": ""}
     start = {"pass@1": before, "pass@8": 0.5, "entropy": entropy, "self_bleu": 0.9, "groups_mixed": 0.2}
+    found |= {"folder": f"{changes.get('base', '')}/{name.replace('/', '_')}/seed-{seed}", "same_as": None}
     return {**found, "step": 400, "before": start, "after": {**start, "pass@1": after}, **changes}
 
 
@@ -171,6 +173,8 @@ def test_rl_runs_are_averaged_within_a_start():
     noise = rl_noise(cells, "pass@1")
     assert (noise["sd"], noise["df"]) == (pytest.approx(math.sqrt(0.02)), 2)
     assert rl_noise(cells[:1], "pass@1") == {"sd": None, "df": 0}
+    # a readiness probe, repeated beside each RL run, may choose another step
+    assert rl_noise([{**cells[0], "start": "step 10"}, *cells[1:4]], "pass@1")["df"] == 1
     (found,) = table(cells, [row("nll/last")], reference=[], metric="pass@1")["rows"]
     assert (found["seeds"], found["runs"], found["after"]["pass@1"]["n"]) == ([0, 1, 2], [2, 2, 1], 3)
     assert found["after"]["pass@1"]["mean"] == pytest.approx(2 / 3) and found["rl_noise"] == noise
@@ -202,7 +206,12 @@ def test_holm_is_over_the_rows_of_a_reference_and_counts_the_same_runs_once():
         "b/last": (0.60, 0.65, 0.62),
         "b/best_eval": (0.60, 0.65, 0.62),
     }
-    cells = [cell(name, seed, after=value) for name, of in after.items() for seed, value in enumerate(of)]
+    twins = {"nll/best_eval": "nll_last", "b/best_eval": "b_last"}
+    cells = [
+        cell(name, seed, after=value, same_as=twins.get(name))
+        for name, of in after.items()
+        for seed, value in enumerate(of)
+    ]
     found = table(cells, [row(name) for name in after], reference=["nll/last"], metric="pass@1")["rows"]
     of = {each["row"]: each["differences"]["nll/last"]["after"]["pass@1"] for each in found[1:]}
     assert of["nll/best_eval"]["p"] is None is of["nll/best_eval"]["p_holm"]
@@ -213,6 +222,27 @@ def test_holm_is_over_the_rows_of_a_reference_and_counts_the_same_runs_once():
     assert of["a/last"]["permutation_p_holm"] == pytest.approx(0.2)
 
 
+def test_rows_of_equal_figures_are_tests_of_their_own():
+    """Two methods that came out alike are two contrasts: 3 rows, and the smallest permutation p counts three times."""
+    after = {"nll/last": (0.5, 0.5, 0.5), "a/last": (0.6, 0.65, 0.62), "b/last": (0.6, 0.65, 0.62)}
+    after["c/last"] = (0.5, 0.5, 0.5)  # as the reference: no t test, but a permutation test
+    cells = [cell(name, seed, after=value) for name, of in after.items() for seed, value in enumerate(of)]
+    found = table(cells, [row(name) for name in after], reference=["nll/last"], metric="pass@1")["rows"]
+    a, b, c = (each["differences"]["nll/last"]["after"]["pass@1"] for each in found[1:])
+    assert a["p_holm"] == b["p_holm"] == pytest.approx(2 * a["p"]) and c["p"] is None is c["p_holm"]
+    assert (c["permutation_p"], c["permutation_p_holm"]) == (1.0, 1.0)
+    assert a["permutation_p_holm"] == b["permutation_p_holm"] == pytest.approx(3 * 0.1)
+
+
+def test_permutations_are_over_the_starts_that_both_rows_have():
+    """Seed 3 of the reference has no partner: with its 0.9 the p would be that of another difference."""
+    after = {"nll/last": (0.5, 0.51, 0.52, 0.9), "a/last": (0.70, 0.71, 0.72)}
+    cells = [cell(name, seed, after=value) for name, of in after.items() for seed, value in enumerate(of)]
+    _, a = table(cells, [row(name) for name in after], reference=["nll/last"], metric="pass@1")["rows"]
+    found = a["differences"]["nll/last"]["after"]["pass@1"]
+    assert found["seeds"] == [0, 1, 2] and found["permutation_p"] == pytest.approx(0.1)  # 2 of 20 ways
+
+
 def test_problems_are_counted():
     one = cell(problems=16)
     one["after"] |= {"groups_all_right": 14 / 16, "groups_mixed": 1 / 16}
@@ -220,10 +250,15 @@ def test_problems_are_counted():
     two["after"] |= {"groups_all_right": 1.0, "groups_mixed": 0.0}
     assert solved([one, two]) == {"right": 30, "mixed": 1, "of": 32, "by": None}
     assert solved([one, cell(seed=2)]) is None and solved([]) is None
-    counted = [
+    of_symbols = [
         {**each, "count_by": "symbol", "after": {**each["after"], "solved": 7, "solved_of": 8}} for each in (one, two)
     ]
-    assert solved(counted) == {"right": 14, "mixed": 0, "of": 16, "by": "symbol"}
+    assert counted(of_symbols) == "symbol"
+    assert solved(of_symbols, "symbol") == {"right": 14, "mixed": 0, "of": 16, "by": "symbol"}
+    # cells evaluated before eval.yaml had count_by: the whole table counts problems
+    assert counted([*of_symbols, one]) is None and solved(of_symbols)["right"] == 30
+    one["after"] |= {"problems_not_graded": 2}  # 14/16 of the other 14
+    assert solved([one]) == {"right": 12, "mixed": 1, "of": 14, "by": None}
 
 
 def test_the_largest_pass_that_every_cell_has():

@@ -105,3 +105,18 @@ def test_tuned_on_a_base_of_its_own_beyond_the_grid_and_then_rl_twice(project, f
     assert started(fakes)[len(order) :] == [
         (name, "main/nll_last/seed-0-rl-3") for name in ("handoff", "grpo", "eval", "report")
     ]
+
+
+def test_a_cold_start_that_fails_leaves_the_other_points(project, fakes):
+    """Its second selection is never started, and must not keep the row from the best of the others."""
+    tune = {"seeds": [7], "grid": {"learning_rate": [0.1, 0.3]}}
+    methods = {"nll": {"sft": {"cold_start_loss": "nll"}, "selections": ["turning_point", "last"]}}
+    path = project(seeds=[0], methods=methods, tune=tune)
+    (fakes / "fail_sft").write_text("nll@learning_rate=0.3")
+    assert run(path) == 1
+    lines = result(fakes)["tuning"]["rows"]
+    assert [(line["row"], line["chosen"]) for line in lines] == [
+        ("nll/turning_point", "learning_rate=0.1"),
+        ("nll/last", "learning_rate=0.1"),
+    ]
+    assert {cell["point"] for cell in result(fakes)["cells"]} == {"learning_rate=0.1"}

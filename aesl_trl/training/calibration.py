@@ -5,6 +5,7 @@ its prefix. Where the loss lies, that temperature is `t_scaling` times `nll_lear
 makes all tokens alike: every weight is near 1, and AESL is plain nll.
 """
 
+import math
 from collections.abc import Iterator
 from functools import reduce
 from itertools import chain, islice
@@ -12,7 +13,7 @@ from operator import add
 
 from transformers import TrainerCallback
 
-from ..errors import tell
+from ..errors import InputError, tell
 from ..losses.scoring import score_batch
 from ..sampling.groups import preserved_random_state
 from .config import AUTO
@@ -45,7 +46,7 @@ class Calibration(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.t_scaling == AUTO:  # a resumed training has its value in the log, a new one finds its own
-            self.trainer.take_token_rule()
+            self._take_token_rule()
 
     def next_step(self, epoch_iterator: Iterator[dict], num_batches: int) -> Iterator[dict]:
         """Return an iterator of the same batches. Score those of the first steps where no value is found yet."""
@@ -62,12 +63,23 @@ class Calibration(TrainerCallback):
         with preserved_random_state():
             sums = [TokenSums.of_batch(score_batch(trainer, batch), trainer._eos_ids) for batch in batches]
         nll_learnt = reduce(add, sums).over_ranks(trainer.accelerator).nll_learnt
+        if not math.isfinite(nll_learnt):
+            raise InputError(f"cannot find t_scaling (nll_learnt is {nll_learnt} before step 1): give a number")
         found = acting_t_scaling(nll_learnt)
         trainer.log({FOUND: found})
         renew_record(trainer)
-        trainer.take_token_rule()
+        self._take_token_rule()
         if trainer.accelerator.is_main_process:
             tell(f"aesl_trl: t_scaling auto is {found:.3g} (nll_learnt is {nll_learnt:.3g} before step 1)")
+
+    def _take_token_rule(self) -> None:
+        trainer = self.trainer
+        trainer.take_token_rule()
+        if trainer._token_rule.old_policy and trainer._old_policy is None:  # nll, the first rule, asked for none
+            raise InputError(
+                f"t_scaling is {AUTO!r}, but create_token_rule returns a rule with old_policy, which must be known "
+                "from the start: give a number, such as 3.0"
+            )
 
     def on_log(self, args, state, control, logs, **kwargs):
         """Say so where AESL does not act at a quarter of the steps; a row of the log is about all since the last."""
@@ -79,6 +91,7 @@ class Calibration(TrainerCallback):
                 tell(f"aesl_trl: AESL is not acting yet: {figure}{self._begins_at(logs)}")
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._epoch = self._batches = None  # they hold the data loader's workers and batches
         rows = [row for row in state.log_history if EFFECTIVE in row]
         renew_record(self.trainer)
         if rows and self._is_aesl and state.is_world_process_zero and all(row[EFFECTIVE] > NLL for row in rows):
@@ -93,4 +106,5 @@ class Calibration(TrainerCallback):
 
     def _begins_at(self, row: dict) -> str:
         begin = acting_t_scaling(row["nll_learnt"])
-        return f"; at this nll it begins at t_scaling {begin:.2g}" if begin < self.trainer.t_scaling else ""
+        is_lower = self.trainer.args.prefix_mode == "inclusive" and begin < self.trainer.t_scaling
+        return f"; at this nll it begins at t_scaling {begin:.2g}" if is_lower else ""

@@ -41,7 +41,7 @@ class AESLSFTConfig(SFTConfig):
         t_scaling: scale of AESL's temperature, positive: the temperature is 1 where the prefix's mean negative
             log-likelihood is `1 / t_scaling` nats. The paper does not state its value. `"auto"` finds, before step 1,
             the value at which AESL begins to act, in forward passes over the rows of the first 8 optimiser steps:
-            0.9 / `nll_learnt`, within [0.1, 10] (docs/losses.md).
+            0.9 / `nll_learnt`, within [0.1, 10] (docs/losses.md). It needs `prefix_mode="inclusive"`.
         min_temperature: lower clamp of the temperature, positive.
         prefix_mode: `"inclusive"` (paper): the prefix's mean includes the current token; `"exclusive"`: it does not;
             `"none"`: `t_scaling` is the temperature of every token (the token-level ablation).
@@ -198,10 +198,10 @@ class AESLSFTConfig(SFTConfig):
                 self.t_scaling = float(self.t_scaling)
         if self.t_scaling != AUTO:
             check_bound("t_scaling", self.t_scaling, above=0, hint=f"{AUTO} finds it before step 1")
-        elif self.prefix_mode == "none":
+        elif self.prefix_mode != "inclusive":
             raise InputError(
-                f"t_scaling is {AUTO!r}, but prefix_mode is 'none', to which it is the temperature itself: "
-                "give a number, such as 1.0"
+                f"t_scaling is {AUTO!r}, but prefix_mode is {self.prefix_mode!r}, and the value is found for "
+                "'inclusive': give a number, such as 1.0"
             )
 
     def _check_loss_fields(self) -> None:

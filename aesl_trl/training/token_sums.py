@@ -90,8 +90,11 @@ class TokenSums:
 
     @property
     def nll_learnt(self) -> float:
-        """The nll of what is learnt, nats: the mean over tokens of their prefix's mean nll, each by its own nll."""
-        return (self.prefix_nll / self.nll).item()
+        """The nll of what is learnt, nats: the mean over tokens of their prefix's mean nll, each by its own nll.
+
+        It is 0 where every token's nll is 0, and NaN without tokens.
+        """
+        return 0.0 if self.tokens and self.nll == 0 else (self.prefix_nll / self.nll).item()
 
     def figures(self, with_temperature: bool) -> dict[str, float]:
         """Return the means that are logged. `weight_effective` counts each token by its nll: it is loss / nll."""

@@ -34,7 +34,7 @@ from .config import AUTO, AESLSFTConfig
 from .finite_steps import SHOWN_ROWS, FiniteStepsMixin, rows_not_finite
 from .packing_probe import architecture_of, check_documents_apart, packed_rows_collator
 from .rows import RowsMixin
-from .run_record import FOUND, found_by
+from .run_record import EFFECTIVE, FOUND, found_by
 from .session import training_lock
 from .token_sums import TokenSums
 from .trained_with import peft_settings, refuse_other_training, trained_with
@@ -159,7 +159,10 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             return super().train(None if checkpoint is None else str(checkpoint), *positional, **kwargs)
 
     def create_token_rule(self) -> TokenRule:
-        """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py)."""
+        """Return the loss as a function of a token's statistics; override it for your own loss (losses/rules.py).
+
+        `self.t_scaling` is the value that `t_scaling: auto` found, while `self.args.t_scaling` stays `"auto"`.
+        """
         args = copy.copy(self.args)
         args.t_scaling = self.t_scaling
         return TOKEN_RULES[args.cold_start_loss].rule(args)
@@ -241,7 +244,10 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             loss_name = next((key for key in logs if key.endswith("_loss")), "eval_loss")
             prefix = "" if mode == "train" else loss_name.removesuffix("loss")
             sums, with_temperature = self._sums[mode], self._token_rule.temperatures is not None
-            logs.update({prefix + name: value for name, value in sums.figures(with_temperature).items()})
+            figures = sums.figures(with_temperature)
+            if self._token_rule.losses is not None:  # the loss is no weighted nll
+                figures.pop(EFFECTIVE, None)
+            logs.update({prefix + name: value for name, value in figures.items()})
             if mode == "train" and self.args.should_save:
                 row = {"step": self.state.global_step, **sums.by_position(with_temperature)}
                 files.append_jsonl(files.own_folder(self.args.output_dir) / files.POSITIONS, row)

@@ -20,7 +20,9 @@ from small_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aesl_trl import files
+from aesl_trl.errors import InputError
 from aesl_trl.losses.definition import gold_log_probs
+from aesl_trl.losses.rules import psft_rule
 from aesl_trl.losses.scoring import TokenScores
 from aesl_trl.training import calibration
 from aesl_trl.training.calibration import acting_t_scaling
@@ -99,6 +101,7 @@ def auto(tokenizer, folder, model=None, rows=ROWS, **changes):
 def test_the_value_is_that_of_plain_logits_over_the_first_steps(changes, tokenizer, tmp_path, capsys):
     model = double_model()
     trainer = auto(tokenizer, tmp_path, **changes)
+    assert trainer._calibration._epoch is trainer._calibration._batches is None  # no data loader outlives the training
     rows = documents(trainer.train_dataset)
     seen = rows if changes["max_steps"] == 12 or "packing" in changes else rows[: 2 * changes["max_steps"]]
     expected = 0.9 / nll_learnt(nlls_of(model, seen))
@@ -171,21 +174,46 @@ def test_skills_tiny_by_hand(tmp_path):
     [
         ({"t_scaling": 300.0}, [1]),
         ({"t_scaling": 300.0, "logging_steps": 2}, [2]),
+        ({"t_scaling": 300.0, "prefix_mode": "exclusive", "min_temperature": 300.0}, [1]),
         ({"t_scaling": 300.0, "prefix_mode": "none"}, []),
         ({"cold_start_loss": "nll"}, []),
         ({"t_scaling": 0.01}, []),
     ],
-    ids=["high", "seldom", "none", "nll", "low"],
+    ids=["high", "seldom", "exclusive", "none", "nll", "low"],
 )
 def test_a_line_says_that_aesl_does_not_act(changes, steps, tokenizer, tmp_path, capsys):
     trainer = trainer_for(tokenizer, tmp_path, double_model(), ROWS, max_steps=4, **changes)
     trainer.train()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aesl_trl: AESL")]
-    begins = r"; at this nll it begins at t_scaling 0\.\d+$"
+    begins = "$" if "prefix_mode" in changes else r"; at this nll it begins at t_scaling 0\.\d+$"
     patterns = [f"AESL is not acting yet: weight_effective is 1.00 at step {step}{begins}" for step in steps]
     patterns += [rf"AESL has not acted: this was nll \(weight_effective stayed above 0.95\){begins}"] * len(steps)
     assert len(said) == len(patterns) and all(map(re.search, patterns, said))
     assert files.read_settings(tmp_path)["weight_effective"] == steps_of(trainer, "weight_effective")[-1]
+
+
+def test_a_mean_that_is_no_number_gives_no_value(tokenizer, tmp_path):
+    model = double_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:] = torch.nan
+    trainer = trainer_for(tokenizer, tmp_path, model, ROWS, max_steps=2, t_scaling="auto")
+    with pytest.raises(InputError, match=r"cannot find t_scaling.* nan before step 1.*: give a number"):
+        trainer.train()
+
+
+def test_a_rule_with_an_old_policy_needs_a_number(tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, double_model(), ROWS, max_steps=2, t_scaling="auto")
+    trainer.create_token_rule = psft_rule
+    with pytest.raises(InputError, match="t_scaling is 'auto', but create_token_rule .* old_policy.* a number"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("loss", ["gem", "psft"])
+def test_no_effective_weight_where_the_loss_is_no_weighted_nll(loss, tokenizer, tmp_path):
+    trainer = trainer_for(tokenizer, tmp_path, double_model(), ROWS, max_steps=1, cold_start_loss=loss)
+    trainer.train()
+    assert steps_of(trainer, "weight_mean") and not any("weight_effective" in row for row in trainer.state.log_history)
+    assert "weight_effective" not in files.read_settings(tmp_path)
 
 
 def test_the_model_card_says_what_was_found(tokenizer, tmp_path):

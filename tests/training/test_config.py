@@ -150,6 +150,7 @@ def test_the_turning_point_is_selected_whatever_the_loss(loss, tmp_path):
         ({"t_scaling": "high"}, "t_scaling is 'high', but must be a finite number, above 0; auto finds it"),
         ({"t_scaling": "nan"}, "t_scaling is nan, but must be a finite number, above 0"),
         ({"t_scaling": "auto", "prefix_mode": "none"}, "t_scaling is 'auto', but prefix_mode is 'none', .* a number"),
+        ({"t_scaling": "auto", "prefix_mode": "exclusive"}, "prefix_mode is 'exclusive', .* 'inclusive'.* a number"),
         ({"t_scaling": "auto", "cold_start_loss": "nll"}, "t_scaling is 'auto', but cold_start_loss is 'nll'"),
         ({"t_scaling": "auto", "aesl_weight": "linear"}, "t_scaling is 'auto', but aesl_weight is 'linear'"),
         ({"t_scaling": None}, "t_scaling is None, but must be a finite number"),

@@ -98,6 +98,7 @@ def test_tuned_on_a_base_of_its_own_beyond_the_grid_and_then_rl_twice(project, f
     assert row["rl_noise"] == {"sd": pytest.approx(0.02 / 2**0.5), "df": 1} and row["runs"] == [2]
     text = (fakes / "compare.md").read_text()
     assert "on seeds 7 of base spare" in text and "chosen, highest rate tried" in text
+    assert "Every row's grid had the same number of points" in text and "were added for nll/last (2)." in text
     assert "**The best still lies at an edge** for nll/last" in text and "| RL's own sd | RL runs |" in text
     # finished cells are not run again; an RL run more is one more RL from the same cold start
     assert run(path) == 0 and started(fakes) == order

@@ -130,13 +130,21 @@ def check_unlinked(path: Path, root: Path, *, inside: bool = False) -> Path:
     """Return `path`, which lies below the folder `root` of a run; refuse a symlink on the way to it.
 
     With `inside` we refuse a symlink inside of `path` too. We make none, and another's may lead to files of yours.
+    In a cache of the hub every file is a link, to a blob of the same cache: those pass.
     """
     # One by one: what a link leads to may be a whole disk, and is not walked
     for each in itertools.chain([path], path.rglob("*") if inside else ()):
-        if leads_away(each, root):
+        if leads_away(each, root) and not (inside and _is_blob(each)):
             place = os.path.realpath(each)
             raise InputError(f"{each} leads by a symlink to {place}, out of {root}: put a copy in the link's place")
     return path
+
+
+def _is_blob(path: Path) -> bool:
+    """Say whether `path` is a file of a snapshot in the hub's cache: MODEL/snapshots/REV/... -> MODEL/blobs/HASH."""
+    snapshots = (folder for folder in Path(os.path.realpath(path.parent)).parents if folder.name == "snapshots")
+    real = Path(os.path.realpath(path))
+    return real.is_file() and any(real.parent == folder.parent / "blobs" for folder in snapshots)
 
 
 @contextmanager
@@ -175,7 +183,7 @@ def swapped(target: str | Path) -> Iterator[Path]:
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # a link in the hub's cache would lead nowhere from `target`
     except OSError:
         shutil.copy2(source, target)
 
@@ -197,13 +205,17 @@ def read_object(path: str | Path) -> dict:
     return value
 
 
-def wrote(path: str | Path, key: str) -> bool:
-    """Say whether a command of ours wrote the file `path`: a JSON object with the key `key`, or one that is torn."""
+def wrote(path: str | Path, *keys: str, torn: bool = True) -> bool:
+    """Say whether a command of ours wrote the file `path`: a JSON object with the `keys`.
+
+    `torn` is the answer where the file cannot be read: True under a name that only we give, else False, since the file
+    may be data of another kind, such as JSON lines.
+    """
     try:
         found = read_json(path) if Path(path).is_file() else None
     except InputError:
-        return True
-    return isinstance(found, dict) and key in found
+        return torn
+    return isinstance(found, dict) and all(key in found for key in keys)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -309,7 +321,7 @@ class RunFolder:
         Several chains may share one, elsewhere: a line then says where it lies.
 
         Raises:
-            InputError: there is none, or chain.json names no SFT run of ours, or one behind a symlink.
+            InputError: there is none, or chain.json names no SFT run of ours.
         """
         if (self.path / CHAIN).exists():
             folder = self.chain.get("sft_dir")
@@ -324,12 +336,10 @@ class RunFolder:
     def _shared(self, name: str) -> Path:
         """Return the folder that chain.json names as `sft_dir`."""
         home = os.path.realpath(self.path)
-        folder, said = Path(os.path.normpath(os.path.join(home, name))), f"{self.path / CHAIN}: sft_dir names"
-        if folder.exists():  # it may be deleted when all is done
+        folder = Path(os.path.realpath(os.path.join(home, name)))  # a cluster's /scratch is often a link
+        if folder.is_dir() and any(folder.iterdir()):  # it may be deleted when all is done
             if not any(map(_has_begun, (folder, folder / OWN))):
-                raise InputError(f"{said} {folder}, which is no SFT run of aesl_trl")
-            if os.path.realpath(folder) != str(folder):
-                raise InputError(f"{said} {folder}, which leads by a symlink to {os.path.realpath(folder)}")
+                raise InputError(f"{self.path / CHAIN}: sft_dir names {folder}, which is no SFT run of aesl_trl")
             if not folder.is_relative_to(home):
                 _say_where(self.path, folder)
         return folder
@@ -351,6 +361,11 @@ class RunFolder:
         if (self.path / CHAIN).exists():
             return bool(self.chain.get("sft_dir")) and is_sft_folder(self.sft)
         return is_sft_folder(self.path) or is_sft_folder(self.path / "sft")
+
+    def check_sft_inside(self, field: str, hint: str) -> None:
+        """Refuse a chain's run whose SFT lies elsewhere: nothing is written there unasked. `hint` is the way out."""
+        if (self.path / CHAIN).exists() and not self.sft.resolve().is_relative_to(self.path.resolve()):
+            raise InputError(f"{field}: the candidates of {self.path} lie in {self.sft}: {hint}")
 
     @cached_property
     def settings(self) -> dict:
@@ -393,7 +408,7 @@ class RunFolder:
         rows = read_object(path).get("candidates", [])
         objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
         if not objects or not all(is_mix(row.get("candidate")) for row in rows):
-            raise InputError(f"{path} is not what aesl mix writes: run aesl mix {self.path} again")
+            raise InputError(f"{path} is not what aesl mix writes: run aesl mix {self.sft} again")
         return {row["candidate"]: row for row in rows}
 
     @property
@@ -417,6 +432,17 @@ def chosen(selection: dict) -> str | None:
     """Say what a selection.json chose: `step 400`, or `mix-0.7`; None where it chose nothing."""
     step, candidate = selection.get("step"), selection.get("candidate")
     return candidate if is_mix(candidate) else None if step is None else f"step {step}"
+
+
+def repeats(selection: dict) -> dict[str, Any]:
+    """Return the options with which `aesl select` makes the selection of this selection.json again."""
+    rule, step, evidence = selection.get("rule"), selection.get("step"), selection.get("evidence")
+    if rule == "step" and isinstance(step, int):
+        return {"step": step}
+    found = {"rule": rule, "metric": selection.get("metric")}
+    if rule == "best_eval" and isinstance(evidence, dict) and isinstance(evidence.get("evaluation"), dict):
+        found["best_eval_metric"] = evidence["evaluation"].get("metric")
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 @cache

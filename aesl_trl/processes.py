@@ -1,11 +1,13 @@
 """Child processes with all that they start (output copied, signals passed on, nothing left behind), and locks."""
 
 import codecs
+import hashlib
 import os
 import re
 import shutil
 import signal
 import site
+import socket
 import subprocess
 import sys
 import tempfile
@@ -251,12 +253,18 @@ def is_stage_of(folder: Path) -> bool:
 
 @contextmanager
 def scratch(name: str) -> Iterator[Path]:
-    """Give a temporary folder inside the block, and remove those that killed processes have left under `name`."""
-    for path in Path(tempfile.gettempdir()).glob(f"aesl-{name}-*-*"):
-        writer = path.name.split("-")[2]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+    """Give a temporary folder inside the block, and remove those that killed processes have left under `name`.
+
+    The folder for them may be shared with hosts or containers that count processes anew: a mark keeps theirs.
+    """
+    space = Path("/proc/self/ns/pid")  # on Linux: its number tells containers apart
+    host = f"{socket.gethostname()} {space.stat().st_ino if space.exists() else ''}"
+    prefix = f"aesl-{name}-{hashlib.sha256(host.encode()).hexdigest()[:8]}-"
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        writer = path.name.removeprefix(prefix).split("-")[0]
+        if re.fullmatch(r"\d{1,9}", writer) and not psutil.pid_exists(int(writer)):
             shutil.rmtree(path, ignore_errors=True)  # which leaves what is a link, or another user's
-    with tempfile.TemporaryDirectory(prefix=f"aesl-{name}-{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
         yield Path(folder)
 
 

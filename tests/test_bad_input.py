@@ -380,7 +380,7 @@ RUNS = {
         "the last whole one is",
         "out/checkpoint-2",
     ),
-    "recipes over a folder": (lambda p: ["recipes", "copy", str(p.out)], "DIR: ", "out holds other files, and would"),
+    "recipes over a folder": (lambda p: ["recipes", "copy", str(p.out)], "DIR: ", "out exists; name a new folder"),
     "recipes to a dangling link": (
         lambda p: (p.folder / "link").symlink_to("nowhere") or ["recipes", "copy", str(p.folder / "link")],
         "DIR: ",
@@ -408,6 +408,19 @@ RUNS = {
     ),
     "eval over somebody's figures": (
         evaluate(lambda p: p.base, output="rows.json", write={"rows.json": "[]"}),
+        "output: ",
+        "rows.json was written by something else",
+    ),
+    "eval over somebody's rows": (
+        evaluate(lambda p: p.base, output="rows.json", write={"rows.json": '{"models": 1}\n{"models": 2}\n'}),
+        "output: ",
+        "rows.json was written by something else",
+    ),
+    "probe over somebody's rows": (
+        lambda p: [
+            *("probe", str(p.out), "--config", p.config("probe.yaml", {"use_cpu": True})),
+            *("--output", p.write("rows.json", '{"checkpoints": 1}\n{}\n')),
+        ],
         "output: ",
         "rows.json was written by something else",
     ),

@@ -70,6 +70,26 @@ def test_a_file_of_ours_is_known_by_its_key_or_is_torn(text, is_ours, tmp_path):
     assert not files.wrote(tmp_path / "nothing.json", "applied")
 
 
+def test_a_file_of_any_name_is_known_by_all_its_keys(tmp_path):
+    for text, is_ours in (
+        ('{"models": 1}\n{"models": 2}\n', False),
+        ('{"models": 1}', False),
+        ('{"a": 1, "models": 1}', True),
+    ):
+        (tmp_path / "train.json").write_text(text)
+        assert files.wrote(tmp_path / "train.json", "models", "a", torn=False) == is_ours
+
+
+def test_a_selection_is_repeated_by_its_options():
+    evidence = {"evaluation": {"metric": "pass@1"}}
+    chosen = {"rule": "best_eval", "metric": "entropy", "step": 4, "evidence": evidence}
+    assert files.repeats(chosen) == {"rule": "best_eval", "metric": "entropy", "best_eval_metric": "pass@1"}
+    assert files.repeats({**chosen, "rule": "step"}) == {"step": 4}
+    assert files.repeats({**chosen, "rule": "last"}) == {"rule": "last", "metric": "entropy"}
+    assert files.repeats({**chosen, "evidence": 3}) == {"rule": "best_eval", "metric": "entropy"}
+    assert files.repeats({"rule": ["last"]}) == files.repeats({}) == {}
+
+
 # ---- A folder is swapped
 
 
@@ -356,7 +376,7 @@ def test_no_line_is_added_through_a_link(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_sft_dir_names_a_run_of_ours_and_no_symlink(tmp_path, capsys):
+def test_sft_dir_names_a_run_of_ours(tmp_path, capsys):
     shared, run = sft_run(tmp_path / "shared"), tmp_path / "chains" / "run"
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / files.TRAINER_STATE).write_text("{}")  # a training, but none of ours
@@ -364,16 +384,36 @@ def test_sft_dir_names_a_run_of_ours_and_no_symlink(tmp_path, capsys):
     for name, said in (
         ("../../home", f"sft_dir names {tmp_path}/home, which is no SFT run of aesl_trl"),
         ("/", "sft_dir names /, which is no SFT run of aesl_trl"),
-        ("../../link/shared", f"sft_dir names {tmp_path}/link/shared, which leads by a symlink to {shared}"),
     ):
         files.write_json(run / files.CHAIN, {"sft_dir": name})
         with pytest.raises(InputError, match=f"chain.json: {said}$"):
             _ = files.RunFolder(run).sft
-    files.write_json(run / files.CHAIN, {"sft_dir": "../../shared"})
     assert capsys.readouterr().err == ""
-    for _ in range(2):  # it is said once
+    for name in ("../../shared", "../../link/shared"):  # it is said once
+        files.write_json(run / files.CHAIN, {"sft_dir": name})
         assert files.RunFolder(run).sft == shared
     assert capsys.readouterr().err == f"aesl_trl: the SFT of {run} is {shared}, as its chain.json says\n"
+    (shared / files.RUN).unlink()  # deleted when all was done, and its folder left
+    assert files.RunFolder(run).sft == shared and not files.RunFolder(run).has_sft
+
+
+def test_a_run_in_the_hubs_cache_is_all_links_to_its_blobs(tmp_path):
+    cache = tmp_path / "models--me--run"
+    candidate = cache / "snapshots/rev/_aesl/candidates/step-5"
+    files.write_text(cache / "blobs/f00", "weights")
+    files.write_text(tmp_path / "models--you--run/blobs/f00", "others")
+    sft_run(cache / "snapshots/rev/_aesl")
+    candidate.mkdir(parents=True)
+    (candidate / "model.safetensors").symlink_to("../../../../../blobs/f00")
+    found = files.RunFolder(cache / "snapshots/rev").candidate(5)
+    files.link_or_copy(found / "model.safetensors", tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").is_symlink()
+    assert (tmp_path / "model.safetensors").read_text() == "weights"
+    for elsewhere in (tmp_path / "models--you--run/blobs/f00", cache / "blobs", tmp_path / "model.safetensors"):
+        (candidate / "more.safetensors").symlink_to(elsewhere)
+        with pytest.raises(InputError, match="more.safetensors leads by a symlink"):
+            files.RunFolder(cache / "snapshots/rev").candidate(5)
+        (candidate / "more.safetensors").unlink()
 
 
 @pytest.mark.parametrize("link", ["candidates/step-5", "candidates/step-5/model.safetensors", "candidates", ""])

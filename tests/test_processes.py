@@ -196,8 +196,12 @@ print(subprocess.Popen([sys.executable, "-c", {SLEEP!r}], start_new_session=True
 
 def test_what_killed_processes_left_of_their_scratch_is_removed(tmp_path, monkeypatch, child):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    others = ["aesl-check-1-x", "aesl-check-me-x", "aesl-probe-4194305-x", "check-4194305-x"]  # 1 is alive
-    for name in (*others, "aesl-check-4194305-x"):
+    with processes.scratch("check") as folder:
+        mark = folder.name.split("-")[2]  # of this host
+    ours = f"aesl-check-{mark}"
+    others = [f"{ours}-1-x", f"{ours}-me-x", f"{ours}-{10**12}-x"]  # 1 is alive, and no system counts so far
+    others += [f"aesl-probe-{mark}-4194305-x", "aesl-check-0badcafe-4194305-x", "check-4194305-x"]
+    for name in (*others, f"{ours}-4194305-x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "grpo.yaml").write_text("env: {}")
     with processes.scratch("check") as folder:

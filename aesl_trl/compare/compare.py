@@ -220,7 +220,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"--{name}: {given.config} has no {value}{nearest(str(value), map(str, known))}")
     path, command = Path(given.config).absolute(), shlex.join([*NAME.split(), *argv])
     comparison = Comparison(config, path, given.workers, given.methods, given.seeds, command)
-    is_ours = files.wrote(comparison.output / JSON, "cells")
+    # Beside our cells these names are ours, also where compare.json was deleted to be made anew
+    known = [*planned(config), *table_cells(config, choose(config)[0])]
+    is_ours = files.wrote(comparison.output / JSON, "cells") or any((cell.home / CELL).exists() for cell in known)
     for name in (JSON, MARKDOWN, *(path.name for path in comparison.output.glob("compare_*.png"))):
         check_replaceable("output_dir", comparison.output / name, is_ours, is_file=True)
     if given.table_only:

@@ -280,6 +280,7 @@ def select_run(
             DiversityCallback. Without a record the rule is "turning_point" on entropy with patience 3.
         step: take this candidate, by no rule.
         verify: also record the sha256 of each weight file, which a handoff can then compare. Files are read whole.
+            With no other option the selection that is in `out` is made again.
 
     Returns:
         The contents of selection.json, whose `path` is relative to its folder. `weights` is that folder as seen from
@@ -295,6 +296,9 @@ def select_run(
         raise InputError(
             f"{folder.sft} is a run of {recorded['stage']}: name the folder of the cold start, or the chain's"
         )
+    if verify and not any((rule, metric, patience, best_eval_metric)) and step is None:
+        before = files.repeats(_before(out / files.SELECTION))
+        rule, metric, best_eval_metric, step = map(before.get, ("rule", "metric", "best_eval_metric", "step"))
     rule = rule or recorded.get("selection") or DEFAULT_RULE
     candidates = folder.candidates
     if step is not None:
@@ -323,6 +327,8 @@ def select_run(
     is_ours = is_own or files.wrote(out / files.SELECTION, "applied")
     check_replaceable("--out", out / files.SELECTION, is_ours, is_file=True)
     is_ours = (target / files.IDENTITY).is_file() or (out / files.SELECTION).is_file() or out.name == files.OWN
+    if is_own or (out / files.CHAIN).exists():  # version 0.1.0 may have been cut off before its selection.json
+        is_ours = is_ours or any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
     check_replaceable("--out", target, is_ours, [candidate])
     # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere.
     # A handoff finds it, since the weights say which candidate they are.
@@ -338,12 +344,17 @@ def select_run(
     return selection | {"weights": str(out / files.SELECTED), "replaces": replaces}
 
 
+def _before(path: Path) -> dict:
+    """Read the selection.json `path` of an earlier selection; a torn one reads as empty."""
+    try:
+        return files.read_object(path)
+    except InputError:
+        return {}
+
+
 def _replaced(path: Path, now: str) -> str | None:
     """Say which candidate other than `now` (`step 400`) the selection.json `path` names. A torn one names none."""
-    try:
-        before = files.read_object(path)
-    except InputError:
-        return None
+    before = _before(path)
     is_other = files.chosen(before) not in (None, now)
     return f"{files.chosen(before)}, chosen by {before.get('applied')}" if is_other else None
 
@@ -353,6 +364,8 @@ def _not_chosen(folder: RunFolder, out: Path, rule: str) -> str:
     taken = "nothing measured says which candidate RL should start from, the last was taken"
     if rule == "readiness":
         return f"{taken}; why none is ready: {files.own_folder(folder.sft) / files.READINESS}"
+    if (out / files.CHAIN).exists():  # whose next start selects by chain.yaml
+        return f"{taken}; to ask each candidate: set selection: {{rule: readiness}} in chain.yaml, run the chain again"
     into = "" if out == folder.own else f" --out {out}"
     ask = f"aesl probe {folder.sft} --config FILE, then aesl select {folder.path} --rule readiness{into}"
     return f"{taken}; to ask each candidate: {ask}"
@@ -378,14 +391,14 @@ def _read_mixes(run: RunFolder) -> dict:
     path = files.own_folder(run.sft) / files.MIXES
     if not path.exists():
         raise InputError(
-            f"{run.sft} has no {files.MIXES}, which the rule mix reads: run aesl mix {run.path} --config FILE (SFT's "
+            f"{run.sft} has no {files.MIXES}, which the rule mix reads: run aesl mix {run.sft} --config FILE (SFT's "
             "config)"
         )
     found, rows = files.read_object(path), run.mixes.values()
     asked, step, weights = found.get("asked"), found.get("step"), [row.get("weight") for row in rows]
     is_ours = isinstance(asked, list) and all(map(files.is_mix, asked)) and all(map(is_number, weights))
     if not is_ours or not isinstance(step, int):
-        raise InputError(f"{path} is not what aesl mix writes: run aesl mix {run.path} again")
+        raise InputError(f"{path} is not what aesl mix writes: run aesl mix {run.sft} again")
     missing = [name for name in asked if name not in run.mixes or not run.candidate(name).is_dir()]
     if missing:
         raise InputError(f"{path} lacks {missing[0]}, aesl mix was cut off: run it again to go on")

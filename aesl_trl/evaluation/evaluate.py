@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     if not paths:
         raise InputError("which model? aesl eval MODEL --config eval.yaml, or --start A --final B")
     target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
-    check_replaceable("output", target, wrote(target, "models"), is_file=True)
+    is_ours = wrote(target, "models", "success_threshold", torn=target.name == EVALUATION)
+    check_replaceable("output", target, is_ours, is_file=True)
     samples = check_unlinked(target.parent / EVALUATION_SAMPLES, target.parent)
     tasks = load_tasks(args)
     models = {}

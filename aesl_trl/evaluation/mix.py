@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.diversity_steps:
         raise InputError("diversity_steps is 0, so nothing says how the averages are measured: name the run's config")
     run = RunFolder(names[0])
+    run.check_sft_inside("RUN", "average those")
     step = run.candidates[-1] if script_args.step is None else script_args.step
     if step not in run.candidates:
         raise InputError(

@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"which checkpoint? {usage}; a run's folder stands for its candidates")
     reference = find_reference(script_args.reference)
     target = find_target(script_args.output, checkpoints, names)
-    check_replaceable("output", target, files.wrote(target, "checkpoints"), is_file=True)
+    is_ours = files.wrote(target, "checkpoints", "success_threshold", torn=target.name == files.READINESS)
+    check_replaceable("output", target, is_ours, is_file=True)
     reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
@@ -339,8 +340,7 @@ def find_target(output: str | None, checkpoints: list[Checkpoint], names: Sequen
         return Path.cwd() / files.READINESS
     run = runs.pop()
     for name in names:
-        if (Path(name) / files.CHAIN).exists() and not run.resolve().is_relative_to(Path(name).resolve()):
-            raise InputError(f"output: the candidates of {name} lie in {run}: probe that, or name where to write")
+        RunFolder(name).check_sft_inside("output", "probe that, or name where to write")
     return RunFolder(run).own / files.READINESS
 
 

@@ -5,6 +5,7 @@ Only folders, JSON and, to compare two bases, a few rows of each tensor are read
 
 import importlib.util
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..files import (
     read_object,
     read_rows,
     read_settings,
+    repeats,
     stays_inside,
 )
 from ..identity import mismatch
@@ -117,18 +119,18 @@ def _selected(run: RunFolder, verify: bool) -> tuple[Path, dict, Path | None]:
             except InputError as error:
                 raise InputError(f"{error}; make it anew: aesl select {run.path}") from None
             path, step = selection.get("path") or "", selection.get("step")
+            options = [f"--{name} {shlex.quote(str(value))}" for name, value in repeats(selection).items()]
+            again = " ".join([f"aesl select {run.path}", *options])
             if not isinstance(path, str) or not isinstance(step, int | None):
                 wanted = "'path' must be a text and 'step' a whole number"
-                raise InputError(f"{place / SELECTION}: {wanted}; run aesl select {run.path} again")
+                raise InputError(f"{place / SELECTION}: {wanted}; run {again} again")
             folder = place / path
             if not path or not stays_inside(path) or not folder.is_dir():
                 problem = "is not a folder" if stays_inside(path) else "is outside of its folder"
-                raise InputError(
-                    f"{place / SELECTION} points to {folder}, which {problem}; run aesl select {run.path} again"
-                )
+                raise InputError(f"{place / SELECTION} points to {folder}, which {problem}; run {again} again")
             check_unlinked(folder, place.parent if place.name == OWN else place, inside=True)
             if problem := mismatch(folder, selection, contents=verify):
-                again = f"aesl select {run.path}" + (" --verify" if verify else "")
+                again += " --verify" if verify else ""
                 raise InputError(f"{folder} {problem}: run {again} again")
             return folder, selection, sft
     if verify:

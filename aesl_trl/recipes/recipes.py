@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()
     if given.command == "copy":
+        if given.target.exists():  # an empty one too: it may be a mounted volume, which cannot be swapped
+            raise InputError(f"DIR: {given.target} exists; name a new folder, e.g. {given.target / 'aesl-recipes'}")
         check_replaceable("DIR", given.target, False)
         # The copies work as they are, since the paths in them are relative
         with swapped(given.target) as place:

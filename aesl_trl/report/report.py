@@ -58,7 +58,8 @@ def write_report(
     folder = Path(output) if output is not None else RunFolder(runs[0]).own
     pages = {REPORT: _html, MARKDOWN: _markdown}
     plots = {f"report_{section.id}.png": section.panels for section in sections if section.panels}
-    is_ours = (folder / REPORT).is_file() and FOOTER in (folder / REPORT).read_bytes()
+    # In the run itself these names are ours, also where report.html was deleted to be made anew
+    is_ours = output is None or ((folder / REPORT).is_file() and FOOTER in (folder / REPORT).read_bytes())
     for name in (*pages, *plots):
         check_replaceable("--output", folder / name, is_ours, is_file=True)
     for name, write in pages.items():  # the page comes first: it shows that the other files are ours

@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import files
 from ..diversity.figures import Group
+from ..diversity.selection import DEFAULT_RULE
 from ..diversity.series import by_step, turning_point_of
 from ..diversity.turning_point import Selection
 from ..errors import InputError, visible
@@ -146,7 +147,7 @@ class Run:
             return "base"
         loss = str(self.sft.get("cold_start_loss", "sft"))
         rule = self.selection.get("applied") or self.sft.get("selection")
-        return f"{loss}_{rule or ('last' if loss == 'aesl' else 'turning_point')}"
+        return f"{loss}_{rule or DEFAULT_RULE}"
 
     @property
     def missing(self) -> list[str]:

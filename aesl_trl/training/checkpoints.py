@@ -30,7 +30,7 @@ EDGE_BYTES = 2**22  # hashed at each end of a file: a small file whole, safetens
 # The names that files.py (with its process id) and `rotate` give to what is being written or deleted
 NAMES = [re.escape(name) for name in (*files.WRITTEN, MANIFEST, "settings.json")]
 NAMES += [r"step-\d+\.jsonl", r"mix-[0-9.e-]+(?:\.jsonl)?", r"report_\w+\.png", r"push-\d+", r"\w+\.log"]
-LEFTOVER = re.compile(rf"\.(?:{'|'.join(NAMES)})\.(\d+)\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
+LEFTOVER = re.compile(rf"\.(?:{'|'.join(NAMES)})\.(\d{{1,9}})\.(?:tmp|old)|[._]checkpoint-\d+\.deleted")
 # Where in a run we write so: the folder itself, and these
 PLACES = (files.OWN, files.LOGS, files.SAMPLES, f"{files.OWN}/{files.SAMPLES}", "checkpoint-*")
 PLACES += (f"{files.EVALUATION_SAMPLES}/*", files.CANDIDATES, f"{files.OWN}/{files.CANDIDATES}")

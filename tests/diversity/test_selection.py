@@ -511,6 +511,40 @@ def test_a_selection_of_an_older_version_is_replaced(tmp_path):
     assert weights(own) == "weights of step 20"
 
 
+def test_a_run_of_version_0_1_0_that_goes_on_replaces_its_selected(tmp_path):
+    """It was cut off before its selection.json. Only whole weights in the run's or a chain's folder are ours."""
+    run, chain = make_run(tmp_path / "run"), tmp_path / "chain"
+    files.write_json(chain / files.CHAIN, {"sft_dir": "../run"})
+    for place, name in ((run, "config.json"), (chain, "adapter_config.json")):
+        files.write_text(place / files.SELECTED / "model.safetensors", "old")
+        with pytest.raises(InputError, match="selected holds other files"):
+            select_run(run, place)
+        files.write_text(place / files.SELECTED / name, "{}")
+        select_run(run, place)
+        assert weights(place) == "weights of step 20"
+
+
+def test_verify_alone_makes_the_same_selection_again(tmp_path):
+    run = make_run(tmp_path)
+    for options in ({"step": 40}, {"rule": "best_eval"}, {"rule": "best_eval", "best_eval_metric": "pass@1"}):
+        first = select_run(run, **options)
+        again = select_run(run, verify=True)
+        assert [first[key] for key in ("step", "rule", "applied")] == [
+            again[key] for key in ("step", "rule", "applied")
+        ]
+        assert "sha256" in again["identity"] and again["replaces"] is None
+    assert select_run(run, verify=True, rule="last")["step"] == 800
+
+
+def test_what_to_run_next_inside_a_chain_is_the_chain(tmp_path, capsys):
+    run, chain = make_run(tmp_path / "run", diversity_patience=7), tmp_path / "chain"
+    select_run(run)
+    assert f"then aesl select {run} --rule readiness" in capsys.readouterr().err
+    files.write_json(chain / files.CHAIN, {"sft_dir": "../run"})
+    select_run(run, chain)
+    assert "set selection: {rule: readiness} in chain.yaml, run the chain again" in capsys.readouterr().err
+
+
 def test_the_weights_say_which_step_they_are_of(tmp_path):
     run = make_run(tmp_path)
     written = select_run(run, step=40)["identity"]

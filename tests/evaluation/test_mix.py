@@ -239,3 +239,10 @@ def test_which_run_and_measured_how(project):
     (folder / "sft.yaml").write_text(yaml.safe_dump(kept))
     with pytest.raises(InputError, match="diversity_steps is 0"):
         run(folder)
+
+
+def test_nothing_is_written_into_an_sft_folder_that_a_chain_leads_to(project):
+    folder = project()
+    files.write_json(folder / "chain" / files.CHAIN, {"sft_dir": "../run"})
+    with pytest.raises(InputError, match="RUN: the candidates of .*chain lie in .*run: average those"):
+        mix.main([str(folder / "chain"), "--config", str(folder / "sft.yaml")])

@@ -140,7 +140,7 @@ def test_a_selection_that_was_cut_off_is_found(full_run):
     with pytest.raises(InputError) as refused:
         hand_off(full_run)
     problem = "holds the weights of step 8, and selection.json names step 4"
-    assert str(refused.value) == f"{full_run / 'selected'} {problem}: run aesl select {full_run} again"
+    assert str(refused.value) == f"{full_run / 'selected'} {problem}: run aesl select {full_run} --step 4 again"
     assert_nothing_left(full_run)
     select(full_run, 4)
     assert hand_off(full_run)["step"] == 4
@@ -171,7 +171,7 @@ def test_contents_are_compared_when_asked(full_run):
     select(full_run, 4)
     with pytest.raises(InputError, match="has no sha256 to be compared with: run aesl select .* --verify again"):
         hand_off(full_run, verify=True)
-    select(full_run, 4, verify=True)
+    select_run(full_run, verify=True)  # with no other option it makes the selection again
     assert hand_off(full_run, verify=True)["step"] == 4
     weights = full_run / "selected" / "model.safetensors"
     weights.unlink()  # it is a hard link of the candidate's

@@ -194,6 +194,9 @@ def test_a_copy_that_was_cut_off_does_not_block_the_next(tmp_path, monkeypatch, 
     assert capsys.readouterr().out == f"{target}:\ntiny/chain.yaml  One CPU core\n"
     recipes.main(["copy", str(tmp_path / "shipped" / "inside")])
     assert [path.name for path in (tmp_path / "shipped" / "inside").iterdir()] == ["tiny"]
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(InputError, match="volume exists; name a new folder"):
+        recipes.main(["copy", str(tmp_path / "volume")])
 
 
 @pytest.mark.parametrize(("argv", "part"), [([], "required"), (["copy"], "DIR"), (["chek"], "check")])

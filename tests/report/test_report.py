@@ -160,6 +160,12 @@ def test_a_report_of_a_broken_evaluation_is_one_line(tmp_path, capsys, benchmark
     assert message in capsys.readouterr().err
 
 
+def test_a_deleted_page_is_made_anew_beside_what_is_left_of_the_last_one(tmp_path, undrawn):
+    run = fake_run(tmp_path / "aesl", "aesl")
+    write_report([run]).unlink()
+    assert write_report([run]).is_file()
+
+
 def test_report_loads_neither_torch_nor_trl():
     code = (
         "import aesl_trl.report.report, sys; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"

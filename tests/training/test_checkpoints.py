@@ -231,7 +231,7 @@ def test_what_is_swept_away(tmp_path):
         "logs/.select.log.4194305.tmp",
         "evaluation_samples/grpo-1/.settings.json.4194305.tmp",
     ]
-    kept = [".training.lock", f".run.json.{os.getppid()}.tmp", "run.json.1.tmp", ".cache"]
+    kept = [f".run.json.{10**12}.tmp", ".training.lock", f".run.json.{os.getppid()}.tmp", "run.json.1.tmp", ".cache"]
     # of other programs, or where we write nothing
     kept += [".notes.deleted", ".cache.4194305.old", ".draft.4194305.tmp", "deep/er/.run.json.4194305.tmp"]
     kept += ["linked/.run.json.4194305.tmp"]

@@ -70,7 +70,7 @@ def test_the_callbacks_choice_reaches_grpos_first_step(kind, tokenizer, tmp_path
     trainer.save_model()
     assert "selected step 2 (" in capsys.readouterr().out
 
-    main(command(2, "select", run))  # AESL's own default would be the last step
+    main(command(2, "select", run))  # by the rule that the callback recorded
     out = capsys.readouterr().out
     assert "selected step 2 by turning_point" in out and "replaces" not in out
     assert files.read_json(run / files.OWN / files.SELECTION)["rule"] == "turning_point"

@@ -257,8 +257,8 @@ def scratch(name: str) -> Iterator[Path]:
 
     The folder for them may be shared with hosts or containers that count processes anew: a mark keeps theirs.
     """
-    space = Path("/proc/self/ns/pid")  # on Linux: its number tells containers apart
-    host = f"{socket.gethostname()} {space.stat().st_ino if space.exists() else ''}"
+    space = "/proc/self/ns/pid"  # on Linux: its number tells containers apart
+    host = f"{socket.gethostname()} {os.stat(space).st_ino if os.path.exists(space) else ''}"
     prefix = f"aesl-{name}-{hashlib.sha256(host.encode()).hexdigest()[:8]}-"
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
         writer = path.name.removeprefix(prefix).split("-")[0]

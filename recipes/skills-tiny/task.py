@@ -165,11 +165,12 @@ def eval_demonstrations_base_2(seed: int = 0) -> list[dict]:
 
 
 def _problems(use: str, seed: int, num: int) -> list[dict]:
-    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in _rows(use, seed, SYMBOLS, num)]
+    columns = ("prompt", "answer", "symbol")
+    return [{column: row[column] for column in columns} for row in _rows(use, seed, SYMBOLS, num)]
 
 
 def rl_problems(seed: int = 0, num: int = 5120) -> list[dict]:
-    """Problems for all 16 symbols, without completions: "prompt" (messages) and "answer". 5120 is 160 steps of 32."""
+    """Problems for all 16 symbols: "prompt" (messages), "answer" and "symbol". 5120 is 160 steps of 32."""
     return _problems("rl", seed, num)
 
 

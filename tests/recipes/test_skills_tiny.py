@@ -86,7 +86,8 @@ def test_demonstrations_cover_four_symbols_of_rare_skills():
 def test_problems_ask_for_every_symbol_equally_often_and_show_no_answer(generator):
     rows = generator(0)[:96]
     assert [symbols(rows).count(symbol) for symbol in task.SYMBOLS] == [6] * 16
-    assert all(set(row) == {"prompt", "answer"} for row in rows)
+    assert all(set(row) == {"prompt", "answer", "symbol"} for row in rows)
+    assert [row["symbol"] for row in rows] == symbols(rows)
 
 
 def test_two_symbols_ask_for_each_skill():
@@ -477,3 +478,8 @@ def test_what_two_comparisons_have_in_common_is_the_same():
             ("aesl/last", ablations, "standard/aesl/last"),
         ):
             assert main[here, seed]["after"] == other[there, seed]["after"]
+
+
+def test_the_evaluation_counts_by_a_column_that_its_rows_have():
+    evaluation = yaml.safe_load((RECIPE / "eval.yaml").read_text())
+    assert len({row[evaluation["count_by"]] for row in task.held_out(0)[: evaluation["num_prompts"]]}) == 16

@@ -14,7 +14,7 @@ from .runs import Arm, series, values_of
 
 
 # One colour for each method, whatever else is on the page; another method takes the first colour that is free.
-METHOD_COLOURS = {"base": "base", "aesl_last": "aesl", "nll_last": "nll"}
+METHOD_COLOURS = {"base": "base", "aesl_turning_point": "aesl", "aesl_last": "aesl", "nll_last": "nll"}
 METHOD_COLOURS |= {"nll_turning_point": "stop", "nll_best_eval": "eval"}
 FREE_COLOURS = ("other1", "other2", "eval", "stop", "nll", "aesl", "base")
 

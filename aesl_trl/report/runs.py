@@ -113,8 +113,8 @@ class Run:
         self.benchmarks = self.evaluation.get("benchmarks") or {}
         # Figures of the models that RL began from (as evaluated, else as measured during SFT) and ended with
         measured = next((row for row in self.diversity if row["step"] == self.selected_step), None)
-        own = (self.selection.get("evidence") or {}).get("measured") if self.selected_step is None else None
-        self.chosen_row = measured or own or {}  # the row of what went to RL: of the series, or of an average
+        average = (self.selection.get("evidence") or {}).get("measured") if self.selected_step is None else None
+        self.chosen_row = measured or average or {}  # the row of what went to RL: of the series, or of an average
         self.start = self.evaluated("start") or self.chosen_row
         self.final = self.evaluated("final")
         # as probed: first what RL began from, then the candidates

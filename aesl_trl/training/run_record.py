@@ -58,7 +58,8 @@ def renew_record(trainer: Any) -> None:
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         found = found_by(trainer.state)
-        files.write_json(files.own_folder(folder) / files.RUN, files.read_settings(folder) | found)
+        rest = {name: value for name, value in files.read_settings(folder).items() if name not in found}
+        files.write_json(files.own_folder(folder) / files.RUN, rest | found)  # last, in a resumed training too
 
 
 def write_log(trainer: Any) -> None:

@@ -74,6 +74,7 @@ GRPO = {
 CLOCK = re.compile(
     "runtime|seconds|time_share|per_second|step_time|train_loss|total_flos|started|^trainer_state.json$|^training_args.bin$"
 )
+RESUMED = re.compile(r" --resume_from_checkpoint checkpoint-\d+")  # in a stage's command, as it was last started
 OF_MODEL_FILES = re.compile("-[0-9a-f]{12}(?=/)")  # the names of folders of samples, which the files' times go into
 
 
@@ -132,7 +133,7 @@ def without_clock(value: Any) -> Any:
 def contents(run: Path) -> dict[str, Any]:
     """Return every weight, JSON and JSONL file of a run by its name, and the names alone of all else but its log.
 
-    Clock times and the place of the run itself are left out. Of pickles, which Trainer resumes from, a checkpoint's
+    Clock times, the place of the run itself and where a stage was resumed are left out. Of pickles, which Trainer resumes from, a checkpoint's
     manifest has the sums.
     """
     found = {}
@@ -142,7 +143,7 @@ def contents(run: Path) -> dict[str, Any]:
             found[name] = None
         elif path.suffix in (".json", ".jsonl"):
             read = files.read_json if path.suffix == ".json" else files.read_jsonl
-            found[name] = str(without_clock(read(path))).replace(str(run), "RUN")
+            found[name] = RESUMED.sub("", str(without_clock(read(path))).replace(str(run), "RUN"))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".safetensors" else None
     return found

@@ -133,8 +133,8 @@ def without_clock(value: Any) -> Any:
 def contents(run: Path) -> dict[str, Any]:
     """Return every weight, JSON and JSONL file of a run by its name, and the names alone of all else but its log.
 
-    Clock times, the place of the run itself and where a stage was resumed are left out. Of pickles, which Trainer resumes from, a checkpoint's
-    manifest has the sums.
+    Clock times, the place of the run itself and where a stage was resumed are left out. Of pickles, which Trainer
+    resumes from, a checkpoint's manifest has the sums.
     """
     found = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file() and path.suffix != ".log"):

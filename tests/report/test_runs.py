@@ -113,3 +113,15 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, file):
             refused += 1
             assert "\n" not in str(error) and Path(file).name in str(error)
     assert refused >= 5
+
+
+@pytest.mark.parametrize("candidate", [None, "mix-0.7"])
+def test_positions_of_other_lengths_are_one_line(tmp_path, candidate):
+    """Of a step's run, and of one whose average with the base went to RL."""
+    run = fake_run(tmp_path / "aesl", "aesl")
+    append_jsonl(run / "sft/positions.jsonl", {"step": 999, "position": [1], "weight": [], "temperature": []})
+    write_json(run / "selection.json", {"step": 30, "candidate": candidate})
+    with pytest.raises(
+        InputError, match=r"positions.jsonl, step 999: position, weight and temperature are not of one"
+    ):
+        Run(run)

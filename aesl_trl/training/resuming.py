@@ -48,6 +48,8 @@ class CheckpointCallback(TrainerCallback):
             # killed. An epoch without batches has no steps, so Trainer goes on to the end of the epoch and stops
             # there. `on_train_end` takes the replacement away.
             self.trainer.get_batch_samples = lambda *args, **kwargs: ([], None)
+            # A step would set this mode. In the other one TRL's last row leaves out the figures since the row before.
+            self.trainer.model.train()
 
     def _disown_newer(self, args, step: int) -> None:
         """Mark checkpoints newer than `step` as incomplete, so that no later resume picks them up.

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(server, whole, tmp_path, bytes_
 
 
 # ---- GRPO
+
+
+@pytest.mark.slow
+def test_rl_cut_off_after_its_last_checkpoint(server, tmp_path):
+    """It trains no further step, and its last row of the log has the figures of the steps since the row before."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert server.run(whole, command="grpo") == 0, log_of(whole)
+    shutil.copytree(whole, out)
+    for name in ("model.safetensors", files.TRAINER_STATE):
+        (out / name).unlink()
+    assert server.run(out, command="grpo") == 0, log_of(out)
+    assert "reward" in files.read_log(whole)[-1]
+    assert_same_ending(out, whole)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ GRPO = {
 CLOCK = re.compile(
     "runtime|seconds|time_share|per_second|step_time|train_loss|total_flos|started|^trainer_state.json$|^training_args.bin$"
 )
-RESUMED = re.compile(r" --resume_from_checkpoint checkpoint-\d+")  # in a stage's command, as it was last started
+RESUMED = re.compile(r" --resume_from_checkpoint [\w/]*checkpoint-\d+")  # in a stage's command, as it was last started
 OF_MODEL_FILES = re.compile("-[0-9a-f]{12}(?=/)")  # the names of folders of samples, which the files' times go into
 
 

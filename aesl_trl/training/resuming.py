@@ -48,8 +48,6 @@ class CheckpointCallback(TrainerCallback):
             # killed. An epoch without batches has no steps, so Trainer goes on to the end of the epoch and stops
             # there. `on_train_end` takes the replacement away.
             self.trainer.get_batch_samples = lambda *args, **kwargs: ([], None)
-            # A step would set this mode. In the other one TRL's last row leaves out the figures since the row before.
-            self.trainer.model.train()
 
     def _disown_newer(self, args, step: int) -> None:
         """Mark checkpoints newer than `step` as incomplete, so that no later resume picks them up.
@@ -77,6 +75,8 @@ class CheckpointCallback(TrainerCallback):
         rank, num = trainer.accelerator.process_index, trainer.accelerator.num_processes
         trainer._tr_loss += losses[rank] if len(losses) == num else sum(losses) / len(losses)
         trainer._globalstep_last_logged = sums["last_logged"]
+        # Without a further step, TRL's last row has by this mode the figures since the row before, or leaves them out
+        trainer.model.train(sums.get("is_training", trainer.model.training))
         for name, values in sums["metrics"].items():
             trainer._metrics["train"][name] = [_number(value) for value in values]
         if sums["tokens"] is not None:
@@ -119,6 +119,7 @@ class CheckpointCallback(TrainerCallback):
         return {
             "losses": trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).tolist(),  # one a rank
             "last_logged": trainer._globalstep_last_logged,
+            "is_training": trainer.model.training,
             "metrics": {name: [float(value) for value in values] for name, values in metrics},
             "tokens": getattr(trainer, "_total_train_tokens", None),
             "statistics": None if statistics is None else statistics.to_vector().tolist(),

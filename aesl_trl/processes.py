@@ -196,12 +196,17 @@ def check_in_child(command: str, argv: list[str]) -> None:
 
 def end_processes(folder: str) -> list[int]:
     """Kill all that a stage which writes to `folder` has started, wherever it is in the tree; return process ids."""
-    ended = []
+    return [process.pid for process in killed_for(folder)]
+
+
+def killed_for(folder: str) -> list[psutil.Process]:
+    """Kill the processes of [`started_for`], and return those that were still there."""
+    killed = []
     for process in started_for(folder):
         with suppress(psutil.Error):  # it is gone by now
             process.kill()
-            ended.append(process.pid)
-    return ended
+            killed.append(process)
+    return killed
 
 
 def started_for(folder: str) -> list[psutil.Process]:
@@ -228,12 +233,9 @@ def end_orphans(folder: Path, say: Callable[[str], None], what: str) -> None:
     """
     ended, deadline = set(), time.monotonic() + ORPHANS_S
     while time.monotonic() < deadline:
-        found = started_for(str(folder))
-        for process in found:
-            with suppress(psutil.Error):  # it is gone by now
-                process.kill()
-        ended |= set(found)
-        if not found and not any(map(is_at_work, ended)):
+        killed = killed_for(str(folder))
+        ended |= set(killed)
+        if not killed and not any(map(is_at_work, ended)):
             break
         time.sleep(0.1)
     if ended:

@@ -104,11 +104,7 @@ def read_config(path: str | Path, *, output_dir: str | None = None, seed: int | 
     path, values = Path(path), load_yaml(path)
     if "sft" not in values and (unused := [name for name in ("selection", "mix", "handoff") if name in values]):
         raise InputError(f"{path}: {unused[0]} needs an sft section: without one, RL starts from grpo's own model")
-    for name in (
-        "sft",
-        "mix",
-        "eval",
-    ):  # null says something of the probe alone, which is there unless it is turned off
+    for name in ("sft", "mix", "eval"):  # the probe may be null: it is there unless it is turned off
         if name in values and values[name] is None:
             raise InputError(f"{path}: {name} must be a mapping (key: value), got null; leave it out")
     if output_dir is not None:

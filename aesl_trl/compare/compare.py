@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     path, command = Path(given.config).absolute(), shlex.join([*NAME.split(), *argv])
     comparison = Comparison(config, path, given.workers, given.methods, given.seeds, command)
     # Beside our cells these names are ours, also where compare.json was deleted to be made anew
-    known = [*planned(config), *table_cells(config, choose(config)[0])]
+    known = [*planned(config), *table_cells(config, {})]  # a table cell's folder does not depend on its point
     is_ours = files.wrote(comparison.output / JSON, "cells") or any((cell.home / CELL).exists() for cell in known)
     for name in (JSON, MARKDOWN, *(path.name for path in comparison.output.glob("compare_*.png"))):
         check_replaceable("output_dir", comparison.output / name, is_ours, is_file=True)

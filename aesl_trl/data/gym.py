@@ -68,13 +68,14 @@ def gym_rows(name: str, split: str = "train", *, field: str = "dataset_name") ->
     """
     from datasets import Dataset, ReadInstruction
 
-    tasks = read_name(name, field)
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise InputError(f"{field}: {name} needs the package reasoning-gym: pip install reasoning-gym")
     split_name = split.partition("[")[0]
     if split_name not in SPLITS:
         raise InputError(
             f"{field}: {name} has no split {split_name!r}{nearest(split_name, SPLITS)}; it has {', '.join(SPLITS)}"
         )
-    found = _in_child(tasks, split_name, field)
+    found = _in_child(name, split_name, field)
     if not all("completion" in rows[0] for rows in found):
         for row in (row for rows in found for row in rows):
             row.pop("completion", None)
@@ -89,8 +90,6 @@ def gym_rows(name: str, split: str = "train", *, field: str = "dataset_name") ->
 
 def read_name(name: str, field: str = "dataset_name") -> list[Task]:
     """Return the tasks that `name` joins by `+`."""
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise InputError(f"{field}: {name} needs the package reasoning-gym: pip install reasoning-gym")
     text = name.removeprefix(PREFIX).strip()
     try:
         terms = list(_terms(ast.parse(text, mode="eval").body))
@@ -146,9 +145,12 @@ def split_of(question: str) -> str:
     return next(name for name, end in zip(SPLITS, ends, strict=True) if percent < end)
 
 
-def _in_child(tasks: list[Task], split: str, field: str) -> list[list[dict]]:
-    """Return each task's rows, made in a process with a fixed hash seed: some tasks draw from sets of strings."""
-    request = json.dumps({"tasks": [dataclasses.asdict(task) for task in tasks], "split": split, "field": field})
+def _in_child(name: str, split: str, field: str) -> list[list[dict]]:
+    """Return each task's rows, made in a process with a fixed hash seed: some tasks draw from sets of strings.
+
+    It alone imports the gym, which takes seconds.
+    """
+    request = json.dumps({"name": name, "split": split, "field": field})
     command = [sys.executable, "-m", "aesl_trl.data.gym"]
     child = subprocess.run(
         command, input=request, stdout=subprocess.PIPE, text=True, env=child_env(PYTHONHASHSEED="0")
@@ -158,19 +160,21 @@ def _in_child(tasks: list[Task], split: str, field: str) -> list[list[dict]]:
     answer = json.loads(child.stdout)
     if "error" in answer:
         raise InputError(answer["error"])
-    for task, left_out in zip(tasks, answer["left_out"], strict=True):
+    for task, left_out in answer["left_out"]:
         if left_out and os.environ.get("RANK", "0") == "0":
-            tell(f"{field}: {PREFIX}{task.name}: {left_out} items were left out, as no answer could earn their reward")
+            tell(f"{field}: {PREFIX}{task}: {left_out} items were left out, as no answer could earn their reward")
     return answer["rows"]
 
 
 def main() -> None:
-    """Read tasks from stdin, and write their rows to stdout, or the one line that says what is wrong."""
+    """Read a name from stdin, and write its tasks' rows to stdout, or the one line that says what is wrong."""
     request = json.load(sys.stdin)
     with redirect_stdout(sys.stderr):  # some tasks print
         try:
-            drawn = [_rows(Task(**task), request["split"], request["field"]) for task in request["tasks"]]
-            answer = {"rows": [rows for rows, _ in drawn], "left_out": [left_out for _, left_out in drawn]}
+            tasks = read_name(request["name"], request["field"])
+            drawn = [_rows(task, request["split"], request["field"]) for task in tasks]
+            left_out = [(task.name, number) for task, (_, number) in zip(tasks, drawn, strict=True)]
+            answer = {"rows": [rows for rows, _ in drawn], "left_out": left_out}
         except InputError as error:
             answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

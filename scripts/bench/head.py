@@ -1,7 +1,7 @@
 """Time and memory of the LM head and its loss, forward and backward: this package, its peers and the floor.
 
-    python scripts/bench_head.py [--shape small ...] [--tokens 2048] [--repeats 5] [--head both] [--json FILE]
-    python scripts/bench_head.py --errors
+    python scripts/bench/head.py [--shape small ...] [--tokens 2048] [--repeats 5] [--head both] [--json FILE]
+    python scripts/bench/head.py --errors
 
 Every label is trained, hidden states always get a gradient. Before anything is timed, the losses and the gradients of
 the hidden states must agree, the nll methods with each other and the AESL methods with each other, or there is no

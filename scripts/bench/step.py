@@ -1,6 +1,6 @@
 """Whole training steps of AESLSFTTrainer beside TRL's SFTTrainer, full fine-tuning and LoRA.
 
-    python scripts/bench_step.py [--model small ...] [--mode both] [--blocks 6] [--json FILE]
+    python scripts/bench/step.py [--model small ...] [--mode both] [--blocks 6] [--json FILE]
 
 The same untrained Qwen2 and the same batches of random tokens, all trained, for every trainer; diversity is not
 monitored, every step is logged. The trainers take turns in short blocks of steps, so that noise of a shared machine
@@ -10,7 +10,7 @@ steps with the same place; the goal is at most 1.00. Memory is the peak of a fre
 and optimizer included: on GPU the allocator's, on CPU the rise of the resident memory.
 
 The nll of TRL is shown with its default tiles and, where `--trl-tiles` names them (it does on CPU), with better ones;
-scripts/bench_head.py finds them. TRL 1.15's needs a GPU. The losses that the nll trainers log must agree, or there is
+scripts/bench/head.py finds them. TRL 1.15's needs a GPU. The losses that the nll trainers log must agree, or there is
 no table.
 """
 
@@ -25,8 +25,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_head import in_fresh_process, machine, print_markdown, ratio, reset_peak, resident_bytes, spread_ms
 from datasets import Dataset, disable_progress_bars
+from head import in_fresh_process, machine, print_markdown, ratio, reset_peak, resident_bytes, spread_ms
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (

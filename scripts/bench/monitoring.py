@@ -1,13 +1,13 @@
 """The share of a training's time that diversity monitoring takes, on the machine at hand.
 
-    python scripts/measure_monitoring.py [--model MODEL] [--lora] [--steps 100] [--diversity_steps 50] ...
+    python scripts/bench/monitoring.py [--model MODEL] [--lora] [--steps 100] [--diversity_steps 50] ...
 
 Trains on random tokens (their content plays no part in the time, only their number) with measurements of the default
 size, and prints what docs/monitoring_cost.md assumes: training and decoding throughput, and the share that follows
 for an interval between two measurements. The first measurement and the first interval are left out: they hold what
 happens once. The defaults are the embedded tiny model on this machine; for the single-GPU recipe:
 
-    python scripts/measure_monitoring.py --model Qwen/Qwen2.5-1.5B --lora --batch 4 --accumulation 8 --length 1024
+    python scripts/bench/monitoring.py --model Qwen/Qwen2.5-1.5B --lora --batch 4 --accumulation 8 --length 1024
 """
 
 import argparse

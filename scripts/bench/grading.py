@@ -1,6 +1,6 @@
 """Measure answers graded per second: in one child process, in a pool of them, and by math-verify in this process.
 
-    python scripts/bench_grader.py [--answers 400] [--repeats 7] [--children 1 2] [--json FILE]
+    python scripts/bench/grading.py [--answers 400] [--repeats 7] [--children 1 2] [--json FILE]
 
 The answers are short and of 20 kinds. Twelve kinds are single numbers (fractions, roots, percentages, units), the
 others are sets, intervals, equations, polynomials and matrices. The numbers differ from answer to answer, so that

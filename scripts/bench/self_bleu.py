@@ -1,6 +1,6 @@
 """CPU seconds for the self-BLEU of one prompt's completions: this package, sacrebleu's double loop, fast-bleu.
 
-    python scripts/bench_self_bleu.py [--completions 8 16 32 64] [--words 500 4000] [--repeats 5] [--json FILE]
+    python scripts/bench/self_bleu.py [--completions 8 16 32 64] [--words 500 4000] [--repeats 5] [--json FILE]
 
 The completions are halves of sentences that they share and halves of words of their own with Zipf's frequencies, so
 that n-grams of every order match. Before a size is timed, our scores must equal sacrebleu's to 1e-9, or there is no

@@ -2,7 +2,7 @@
 
 Each YAML file is parsed as its stage will parse it. Its launch and global batch must agree with its first line, its
 lengths with the rows that `aesl data` will write and with the model's context, and the end of a sample with the end of
-a turn. The memory of one GPU is summed item by item (memory.py). The model is built on the meta device from
+a turn. The memory of one GPU is summed item by item (estimates/memory.py). The model is built on the meta device from
 model_config.json, or from its own files where this machine has them.
 """
 
@@ -18,9 +18,7 @@ from typing import Any
 from ..arguments import parse
 from ..chain.stages import ANYWHERE
 from ..errors import InputError
-from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
-from ..values import load_yaml
-from .facts import (
+from ..estimates.facts import (
     Facts,
     Hardware,
     Launch,
@@ -35,8 +33,10 @@ from .facts import (
     read_launch,
     shape_of,
 )
-from .memory import Budget, budget, vllm_sequences
-from .stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
+from ..estimates.memory import Budget, budget, vllm_sequences
+from ..estimates.stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
+from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
+from ..values import load_yaml
 
 
 BENCHMARK_PROMPT = 512  # tokens that memory is counted with; the benchmarks' problems are mostly shorter

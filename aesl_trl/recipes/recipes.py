@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..arguments import ArgumentParser, check_replaceable
 from ..errors import InputError, tell
+from ..estimates.facts import first_comment
 from ..files import swapped
-from .facts import first_comment
 
 
 def recipes_dir() -> Path:

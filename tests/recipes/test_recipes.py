@@ -20,10 +20,10 @@ from aesl_trl.compare import compare
 from aesl_trl.data import prepare
 from aesl_trl.data.config import DataArguments
 from aesl_trl.errors import InputError
+from aesl_trl.estimates.facts import kind_of, promised_files
 from aesl_trl.evaluation.evaluate import EvalArguments
 from aesl_trl.recipes import recipes
 from aesl_trl.recipes.check import find_configs
-from aesl_trl.recipes.facts import kind_of, promised_files
 
 
 CONFIGS = find_configs([RECIPES])

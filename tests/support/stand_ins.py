@@ -13,7 +13,7 @@ import torch
 import yaml
 from small_problems import gsm8k_row, openr1_row
 
-from aesl_trl.recipes.facts import MODEL_CONFIG, kind_of, read_facts
+from aesl_trl.estimates.facts import MODEL_CONFIG, kind_of, read_facts
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

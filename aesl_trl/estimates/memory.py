@@ -1,7 +1,7 @@
 """Sum the GPU memory of a stage, item by item: plain arithmetic on sizes, to be read, doubted and tested.
 
 A GB is 10^9 bytes. A card of "24 GB" counts as 24 of them; it has about 7% more, which stay in reserve. The tensors
-that a layer keeps for its backward pass were counted on the models themselves (tests/recipes/test_memory.py counts
+that a layer keeps for its backward pass were counted on the models themselves (tests/estimates/test_memory.py counts
 them again); the other items follow from the shapes of the tensors. Left out: models other than dense decoders with a
 gated MLP; tensor, context and pipeline parallelism.
 

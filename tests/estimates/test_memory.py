@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_tokenizer
 
+from aesl_trl.estimates import memory
+from aesl_trl.estimates.facts import Facts, shape_of
+from aesl_trl.estimates.memory import ALWAYS, EVALUATE, GB, GENERATE, TRAIN, VLLM, Item, Training
 from aesl_trl.losses import head
-from aesl_trl.recipes import memory
-from aesl_trl.recipes.facts import Facts, shape_of
-from aesl_trl.recipes.memory import ALWAYS, EVALUATE, GB, GENERATE, TRAIN, VLLM, Item, Training
 
 
 TOKENS = 52  # the width of no weight, which are told apart by their shapes

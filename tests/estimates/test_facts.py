@@ -3,7 +3,7 @@
 import pytest
 from stand_ins import MODELS, RECIPES
 
-from aesl_trl.recipes.facts import read_facts, shape_of
+from aesl_trl.estimates.facts import read_facts, shape_of
 
 
 @pytest.mark.parametrize(

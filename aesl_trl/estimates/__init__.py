@@ -1,0 +1,1 @@
+"""What a recipe's files say, and from that the memory and the hours that its stages need."""

@@ -109,12 +109,12 @@ def build(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, help="by default the recipe's base, of another seed a run's folder")
+    parser.add_argument("--output_dir", type=Path, help="by default the recipe's base, or its bases/SEED")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chain", action="store_true", help="the base of recipes/skills-chain-tiny")
     args = parser.parse_args(argv)
     recipe = CHAIN_RECIPE if args.chain else RECIPE
-    default = RECIPES.parent / "runs" / recipe.name / f"base-{args.seed}" if args.seed else recipe / "base"
+    default = recipe / "bases" / str(args.seed) if args.seed else recipe / "base"
     build(args.output_dir or default, seed=args.seed, chain=args.chain)
 
 

@@ -145,7 +145,7 @@ def eval_demonstrations(seed: int = 0, num: int = 128, base: int = 0) -> list[di
     return _with_gold(_rows("eval_demonstrations", seed, roles(base)[2], num))
 
 
-# The same for the bases of scripts/build_skills_tiny_base.py --seed 1 and --seed 2: their rare skills are others.
+# The same for the bases of scripts/build_skills_tiny_base.py --seed 1, 2 and 3: their rare skills are others.
 
 
 def demonstrations_base_1(seed: int = 0) -> list[dict]:
@@ -156,12 +156,20 @@ def demonstrations_base_2(seed: int = 0) -> list[dict]:
     return demonstrations(seed, base=2)
 
 
+def demonstrations_base_3(seed: int = 0) -> list[dict]:
+    return demonstrations(seed, base=3)
+
+
 def eval_demonstrations_base_1(seed: int = 0) -> list[dict]:
     return eval_demonstrations(seed, base=1)
 
 
 def eval_demonstrations_base_2(seed: int = 0) -> list[dict]:
     return eval_demonstrations(seed, base=2)
+
+
+def eval_demonstrations_base_3(seed: int = 0) -> list[dict]:
+    return eval_demonstrations(seed, base=3)
 
 
 def _problems(use: str, seed: int, num: int) -> list[dict]:

@@ -8,27 +8,24 @@ no cache of math-verify helps. Half of the answers are right. Before anything is
 rewards; otherwise the script stops without a table.
 
 The floor is math-verify's own time: TRL's `accuracy_reward` called here, without protection. The methods take turns,
-so that the noise of a shared machine hits all of them. Start-up, the time to a pool's first rewards, has a column of
-its own, because a training pays it once.
+so that the noise of a shared machine hits all of them. Start-up, the time to a pool's first rewards, stands beside the
+raw rates in the JSON, because a training pays it once.
 """
 
 import argparse
-import json
-import os
-import platform
 import random
-import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
+import record
 from trl.rewards import accuracy_reward
 
 from aesl_trl.rewards.grading import Answer, Graders
 
 
 DEADLINE_S = 10.0
+FLOOR = "math-verify in process"
 # (completion, solution) of a right answer; {a}, {b} and {c} are numbers that differ from answer to answer
 NUMBERS = [
     (r"\boxed{{{a}}}", "${a}$"),
@@ -86,8 +83,9 @@ def in_children(graders: Graders) -> Callable[[list[Answer]], list[float | None]
     return grade
 
 
-def bench(args: argparse.Namespace) -> list[dict]:
-    methods, starts = {"math-verify in process": in_process}, {}
+def time_methods(args: argparse.Namespace) -> list[dict]:
+    """Return each method's start-up and its answers a second, by set and turn."""
+    methods, starts = {FLOOR: in_process}, {}
     for num in args.children:
         name = "1 child" if num == 1 else f"pool of {num}"
         methods[name] = in_children(Graders(num))
@@ -118,18 +116,16 @@ def check(args: argparse.Namespace, methods: dict[str, Callable]) -> None:
             raise SystemExit(f"{name} gives other rewards than math-verify in process: nothing is timed")
 
 
-def print_table(args: argparse.Namespace, rows: list[dict]) -> None:
-    cores, packages = len(os.sched_getaffinity(0)), ("trl", "math-verify", "sympy")
-    print(f"{cores} cores, Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages))
-    print(f"answers per second: median of {args.repeats} turns of {args.answers} (lowest to highest)\n")
-    print(f"| graded by | start-up, s | {' | '.join(SETS)} |\n| --- | ---: | {'---: | ' * len(SETS)}".rstrip())
-    for row in rows:
-        start = "" if row["start_s"] is None else f"{row['start_s']:.1f}"
-        print(f"| {row['method']} | {start} | {' | '.join(map(_spread, row['answers_per_s'].values()))} |")
-
-
-def _spread(rates: list[float]) -> str:
-    return f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+def bench(args: argparse.Namespace) -> dict:
+    """Return the table of the answers a second to those of math-verify in process."""
+    methods = time_methods(args)
+    floor = next(method for method in methods if method["method"] == FLOOR)["answers_per_s"]
+    rows = [
+        [method["method"], *(record.ratio(rates, floor[label]) for label, rates in method["answers_per_s"].items())]
+        for method in methods
+    ]
+    title = f"Answers graded a second, to math-verify's in process; {args.answers} answers a turn"
+    return record.table(title, ["graded by", *SETS], rows, methods)
 
 
 def main() -> None:
@@ -141,10 +137,7 @@ def main() -> None:
     parser.add_argument("--children", type=int, nargs="+", default=[1, 2], help="sizes of pools")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every rate")
     args = parser.parse_args()
-    rows = bench(args)
-    print_table(args, rows)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    record.write(args.json, "grading", [record.show(bench(args))])
 
 
 if __name__ == "__main__":

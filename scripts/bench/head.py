@@ -1,17 +1,19 @@
 """Time and memory of the LM head and its loss, forward and backward: this package, its peers and the floor.
 
-    python scripts/bench/head.py [--shape small ...] [--tokens 2048] [--repeats 5] [--head both] [--json FILE]
+    python scripts/bench/head.py [--shape small ...] [--tokens 2048] [--repeats 5] [--head both] [--no-rivals]
     python scripts/bench/head.py --errors
 
 Every label is trained, hidden states always get a gradient. Before anything is timed, the losses and the gradients of
 the hidden states must agree, the nll methods with each other and the AESL methods with each other, or there is no
 table. The methods then take turns, so that noise of a shared machine hits all alike; a ratio is the median of the
-ratios within a turn. Memory is the peak of forward and backward beyond the inputs, gradients included: on GPU the
-allocator's, on CPU the resident memory of a fresh process for each method.
+ratios within a turn. On CPU the time is this process's CPU time: with one thread (OMP_NUM_THREADS=1) it is what an
+idle machine would take. Memory is the peak of forward and backward beyond the inputs, gradients included: on GPU the
+allocator's, on CPU the rise of the resident memory in a fresh process.
 
 TRL's head computes the log-probabilities, entropy and top-1 flags that its SFTTrainer logs, as ours always does; the
 other peers compute the loss alone. The bare products are the floor of a head in one pass: three of them (two for a
-frozen head) over tiles of as many rows as ours, and nothing else.
+frozen head) over tiles of as many rows as ours, and nothing else. The rivals' losses (DFT, GEM, PSFT, EAFT) and two
+ablations of AESL run in our head; PSFT without the forward pass of its old policy.
 
 `--errors` compares the AESL weights by the dtype of the logits' tile with the float64 definition on the same bf16
 operands.
@@ -22,27 +24,33 @@ probabilities meet here what they meet in training.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import record
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from aesl_trl.losses.definition import aesl_loss, aesl_weights
 from aesl_trl.losses.head import HeadOutput, HeadSettings, _add_product, _product, _tile_rows, fused_head
-from aesl_trl.losses.rules import TokenRule, aesl_rule, nll_rule
+from aesl_trl.losses.rules import (
+    TokenRule,
+    aesl_rule,
+    dft_rule,
+    eaft_rule,
+    gem_rule,
+    linear_rule,
+    nll_rule,
+    psft_rule,
+    threshold_rule,
+)
 
 
 SHAPES = {  # name -> (hidden size, vocabulary)
@@ -56,6 +64,14 @@ GPU_SHAPES = ["Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"]
 ERROR_TOKENS = 1024  # the float64 definition holds several copies of the logits
 TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 DEFAULT_TRL = "TRL nll, default tiles"
+RIVALS = {  # name -> rule
+    "AESL, weight linear": linear_rule(),
+    "AESL, weight threshold": threshold_rule(),
+    "DFT": dft_rule(),
+    "GEM": gem_rule(),
+    "PSFT": psft_rule(),
+    "EAFT": eaft_rule(),
+}
 # Relative difference of the loss and of the hidden states' gradient, as vectors: logits are near 20, which float32
 # rounds and sums with an error of about 1e-5, while bf16 rounds it by up to 1/16, and its probability by as much
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -203,18 +219,22 @@ def _refuse_cpu(problem: Problem) -> None:
         raise RuntimeError("it needs a GPU")
 
 
-def methods_for(products: torch.dtype, tiles: tuple[int, int] | None) -> list[Method]:
-    """`tiles` are TRL's best, `None` where it does not run."""
+def our_name(loss: str, tile_dtype: torch.dtype = torch.float32) -> str:
+    return f"{loss} in one pass, tile {_short(tile_dtype)}"
 
-    def ours(loss: str, rule: TokenRule, dtype: torch.dtype) -> Method:
-        name = f"{loss} in one pass, tile {_short(dtype)}"
-        return Method(name, loss.lower(), lambda problem: one_pass(problem, rule, dtype))
+
+def methods_for(products: torch.dtype, tiles: tuple[int, int] | None, with_rivals: bool) -> list[Method]:
+    """Return the methods in the order of the table; `tiles` are TRL's best, `None` where it does not run."""
+
+    def ours(loss: str, rule: TokenRule, dtype: torch.dtype = torch.float32) -> Method:
+        return Method(our_name(loss, dtype), loss.lower(), lambda problem: one_pass(problem, rule, dtype))
 
     best = [Method(best_name(tiles), "nll", partial(trl_nll, tiles=tiles), True)] if tiles else []
     return [
         Method("bare products", None, bare_products),
         *(ours("AESL", aesl_rule(), dtype) for dtype in dict.fromkeys((torch.float32, products))),
-        ours("nll", nll_rule(), torch.float32),
+        ours("nll", nll_rule()),
+        *(ours(loss, rule) for loss, rule in (RIVALS if with_rivals else {}).items()),
         *best,
         Method(DEFAULT_TRL, "nll", trl_nll, True),
         Method("full-logits nll", "nll", full_nll),
@@ -276,12 +296,12 @@ def clear(problem: Problem) -> None:
 
 
 def measure(run: Callable[[Problem], Tensor | None], problem: Problem) -> tuple[float, int]:
-    """Seconds of one forward and backward, and on GPU the bytes of its peak beyond what was there."""
+    """Return the seconds of one forward and backward, and on GPU the bytes of its peak beyond what was there."""
     clear(problem)
     if problem.on_cpu:
-        start = time.perf_counter()
+        start = time.process_time()
         run(problem)
-        return time.perf_counter() - start, 0
+        return time.process_time() - start, 0
     torch.cuda.reset_peak_memory_stats()
     before, start, end = torch.cuda.memory_allocated(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -292,112 +312,63 @@ def measure(run: Callable[[Problem], Tensor | None], problem: Problem) -> tuple[
     return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() - before
 
 
-def resident_bytes(name: str) -> int:
-    """`VmRSS`, what is resident, or `VmHWM`, its peak. Not getrusage, which counts what the parent process held."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> int:
-    """Bytes resident now, from where `VmHWM` then rises."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes("VmRSS")
-
-
-def print_peak(args: argparse.Namespace) -> None:
-    """In a fresh process on CPU: the rise of one method's resident memory, in bytes."""
-    shape, head, name, *tiles = args.peak_of
+def print_peaks(args: argparse.Namespace) -> None:
+    """In a fresh process on CPU: print the rise of the resident memory of each named method, in bytes."""
+    shape, head, tiles, *names = args.peaks_of
     problem = make_problem(args, shape, args.tokens, head == "full")
-    method = next(each for each in methods_for(problem.products, tuple(map(int, tiles))) if each.name == name)
-    method.run(problem.first(16))  # loads the libraries' code
-    clear(problem)
-    before = reset_peak()
-    method.run(problem)
-    print(resident_bytes("VmHWM") - before)
-
-
-def in_fresh_process(*arguments) -> int:
-    """The number that this script prints with these arguments added to its own."""
-    # A fixed threshold: glibc otherwise keeps freed tensors of up to 32 MB, and a later one adds nothing to the peak
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, *sys.argv, *map(str, arguments)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return int(result.stdout.split()[-1])
+    peaks = {}
+    for method in methods_for(problem.products, json.loads(tiles), args.rivals):
+        if method.name not in names:
+            continue
+        method.run(problem.first(16))  # loads the libraries' code
+        clear(problem)
+        before = record.reset_peak()
+        method.run(problem)
+        peaks[method.name] = record.resident_bytes("VmHWM") - before
+        clear(problem)
+    print(json.dumps(peaks))
 
 
 def bench(args: argparse.Namespace, shape: str, head: str) -> dict:
-    """One table: the heading, and for each method its seconds and peak bytes, or why it did not run."""
+    """Return one table: each method's ratios and peak memory, or why it did not run."""
     problem = make_problem(args, shape, args.tokens, head == "full")
     tiles = best_tiles(problem)
-    methods = methods_for(problem.products, tiles)
+    methods = methods_for(problem.products, tiles, args.rivals)
     refusals = verify(methods, problem)
-    methods = [method for method in methods if method.name not in refusals]
-    rows = {method.name: {"seconds": [], "peak_bytes": 0} for method in methods}
+    runs = {method.name: method.run for method in methods if method.name not in refusals}
+    seconds, peaks = {name: [] for name in runs}, dict.fromkeys(runs, 0)
     for _ in range(args.repeats):
-        for method in methods:
-            seconds, peak = measure(method.run, problem)
-            rows[method.name]["seconds"].append(seconds)
-            rows[method.name]["peak_bytes"] = max(rows[method.name]["peak_bytes"], peak)
-    if problem.on_cpu:
-        for name, row in rows.items():
-            row["peak_bytes"] = in_fresh_process("--peak-of", shape, head, name, *(tiles or ()))
+        for name, run in runs.items():
+            time_s, peak = measure(run, problem)
+            seconds[name].append(time_s)
+            peaks[name] = max(peaks[name], peak)
+    if problem.on_cpu and args.peaks:
+        peaks = record.in_fresh_process("--peaks-of", shape, head, json.dumps(tiles), *runs)
     hidden_size, vocab = SHAPES[shape]
     operands = f"{_short(problem.hidden.dtype)}{' under autocast' if args.autocast else ''}"
     title = (
-        f"{head.capitalize()} head, {shape} (H {hidden_size}, V {vocab}), {args.tokens} tokens, {operands}, tiles of "
-        f"the peers in {_short(problem.products)}, {machine(args.device)}"
+        f"{head.capitalize()} head, {shape} (hidden size {hidden_size}, vocabulary {vocab}), {args.tokens} tokens, "
+        f"{operands}, tiles of the peers in {_short(problem.products)}"
     )
-    return {"title": title, "best": best_name(tiles) if tiles else None, "rows": rows, "refusals": refusals}
+    raw = {"seconds": seconds, "peak_bytes": peaks, "refusals": refusals}
+    return make_table(title, raw, best_name(tiles) if tiles else None, problem.on_cpu)
 
 
-def print_table(table: dict) -> None:
-    rows, peers = table["rows"], {"best": table["best"], "default": DEFAULT_TRL}
-    print(f"\n{table['title']}\n")
-    cells = [("method", "median ms", "min..max ms", *(f"to TRL {name}" for name in peers), "peak MiB")]
-    for name, row in rows.items():
-        ratios = [ratio(row["seconds"], rows[peer]["seconds"]) if peer in rows else "-" for peer in peers.values()]
-        cells.append((name, *spread_ms(row["seconds"]), *ratios, f"{row['peak_bytes'] / 2**20:.0f}"))
-    print_markdown(cells)
-    for name, reason in table["refusals"].items():
-        print(f"{name}: {reason}")
-
-
-def spread_ms(seconds: list[float]) -> tuple[str, str]:
-    low, middle, high = (f"{1000 * value:.1f}" for value in (min(seconds), statistics.median(seconds), max(seconds)))
-    return middle, f"{low}..{high}"
-
-
-def ratio(seconds: list[float], others: list[float]) -> str:
-    return f"{statistics.median(a / b for a, b in zip(seconds, others, strict=True)):.2f}"
-
-
-def print_markdown(rows: list[tuple[str, ...]]) -> None:
-    """The first row is the header; the first column is text, the others are numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = tuple("-" * (width - 1) + (":" if i else "-") for i, width in enumerate(widths))
-    for first, *others in (rows[0], line, *rows[1:]):
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def machine(device: str) -> str:
-    """Device, threads and versions, for a table's heading."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    versions = [f"{package} {_version(package)}" for package in ("torch", "trl", "triton")]
-    return ", ".join([name, f"{torch.get_num_threads()} CPU thread(s)", *versions])
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # Triton is for Linux only
-        return None
+def make_table(title: str, raw: dict, best: str | None, on_cpu: bool) -> dict:
+    """Return the table of the ratios. A CPU's milliseconds say nothing of another's and stay among the raw values."""
+    seconds = raw["seconds"]
+    peers = {"to TRL, best tiles": best, "to TRL, default tiles": DEFAULT_TRL, "to our nll": our_name("nll")}
+    peers = {column: peer for column, peer in peers.items() if peer in seconds}
+    milliseconds = [] if on_cpu else ["ms"]
+    rows = []
+    for name, own in seconds.items():
+        times = [1000 * statistics.median(own)] if milliseconds else []
+        ratios = [record.ratio(own, seconds[peer]) for peer in peers.values()]
+        peak = raw["peak_bytes"][name]
+        rows.append([name, *times, *ratios, peak / 2**20 if peak else None])
+    columns = ["forward and backward", *milliseconds, *peers, "peak MiB"]
+    rows += [[f"{name}: {reason}", *[None] * (len(columns) - 1)] for name, reason in raw["refusals"].items()]
+    return record.table(title, columns, rows, raw)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -405,25 +376,25 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def print_errors(args: argparse.Namespace, shape: str) -> None:
-    """|weight - float64 definition| by rule and by dtype of the tile."""
+def errors(args: argparse.Namespace, shape: str) -> dict:
+    """Return the table of |weight - float64 definition| by temperature and by dtype of the tile."""
     problem = make_problem(args, shape, min(args.tokens, ERROR_TOKENS), trained=False)
     logits, labels = problem.hidden.double() @ problem.weight.double().t(), problem.labels
     probs = logits.softmax(1).gather(1, labels.unsqueeze(1))
-    print(
-        f"\nAESL weights, bf16 operands, {shape}, {len(labels)} tokens, {machine(args.device)}\n"
-        f"Logits: std {logits.std():.1f}, largest {logits.max():.0f}; labels: mean nll {-probs.log().mean():.2f}, "
-        f"{(probs > 0.9).double().mean():.0%} above probability 0.9\n"
+    title = (
+        f"AESL weights, bf16 operands, {shape}, {len(labels)} tokens; "
+        f"logits: standard deviation {logits.std():.1f}, largest {logits.max():.0f}; "
+        f"labels: mean nll {-probs.log().mean():.2f}, {(probs > 0.9).double().mean():.0%} above probability 0.9"
     )
-    cells = [("temperature", "tile", "median", "99 %", "max", "mean weight")]
+    rows = []
     fixed = {f"fixed at {t}": {"t_scaling": t, "prefix_mode": "none"} for t in (0.1, 0.3, 1.0, 3.0)}
     for name, setting in {**fixed, "of the inclusive prefix": {}}.items():
         truth = aesl_weights(logits.unsqueeze(0), labels.unsqueeze(0), **setting).squeeze(0)
         for dtype in (torch.float32, torch.bfloat16):
-            errors = (fused_scores(problem, aesl_rule(**setting), dtype).weights - truth).abs()
-            figures = (errors.median(), errors.quantile(0.99), errors.max())
-            cells.append((name, _short(dtype), *(f"{figure:.1e}" for figure in figures), f"{truth.mean():.2f}"))
-    print_markdown(cells)
+            off = (fused_scores(problem, aesl_rule(**setting), dtype).weights - truth).abs()
+            figures = (off.median(), off.quantile(0.99), off.max(), truth.mean())
+            rows.append([name, _short(dtype), *(figure.item() for figure in figures)])
+    return record.table(title, ["temperature", "tile", "median", "99 %", "max", "mean weight"], rows)
 
 
 def main() -> None:
@@ -436,28 +407,28 @@ def main() -> None:
     parser.add_argument("--head", choices=["full", "frozen", "both"], default="both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--errors", action="store_true", help="the error of the AESL weights by tile dtype instead")
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="on CPU: measure memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every time of every table")
-    parser.add_argument("--peak-of", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--peaks-of", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     args.tokens = args.tokens or (2048 if on_cpu else 8192)
     args.dtype = args.dtype or ("float32" if on_cpu or args.autocast else "bfloat16")
     if args.autocast and args.dtype != "float32":
         parser.error("--autocast is for float32 operands")
-    if args.peak_of:
-        print_peak(args)
+    if args.peaks_of:
+        print_peaks(args)
         return
     tables = []
     for shape in args.shape or (["small"] if on_cpu else GPU_SHAPES):
         if args.errors:
             args.dtype = "bfloat16"
-            print_errors(args, shape)
+            tables.append(record.show(errors(args, shape)))
             continue
         for head in ("full", "frozen") if args.head == "both" else (args.head,):
-            tables.append(bench(args, shape, head))
-            print_table(tables[-1])
-    if args.json:
-        args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+            tables.append(record.show(bench(args, shape, head)))
+    record.write(args.json, "head", tables)
 
 
 if __name__ == "__main__":

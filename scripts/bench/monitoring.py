@@ -1,4 +1,4 @@
-"""The share of a training's time that diversity monitoring takes, on the machine at hand.
+"""Measure the share of a training's time that diversity monitoring takes, on this machine.
 
     python scripts/bench/monitoring.py [--model MODEL] [--lora] [--steps 100] [--diversity_steps 50] ...
 
@@ -14,7 +14,9 @@ import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
+import record
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
@@ -26,23 +28,24 @@ from aesl_trl.sampling.backends import TRAINING_BACKENDS
 
 
 class Clock(TrainerCallback):
-    """Times each step, measurements not included."""
+    """Keeps when each step began and ended; a measurement lies between two steps."""
 
     def __init__(self):
-        self.began, self.seconds = None, []
+        self.began, self.ended = [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._wait()
-        self.began = time.perf_counter()
+        self.began.append(now())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._wait()
-        self.seconds.append(time.perf_counter() - self.began)
+        self.ended.append(now())
 
-    @staticmethod
-    def _wait():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+
+def now() -> float:
+    """Return the time in seconds: on CPU this process's CPU time, so that other work on the machine does not count."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +64,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=AESLSFTConfig.diversity_batch_size)
     parser.add_argument("--token_budget", type=int)
     parser.add_argument("--backend", choices=TRAINING_BACKENDS, default="auto")
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="record every time")
+    args = parser.parse_args()
+    if args.steps <= 2 * args.diversity_steps:
+        parser.error("a measurement needs steps before and after it: more than twice --diversity_steps")
+    return args
 
 
 def random_rows(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
@@ -113,38 +120,45 @@ def make_trainer(args: argparse.Namespace, folder: str) -> AESLSFTTrainer:
     return trainer
 
 
-def figures(rows: list[dict], step_seconds: list[float], args: argparse.Namespace) -> dict[str, float]:
-    """Return medians, without the first measurement and the first interval."""
-    measured = [row for row in rows[1:] if not row.get("gap")]
-    seconds = statistics.median(row["seconds"] for row in measured)
-    tokens = statistics.median(row["length"] * row["num_prompts"] * row["num_samples"] for row in measured)
-    step = statistics.median(step_seconds[args.diversity_steps :] or step_seconds)
-    interval = step * args.diversity_steps
-    return {
-        "seconds a measurement": seconds,
+def make_table(rows: list[dict], clock: Clock, size: str, args: argparse.Namespace) -> dict:
+    """Return the table of the medians and shares, without the measurement before step 1 and the first interval."""
+    every = args.diversity_steps
+    between = [begin - end for end, begin in zip(clock.ended, clock.began[1:], strict=False)]
+    measured_s = between[every - 1 :: every]
+    step_s = [end - begin for begin, end in zip(clock.began, clock.ended, strict=True)]
+    step = statistics.median(step_s[every:])
+    tokens = statistics.median(row["length"] * row["num_prompts"] * row["num_samples"] for row in rows[1:])
+    in_steps = record.spread([seconds / step for seconds in measured_s])
+    trained = args.batch * args.accumulation * args.length
+    cells = {
         "tokens sampled a measurement": tokens,
-        "tokens sampled a second": tokens / seconds,
-        "seconds a step": step,
-        "tokens trained a second": args.batch * args.accumulation * args.length / step,
-        "share of an interval": seconds / (seconds + interval),
-        "diversity_steps for 5%": 19 * seconds / step,
+        "time of a measurement, in training steps": in_steps,
+        "time of a sampled token, in trained tokens": in_steps["median"] / tokens * trained,
+        "share of an interval": record.spread([seconds / (seconds + every * step) for seconds in measured_s]),
+        "`diversity_steps` for a share of 5%": 19 * in_steps["median"],
     }
+    title = (
+        f"Monitoring, {Path(args.model).name}{', LoRA' if args.lora else ''}, {args.batch * args.accumulation} rows "
+        f"of {args.length} tokens a step, {size} by {rows[-1]['backend']}, every {every} steps"
+    )
+    raw = {"measurement_s": measured_s, "step_s": step_s, "sampled_tokens": tokens}
+    return record.table(title, ["figure", "value"], [[name, value] for name, value in cells.items()], raw)
 
 
-def main() -> None:
-    args = arguments()
-    disable_progress_bars()
+def bench(args: argparse.Namespace) -> dict:
+    """Train with measurements, and return the table."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = make_trainer(args, folder), Clock()
         trainer.callback_handler.callbacks.insert(0, clock)  # before the measurements
         trainer.train()
         rows = files.RunFolder(folder).rows(files.DIVERSITY)
-    size = trainer.diversity_callback.measurement.size
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{args.model}, {device}, {rows[-1]['backend']}, {size}, every {args.diversity_steps} steps")
-    for name, value in figures(rows, clock.seconds, args).items():
-        print(f"  {name:30s} {value:12.4g}")
-    print(f"  {'share of the whole run':30s} {rows[-1]['time_share']:12.4g}")
+    return make_table(rows, clock, str(trainer.diversity_callback.measurement.size), args)
+
+
+def main() -> None:
+    args = arguments()
+    disable_progress_bars()
+    record.write(args.json, "monitoring", [record.show(bench(args))])
 
 
 if __name__ == "__main__":

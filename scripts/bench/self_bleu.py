@@ -19,16 +19,12 @@ value is another one and is not compared.
 
 import argparse
 import itertools
-import json
-import os
-import platform
 import random
-import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import record
 from sacrebleu.metrics.bleu import BLEU
 
 from aesl_trl.diversity.bleu import self_bleu, sentence_bleus, tokenized
@@ -87,11 +83,12 @@ def fast_bleu(texts: list[str]) -> float:
     return time.process_time() - start
 
 
-def bench(args: argparse.Namespace, num: int, words: int) -> dict:
+def time_size(args: argparse.Namespace, num: int, words: int) -> dict:
+    """Return the CPU seconds of one size, by method and turn."""
     num_scored = num if num * num * words <= args.full else min(num, args.hypotheses)
     check(make_completions(num, words, seed=0), min(num, args.hypotheses))
     methods: dict[str, Callable[[list[str]], float]] = {
-        "ours": ours,
+        "aesl_trl": ours,
         "sacrebleu": lambda texts: sacrebleus_loop(texts, num_scored)[0],
     }
     if SelfBLEU is not None:
@@ -111,43 +108,18 @@ def check(texts: list[str], num_scored: int) -> None:
             raise SystemExit(f"completion {place} scores {found[place]}, by sacrebleu {score}: nothing is timed")
 
 
-def print_head(args: argparse.Namespace) -> None:
-    fast = "absent" if SelfBLEU is None else _version("fast-bleu")
-    print(f"{_processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, numpy", end=" ")
-    print(f"{version('numpy')}, sacrebleu {version('sacrebleu')}, fast-bleu {fast}")
-    print(f"CPU seconds: median of {args.repeats} turns (lowest to highest); ~ scaled from a subset of completions\n")
-    print("| completions | words | aesl_trl | sacrebleu | ratio | fast-bleu | ratio |")
-    print(f"| ---: | ---: |{' ---: |' * 5}", flush=True)
-
-
-def _cells(row: dict) -> list[str]:
-    seconds = row["seconds"]
-    mark = "" if row["scored"] == row["completions"] else f"~ ({row['scored']} scored) "
-    cells = [str(row["completions"]), str(row["words"]), _spread(seconds["ours"])]
-    for name, note in (("sacrebleu", mark), ("fast-bleu", "")):
-        if name in seconds:
-            ratios = [other / own for other, own in zip(seconds[name], seconds["ours"], strict=True)]
-            cells += [note + _spread(seconds[name]), f"{statistics.median(ratios):.1f}"]
-        else:
-            cells += ["absent", ""]
-    return cells
-
-
-def _spread(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds):.3g} ({min(seconds):.3g} to {max(seconds):.3g})"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def bench(args: argparse.Namespace) -> dict:
+    """Return the table of the peers' times to ours."""
+    sizes = [time_size(args, num, words) for words, num in itertools.product(args.words, args.completions)]
+    rows = []
+    for size in sizes:
+        seconds, scored = size["seconds"], size["scored"]
+        is_scaled = scored < size["completions"]
+        name = f"{size['completions']} completions of {size['words']} words{f' ~ ({scored} scored)' * is_scaled}"
+        peers = (seconds.get(peer) for peer in ("sacrebleu", "fast-bleu"))
+        rows.append([name, *(peer and record.ratio(peer, seconds["aesl_trl"]) for peer in peers)])
+    columns = ["one prompt", "sacrebleu's time to ours", "fast-bleu's time to ours"]
+    return record.table("Self-BLEU, CPU time", columns, rows, sizes)
 
 
 def main() -> None:
@@ -163,13 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.completions, args.repeats + 1, args.hypotheses + 1) < 2 or min(args.words) < 1:
         parser.error("at least 2 completions, 1 word, 1 repeat and 1 hypothesis are needed")
-    print_head(args)
-    rows = []
-    for words, num in itertools.product(args.words, args.completions):
-        rows.append(bench(args, num, words))
-        print("| " + " | ".join(_cells(rows[-1])) + " |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    record.write(args.json, "self_bleu", [record.show(bench(args))])
 
 
 if __name__ == "__main__":

@@ -1,36 +1,48 @@
 """Whole training steps of AESLSFTTrainer beside TRL's SFTTrainer, full fine-tuning and LoRA.
 
-    python scripts/bench/step.py [--model small ...] [--mode both] [--blocks 6] [--json FILE]
+    python scripts/bench/step.py [--model small ...] [--mode both] [--labels all] [--blocks 6] [--json FILE]
+    python scripts/bench/step.py --model FOLDER --rows train.jsonl --labels all masked --bf16 --rows_per_step 8 ...
 
-The same untrained Qwen2 and the same batches of random tokens, all trained, for every trainer; diversity is not
-monitored, every step is logged. The trainers take turns in short blocks of steps, so that noise of a shared machine
-hits all alike. A step lasts from its start to the start of the next one (forward, backward, optimizer, logging, next
-batch) with the device synchronised; the first one of a block is left out. A ratio is the median of the ratios of
-steps with the same place; the goal is at most 1.00. Memory is the peak of a fresh process for each trainer, weights
-and optimizer included: on GPU the allocator's, on CPU the rise of the resident memory.
+`--model` takes the shape of an untrained Qwen2, or the folder of a real model. The batches are the same for every
+trainer: random tokens, or the `question` and `answer` of `--rows` (GSM8K's JSONL). With `--labels all` every token is
+trained, with `masked` those of the answer alone (of random tokens the second half). TRL 1.16 scores masked tokens on a
+CPU too and ours does not, so the ratio to claim is that of `all`.
 
-The nll of TRL is shown with its default tiles and, where `--trl-tiles` names them (it does on CPU), with better ones;
-scripts/bench/head.py finds them. TRL 1.15's needs a GPU. The losses that the nll trainers log must agree, or there is
-no table.
+Diversity is not monitored, every step is logged. The trainers take turns in short blocks of steps, so that noise of a
+shared machine hits all alike. A step lasts from its start to the start of the next one, the last one to the end of the
+training (forward, backward, optimizer, logging, next batch). On GPU the device is synchronised; on CPU the time is
+this process's CPU time, which with one thread (OMP_NUM_THREADS=1) is what an idle machine would take. The first
+`--warmup_steps` of a block are left out. A ratio is the median of the ratios of steps with the same place; the goal is
+at most 1.00.
+Memory is the peak of a fresh process for each trainer, weights and optimizer included: on GPU the allocator's, on CPU
+the rise of the resident memory; `--no-peaks` leaves it out.
+
+The nll of TRL is shown with its default tiles and, where `--trl-tiles` names them (it does on CPU for the untrained
+models), with better ones; scripts/bench/head.py finds them. TRL 1.15's needs a GPU. The losses that the nll trainers
+log must agree, or there is no table.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import tempfile
 import time
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import cycle, islice, pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
+import record
 import torch
 from datasets import Dataset, disable_progress_bars
-from head import in_fresh_process, machine, print_markdown, ratio, reset_peak, resident_bytes, spread_ms
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Qwen2Config,
@@ -61,15 +73,21 @@ MODELS = {
     "Qwen2.5-1.5B": _shape(1536, 8960, 28, 12, 2, 151936),
     "small": _shape(256, 1024, 4, 4, 2, 32768),
 }
-BATCH = 4
-BLOCK_STEPS, WARMUP_STEPS = 4, 1
 LORA = LoraConfig(
     r=16,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     task_type="CAUSAL_LM",
 )
 TRL, TUNED = "SFTTrainer, nll", "SFTTrainer, nll, tiles "
-TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}  # of the logged losses, relative: float32, bf16
+TOLERANCE = {False: 1e-4, True: 1e-2}  # of the logged losses, relative: float32 (where bf16 is not asked for), bf16
+
+
+class Case(NamedTuple):
+    """What one table trains."""
+
+    model: str
+    mode: str  # full or LoRA
+    labels: str  # all or masked
 
 
 class StepTimer(TrainerCallback):
@@ -81,25 +99,48 @@ class StepTimer(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        self.starts.append(time.perf_counter())
+            self.starts.append(time.perf_counter())
+        else:  # CPU time of one thread is what an idle machine would take
+            self.starts.append(time.process_time())
 
-    def take(self) -> list[float]:
-        seconds = [end - start for start, end in pairwise(self.starts)][WARMUP_STEPS:]
+    on_train_end = on_step_begin  # the end of the last step
+
+    def take(self, warmup_steps: int) -> list[float]:
+        seconds = [end - start for start, end in pairwise(self.starts)][warmup_steps:]
         self.starts = []
         return seconds
 
 
-def make_rows(args: argparse.Namespace, vocab: int) -> Dataset:
-    """Documents of random tokens: whole rows, or to be packed."""
+def make_rows(args: argparse.Namespace, labels: str, tokenizer: PreTrainedTokenizerFast, vocab: int) -> Dataset:
+    """Return tokenized rows, enough for a block: real text, or random tokens as whole rows or to be packed."""
+    pairs = text_rows(args, tokenizer) if args.rows else random_rows(args, vocab)
+    rows = []
+    for ids, num_prompt in pairs:
+        masked = num_prompt if labels == "masked" else 1  # nothing predicts the first one
+        rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return Dataset.from_list(rows)
+
+
+def text_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
+    """Return (token ids, tokens of the prompt) of the first rows of the file; questions and answers are plain text."""
+    count, rows = args.rows_per_step * args.block_steps, []
+    for line in islice(cycle(args.rows.read_text(encoding="utf-8").splitlines()), count):
+        row = json.loads(line)
+        prompt, answer = (tokenizer(row[name])["input_ids"] for name in ("question", "answer"))
+        rows.append(((prompt + answer)[: args.length], len(prompt)))
+    return rows
+
+
+def random_rows(args: argparse.Namespace, vocab: int) -> list[tuple[list[int], int]]:
+    """Return (token ids, tokens of the prompt) of random documents, whose first half counts as the prompt."""
     generator = torch.Generator().manual_seed(0)
-    rows, left = [], int(1.2 * BATCH * BLOCK_STEPS * args.length)  # packing leaves gaps
+    rows, left = [], int(1.2 * args.rows_per_step * args.block_steps * args.length)  # packing leaves gaps
     while left > 0:
         shortest = args.length // 8 if args.packing else args.length
         length = int(torch.randint(shortest, args.length + 1, (1,), generator=generator))
-        ids = torch.randint(2, vocab, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})  # nothing predicts the first one
+        rows.append((torch.randint(2, vocab, (length,), generator=generator).tolist(), length // 2))
         left -= length
-    return Dataset.from_list(rows)
+    return rows
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -108,41 +149,51 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
 
 
-def make_trainer(args: argparse.Namespace, model: str, mode: str, name: str, folder: str) -> SFTTrainer:
+def load(args: argparse.Namespace, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Return the named untrained model, or the model in a folder, and a tokenizer."""
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    if model not in MODELS:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)
+    with torch.device(args.device):
+        torch.manual_seed(0)
+        config = Qwen2Config(**MODELS[model], tie_word_embeddings=True, eos_token_id=0, pad_token_id=1)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), make_tokenizer()
+
+
+def make_trainer(args: argparse.Namespace, case: Case, name: str, folder: str) -> SFTTrainer:
     on_cpu = args.device == "cpu"
     settings = {
         "output_dir": folder,
         "use_cpu": on_cpu,
-        "bf16": not on_cpu,
+        "bf16": args.bf16,
         "gradient_checkpointing": not on_cpu,  # TRL's default, which is of no use to a small model
         "dataloader_pin_memory": not on_cpu,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": args.rows_per_step,
         "max_length": args.length,
         "packing": args.packing,
-        "max_steps": BLOCK_STEPS,
+        "max_steps": args.block_steps,
         "logging_steps": 1,
         "learning_rate": 1e-5,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
     }
-    with torch.device(args.device):
-        torch.manual_seed(0)
-        config = Qwen2Config(**MODELS[model], tie_word_embeddings=True, eos_token_id=0, pad_token_id=1)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if on_cpu else torch.bfloat16)
+    network, tokenizer = load(args, case.model)
     is_trl = name.startswith(TRL)
     trainer = (SFTTrainer if is_trl else AESLSFTTrainer)(
         model=network,
         args=SFTConfig(**settings) if is_trl else AESLSFTConfig(**settings, cold_start_loss=name.split()[-1]),
-        train_dataset=make_rows(args, config.vocab_size),
-        processing_class=make_tokenizer(),
-        peft_config=LORA if mode == "LoRA" else None,
+        train_dataset=make_rows(args, case.labels, tokenizer, network.config.vocab_size),
+        processing_class=tokenizer,
+        peft_config=LORA if case.mode == "LoRA" else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def trainer_names(args: argparse.Namespace) -> list[str]:
+    if args.trainers == "pair":
+        return [TRL, "AESLSFTTrainer, aesl"]
     tuned = [f"{TUNED}{args.trl_tiles[0]} x {args.trl_tiles[1]}"] if args.trl_tiles else []
     return [TRL, *tuned, "AESLSFTTrainer, nll", "AESLSFTTrainer, aesl"]
 
@@ -159,88 +210,113 @@ def train_block(trainer: SFTTrainer, name: str, args: argparse.Namespace) -> lis
 
 
 def print_peak(args: argparse.Namespace) -> None:
-    """In a fresh process: the peak of one trainer, in bytes."""
-    model, mode, name = args.peak_of
-    before = 0 if args.device == "cuda" else reset_peak()
+    """In a fresh process: print the peak of one trainer, in bytes."""
+    *case, name = args.peak_of
+    before = 0 if args.device == "cuda" else record.reset_peak()
     with tempfile.TemporaryDirectory() as folder:
-        train_block(make_trainer(args, model, mode, name, folder), name, args)
-    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resident_bytes("VmHWM") - before)
+        train_block(make_trainer(args, Case(*case), name, folder), name, args)
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else record.resident_bytes("VmHWM") - before)
 
 
-def bench(args: argparse.Namespace, model: str, mode: str) -> dict:
-    """One table: the heading, and for each trainer its seconds and peak bytes."""
+def bench(args: argparse.Namespace, case: Case) -> dict:
+    """Return one table: each trainer's ratios and peak memory."""
     names = trainer_names(args)
     # Before this process takes memory of the GPU itself
-    rows = {
-        name: {"seconds": [], "losses": [], "peak_bytes": in_fresh_process("--peak-of", model, mode, name)}
-        for name in names
-    }
+    peaks = {name: record.in_fresh_process("--peak-of", *case, name) for name in names} if args.peaks else {}
+    seconds, losses = {name: [] for name in names}, {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: make_trainer(args, model, mode, name, folder) for name in names}
+        trainers = {name: make_trainer(args, case, name, folder) for name in names}
         timers = {name: StepTimer() for name in names}
         for name, trainer in trainers.items():
             trainer.add_callback(timers[name])
         for _ in range(args.blocks):
             for name, trainer in trainers.items():
-                rows[name]["losses"] += train_block(trainer, name, args)
-                rows[name]["seconds"] += timers[name].take()
-    refuse_different_losses(rows, TOLERANCE[args.device])
-    dtype = "float32" if args.device == "cpu" else "bf16"
-    title = (
-        f"{'Full fine-tuning' if mode == 'full' else mode}, {model}, {BATCH} x {args.length} tokens"
-        f"{', packed' if args.packing else ''}, {dtype}, {machine(args.device)}"
+                losses[name] += train_block(trainer, name, args)
+                seconds[name] += timers[name].take(args.warmup_steps)
+        tokens = mean_tokens(trainers[TRL])
+    refuse_different_losses(losses, TOLERANCE[args.bf16])
+    raw = {"seconds": seconds, "losses": losses, "peak_bytes": peaks}
+    return make_table(title_of(args, case, tokens), raw, args.device == "cpu")
+
+
+def mean_tokens(trainer: SFTTrainer) -> float:
+    return statistics.mean(len(row["input_ids"]) for row in trainer.train_dataset)
+
+
+def title_of(args: argparse.Namespace, case: Case, tokens: float) -> str:
+    precision = "float32" if not args.bf16 else "bf16 autocast" if args.device == "cpu" else "bf16"
+    trained = {"all": "all tokens trained", "masked": "prompts masked"}[case.labels]
+    return (
+        f"{'Full fine-tuning' if case.mode == 'full' else case.mode}, {Path(case.model).name}, {trained}, "
+        f"{args.rows_per_step} rows of {tokens:.0f} tokens{', packed' if args.packing else ''}, {precision}"
     )
-    return {"title": title, "rows": rows}
 
 
-def refuse_different_losses(rows: dict[str, dict], tolerance: float) -> None:
-    expected = torch.tensor(rows[TRL]["losses"])
-    for name, row in rows.items():
-        error = ((torch.tensor(row["losses"]) - expected) / expected).abs().max()
+def refuse_different_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    expected = torch.tensor(losses[TRL])
+    for name, found in losses.items():
+        error = ((torch.tensor(found) - expected) / expected).abs().max()
         if "nll" in name and not error <= tolerance:
             raise SystemExit(f"{name}: the logged loss is {error:.1e} off TRL's")
 
 
-def print_table(table: dict) -> None:
-    rows = table["rows"]
-    peers = [name for name in rows if name.startswith(TRL)]
-    print(f"\n{table['title']}\n")
-    cells = [("trainer", "median ms", "min..max ms", *("to TRL", "to TRL, better tiles")[: len(peers)], "peak MiB")]
-    for name, row in rows.items():
-        ratios = [ratio(row["seconds"], rows[peer]["seconds"]) for peer in peers]
-        cells.append((name, *spread_ms(row["seconds"]), *ratios, f"{row['peak_bytes'] / 2**20:.0f}"))
-    print_markdown(cells)
+def make_table(title: str, raw: dict, on_cpu: bool) -> dict:
+    """Return the table of the ratios. A CPU's milliseconds say nothing of another's and stay among the raw values."""
+    seconds, peaks = raw["seconds"], raw["peak_bytes"]
+    peers = {"to TRL, better tiles" if name != TRL else "to TRL": name for name in seconds if name.startswith(TRL)}
+    rows = []
+    for name, own in seconds.items():
+        times = [] if on_cpu else [1000 * statistics.median(own)]
+        memory = [peaks[name] / 2**20] if peaks else []
+        rows.append([name, *times, *(record.ratio(own, seconds[peer]) for peer in peers.values()), *memory])
+    columns = ["trainer", *([] if on_cpu else ["ms"]), *peers, *(["peak MiB"] if peaks else [])]
+    return record.table(title, columns, rows, raw)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: both Qwen2.5 on GPU, small on CPU")
-    parser.add_argument("--length", type=int, help="tokens of each of the 4 rows; default: 2048 on GPU, 256 on CPU")
+    parser.add_argument("--model", nargs="+", help=f"{', '.join(MODELS)} or a folder; default: as the device allows")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="JSONL of question and answer; default: random tokens"
+    )
+    parser.add_argument("--labels", nargs="+", choices=["all", "masked"], default=["all"])
+    parser.add_argument("--length", type=int, help="most tokens of a row; default: 2048 on GPU, 256 on CPU")
+    parser.add_argument("--rows_per_step", type=int, default=4)
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="default: on GPU")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPU; on CPU autocast")
     parser.add_argument("--mode", choices=["full", "LoRA", "both"], default="both")
+    parser.add_argument("--trainers", choices=["all", "pair"], default="all", help="pair: TRL's nll and AESL alone")
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--block_steps", type=int, default=4)
+    parser.add_argument("--warmup_steps", type=int, default=1, help="of each block, not counted")
+    parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--trl-tiles", type=int, nargs=2, metavar=("TOKENS", "VOCAB"), help="default: 256 4096 on CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every time of every table")
-    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
+    args.model = args.model or (["small"] if on_cpu else ["Qwen2.5-0.5B", "Qwen2.5-1.5B"])
     args.length = args.length or (256 if on_cpu else 2048)
     args.packing = not on_cpu if args.packing is None else args.packing
+    args.bf16 = not on_cpu if args.bf16 is None else args.bf16
     args.trl_tiles = args.trl_tiles or ((256, 4096) if on_cpu else None)
+    if args.warmup_steps >= args.block_steps:
+        parser.error("a block needs a step beyond its warm-up")
+    missing = [path for path in args.model if path not in MODELS and not (Path(path) / "config.json").is_file()]
+    missing += [] if args.rows is None or args.rows.is_file() else [args.rows]
+    if missing:
+        parser.error(f"not there: {missing[0]}")
     disable_progress_bars()
     if args.peak_of:
         print_peak(args)
         return
     tables = []
-    for model in args.model or (["small"] if on_cpu else ["Qwen2.5-0.5B", "Qwen2.5-1.5B"]):
-        for mode in ("full", "LoRA") if args.mode == "both" else (args.mode,):
-            tables.append(bench(args, model, mode))
-            print_table(tables[-1])
-            gc.collect()
-            torch.cuda.empty_cache()
-    if args.json:
-        args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    for case in product(args.model, ("full", "LoRA") if args.mode == "both" else (args.mode,), args.labels):
+        tables.append(record.show(bench(args, Case(*case))))
+        gc.collect()
+        torch.cuda.empty_cache()
+    record.write(args.json, "step", tables)
 
 
 if __name__ == "__main__":

@@ -425,10 +425,10 @@ def main() -> None:
         if args.errors:
             args.dtype = "bfloat16"
             tables.append(record.show(errors(args, shape)))
-            continue
-        for head in ("full", "frozen") if args.head == "both" else (args.head,):
-            tables.append(record.show(bench(args, shape, head)))
-    record.write(args.json, "head", tables)
+        else:
+            for head in ("full", "frozen") if args.head == "both" else (args.head,):
+                tables.append(record.show(bench(args, shape, head)))
+        record.write(args.json, "head", tables)  # a run that is ended keeps what it has
 
 
 if __name__ == "__main__":

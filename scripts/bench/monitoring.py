@@ -106,7 +106,8 @@ def make_trainer(args: argparse.Namespace, folder: str) -> AESLSFTTrainer:
         "diversity_backend": args.backend,
     }
     demonstrations = [
-        {"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in random_rows(rows, args.length, len(tokenizer), 0)
+        {"input_ids": [*ids, tokenizer.eos_token_id], "labels": [-100, *ids[1:], tokenizer.eos_token_id]}
+        for ids in random_rows(rows, args.length - 1, len(tokenizer), 0)
     ]
     trainer = AESLSFTTrainer(
         model=args.model,

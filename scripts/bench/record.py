@@ -57,7 +57,7 @@ def cell_text(cell: Any) -> str:
 def markdown(table: dict) -> str:
     """Return a table as markdown. The first column is text, the others are numbers."""
     rows = [list(map(cell_text, row)) for row in table["rows"]]
-    widths = [max(map(len, column)) for column in zip(table["columns"], *rows, strict=True)]
+    widths = [max(3, *map(len, column)) for column in zip(table["columns"], *rows, strict=True)]
     line = ["-" * (width - 1) + (":" if place else "-") for place, width in enumerate(widths)]
     lines = []
     for first, *others in (table["columns"], line, *rows):

@@ -113,32 +113,33 @@ class StepTimer(TrainerCallback):
 
 def make_rows(args: argparse.Namespace, labels: str, tokenizer: PreTrainedTokenizerFast, vocab: int) -> Dataset:
     """Return tokenized rows, enough for a block: real text, or random tokens as whole rows or to be packed."""
-    pairs = text_rows(args, tokenizer) if args.rows else random_rows(args, vocab)
+    pairs = text_rows(args, tokenizer) if args.rows else random_rows(args, vocab, tokenizer.eos_token_id)
     rows = []
     for ids, num_prompt in pairs:
-        masked = num_prompt if labels == "masked" else 1  # nothing predicts the first one
+        masked = min(num_prompt, len(ids) - 1) if labels == "masked" else 1  # nothing predicts the first one
         rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
     return Dataset.from_list(rows)
 
 
 def text_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
-    """Return (token ids, tokens of the prompt) of the first rows of the file; questions and answers are plain text."""
+    """Return (token ids, tokens of the prompt) of the file's first rows as plain text, ended as a sample ends."""
     count, rows = args.rows_per_step * args.block_steps, []
     for line in islice(cycle(args.rows.read_text(encoding="utf-8").splitlines()), count):
         row = json.loads(line)
         prompt, answer = (tokenizer(row[name])["input_ids"] for name in ("question", "answer"))
-        rows.append(((prompt + answer)[: args.length], len(prompt)))
+        rows.append(((prompt + answer)[: args.length - 1] + [tokenizer.eos_token_id], len(prompt)))
     return rows
 
 
-def random_rows(args: argparse.Namespace, vocab: int) -> list[tuple[list[int], int]]:
+def random_rows(args: argparse.Namespace, vocab: int, eos: int) -> list[tuple[list[int], int]]:
     """Return (token ids, tokens of the prompt) of random documents, whose first half counts as the prompt."""
     generator = torch.Generator().manual_seed(0)
     rows, left = [], int(1.2 * args.rows_per_step * args.block_steps * args.length)  # packing leaves gaps
     while left > 0:
         shortest = args.length // 8 if args.packing else args.length
         length = int(torch.randint(shortest, args.length + 1, (1,), generator=generator))
-        rows.append((torch.randint(2, vocab, (length,), generator=generator).tolist(), length // 2))
+        ids = torch.randint(2, vocab, (length,), generator=generator).tolist()
+        rows.append((ids[:-1] + [eos], length // 2))
         left -= length
     return rows
 
@@ -314,9 +315,9 @@ def main() -> None:
     tables = []
     for case in product(args.model, ("full", "LoRA") if args.mode == "both" else (args.mode,), args.labels):
         tables.append(record.show(bench(args, Case(*case))))
+        record.write(args.json, "step", tables)  # a run that is ended keeps what it has
         gc.collect()
         torch.cuda.empty_cache()
-    record.write(args.json, "step", tables)
 
 
 if __name__ == "__main__":

@@ -88,19 +88,17 @@ def place_of(frame: FrameType | None) -> tuple[str, str]:
 
 
 class LastStep(TrainerCallback):
-    """Enters `sampled` for the last step of a training."""
+    """Enters `sampled` for the last step of a training, from forward to optimizer."""
 
     def __init__(self, sampled: Sampled):
         self.sampled = sampled
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.max_steps == 1:
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 1:
             self.sampled.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps - 1:
-            self.sampled.__enter__()
-        elif state.global_step == state.max_steps:
+        if state.global_step == state.max_steps:
             self.sampled.__exit__()
 
 
@@ -134,7 +132,8 @@ def sft_trainer(args: argparse.Namespace, folder: str, is_ours: bool) -> SFTTrai
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
     for row in read_rows(args, args.batch * args.steps):
-        ids = tokenizer(f"{row['question']}\n{row['answer']}")["input_ids"][: args.length]
+        ids = tokenizer(f"{row['question']}\n{row['answer']}")["input_ids"][: args.length - 1]
+        ids.append(tokenizer.eos_token_id)
         rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
     common = settings(args, folder) | {"per_device_train_batch_size": args.batch, "max_length": args.length}
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
@@ -182,7 +181,7 @@ def as_texts(completions: list[str], solution: list[str], **columns) -> list[flo
 def profile_training(trainer: SFTTrainer | GRPOTrainer) -> Sampled:
     sampled = Sampled()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LastStep(sampled))
+    trainer.callback_handler.callbacks.insert(0, LastStep(sampled))  # its end comes before a last measurement
     trainer.train()
     return sampled
 

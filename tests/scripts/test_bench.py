@@ -150,7 +150,7 @@ def test_a_page_is_filled_between_its_markers(tmp_path):
     before = "# Page\n<!-- recorded: head -->\nold\n<!-- end -->\nby hand\n<!-- recorded: gpu -->\n<!-- end -->\n"
     after = page.filled(before, tmp_path)
     assert after == (
-        "# Page\n<!-- recorded: head -->\n\n**Title**\n\n| a  |    b |\n| -- | ---: |\n| x  |  0.5 |\n\n"
+        "# Page\n<!-- recorded: head -->\n\n**Title**\n\n| a   |   b |\n| --- | --: |\n| x   | 0.5 |\n\n"
         "`python scripts/bench/head.py`  \n2026-01-01, commit 01234567, a CPU, 2 cores, 1 thread, load average 9.0; "
         "other work shared the cores; torch 2.13\n\n<!-- end -->\nby hand\n"
         "<!-- recorded: gpu -->\n\nNo GPU has run this yet.\n\n<!-- end -->\n"

@@ -24,6 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "bench"
 ONE_STEP = "--rows_per_step 8 --bf16 --trainers pair --blocks 4 --block_steps 1 --warmup_steps 0"
+SHORT = "--length 64 --prompt_length 16 --max_new_tokens 40"  # the tiny model has 64 positions
 
 
 class Benchmark(NamedTuple):
@@ -45,11 +46,13 @@ BENCHMARKS = {
     "step_real": Benchmark("step", None, f"--labels all masked {ONE_STEP}", real_model=True),
     "self_bleu": Benchmark("self_bleu", "--completions 8 16 --words 500 --repeats 3", "--full 1100000 --hypotheses 2"),
     "grading": Benchmark("grading", "--answers 40 --repeats 3 --children 2", "--answers 100"),
-    "sampling": Benchmark("sampling", "--repeats 3 --prompts 4", ""),
+    "sampling": Benchmark("sampling", "--repeats 3 --prompts 4", "--repeats 5"),
     "sampling_real": Benchmark(
         "sampling", None, "--prompts 4 --max_new_tokens 16 --batch_size 16 --repeats 3", real_model=True
     ),
-    "monitoring": Benchmark("monitoring", "--steps 11 --num_prompts 16 --max_new_tokens 64", "--steps 26"),
+    "monitoring": Benchmark(
+        "monitoring", f"--steps 11 --num_prompts 8 {SHORT}", f"--steps 26 --num_prompts 16 {SHORT}"
+    ),
     "startup": Benchmark("startup", "--repeats 1", "--repeats 3"),
     "where_time_goes": Benchmark("where_time_goes", None, "--bf16", real_model=True),
 }

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSONL with a column question; else random tokens")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=32, help="samples at once")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every rate")

@@ -11,6 +11,7 @@ average over the last 15 minutes: where it is above the number of threads, other
 Nothing here loads torch.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,8 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from aesl_trl import provenance
 
 # Beside the packages that decide a run's numbers
 PEERS = ("triton", "vllm", "liger-kernel", "cut-cross-entropy", "fast-bleu", "math-verify", "sympy", "numpy")
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -124,6 +129,17 @@ def reset_peak() -> int:
     """Return the bytes that are resident now, from where `VmHWM` then rises."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes("VmRSS")
+
+
+@contextmanager
+def resident_rise() -> Iterator[list[int]]:
+    """Yield a list that gets, after the block, the bytes by which its peak of resident memory is above its start."""
+    libc, rise = ctypes.CDLL(None), []
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)  # of what glibc keeps of freed tensors, nothing serves the block
+    before = reset_peak()
+    yield rise
+    rise.append(resident_bytes("VmHWM") - before)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # to which glibc raises it by itself where large tensors are freed
 
 
 def in_fresh_process(*arguments) -> Any:

@@ -14,8 +14,8 @@ training (forward, backward, optimizer, logging, next batch). On GPU the device 
 this process's CPU time, which with one thread (OMP_NUM_THREADS=1) is what an idle machine would take. The first
 `--warmup_steps` of a block are left out. A ratio is the median of the ratios of steps with the same place; the goal is
 at most 1.00.
-Memory is the peak of a fresh process for each trainer, weights and optimizer included: on GPU the allocator's, on CPU
-the rise of the resident memory; `--no-peaks` leaves it out.
+Memory is the peak of one more block beyond what was there before it, weights and the optimizer's state: on GPU the
+allocator's, on CPU the resident memory's; `--no-peaks` leaves it out.
 
 The nll of TRL is shown with its default tiles and, where `--trl-tiles` names them (it does on CPU for the untrained
 models), with better ones; scripts/bench/head.py finds them. TRL 1.15's needs a GPU. The losses that the nll trainers
@@ -28,7 +28,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import cycle, islice, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -210,20 +212,23 @@ def train_block(trainer: SFTTrainer, name: str, args: argparse.Namespace) -> lis
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def print_peak(args: argparse.Namespace) -> None:
-    """In a fresh process: print the peak of one trainer, in bytes."""
-    *case, name = args.peak_of
-    before = 0 if args.device == "cuda" else record.reset_peak()
-    with tempfile.TemporaryDirectory() as folder:
-        train_block(make_trainer(args, Case(*case), name, folder), name, args)
-    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else record.resident_bytes("VmHWM") - before)
+def peak_bytes(run: Callable[[], object], on_cpu: bool) -> int:
+    """Return the bytes by which a run's peak of memory is above its start."""
+    gc.collect()
+    if on_cpu:
+        with record.resident_rise() as rise:
+            run()
+        return rise[0]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def bench(args: argparse.Namespace, case: Case) -> dict:
     """Return one table: each trainer's ratios and peak memory."""
     names = trainer_names(args)
-    # Before this process takes memory of the GPU itself
-    peaks = {name: record.in_fresh_process("--peak-of", *case, name) for name in names} if args.peaks else {}
+    peaks, on_cpu = {}, args.device == "cpu"
     seconds, losses = {name: [] for name in names}, {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(args, case, name, folder) for name in names}
@@ -234,10 +239,12 @@ def bench(args: argparse.Namespace, case: Case) -> dict:
             for name, trainer in trainers.items():
                 losses[name] += train_block(trainer, name, args)
                 seconds[name] += timers[name].take(args.warmup_steps)
+        for name, trainer in trainers.items() if args.peaks else ():
+            peaks[name] = peak_bytes(partial(train_block, trainer, name, args), on_cpu)
         tokens = mean_tokens(trainers[TRL])
     refuse_different_losses(losses, TOLERANCE[args.bf16])
     raw = {"seconds": seconds, "losses": losses, "peak_bytes": peaks}
-    return make_table(title_of(args, case, tokens), raw, args.device == "cpu")
+    return make_table(title_of(args, case, tokens), raw, on_cpu)
 
 
 def mean_tokens(trainer: SFTTrainer) -> float:
@@ -270,7 +277,7 @@ def make_table(title: str, raw: dict, on_cpu: bool) -> dict:
         times = [] if on_cpu else [1000 * statistics.median(own)]
         memory = [peaks[name] / 2**20] if peaks else []
         rows.append([name, *times, *(record.ratio(own, seconds[peer]) for peer in peers.values()), *memory])
-    columns = ["trainer", *([] if on_cpu else ["ms"]), *peers, *(["peak MiB"] if peaks else [])]
+    columns = ["trainer", *([] if on_cpu else ["ms"]), *peers, *(["peak MiB of a step"] if peaks else [])]
     return record.table(title, columns, rows, raw)
 
 
@@ -291,10 +298,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--block_steps", type=int, default=4)
     parser.add_argument("--warmup_steps", type=int, default=1, help="of each block, not counted")
-    parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
     parser.add_argument("--trl-tiles", type=int, nargs=2, metavar=("TOKENS", "VOCAB"), help="default: 256 4096 on CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every time of every table")
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     args.model = args.model or (["small"] if on_cpu else ["Qwen2.5-0.5B", "Qwen2.5-1.5B"])
@@ -309,9 +315,6 @@ def main() -> None:
     if missing:
         parser.error(f"not there: {missing[0]}")
     disable_progress_bars()
-    if args.peak_of:
-        print_peak(args)
-        return
     tables = []
     for case in product(args.model, ("full", "LoRA") if args.mode == "both" else (args.mode,), args.labels):
         tables.append(record.show(bench(args, Case(*case))))

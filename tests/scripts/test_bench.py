@@ -11,6 +11,7 @@ import page
 import preloaded
 import pytest
 import record
+import torch
 import where_time_goes
 
 
@@ -18,7 +19,7 @@ SCRIPTS = Path(bench.__file__).parent / "bench"
 TINY = {
     "head": "--shape tiny --tokens 40 --repeats 2 --head full --no-peaks",
     "step": "--model MODEL --rows ROWS --labels all masked --length 48 --rows_per_step 2 --blocks 1 --block_steps 2 "
-    "--no-peaks --mode full",
+    "--mode full",
     "self_bleu": "--completions 3 --words 20 --repeats 2 --hypotheses 2",
     "sampling": "--model MODEL --rows ROWS --prompts 2 --samples 2 --max_new_tokens 6 --repeats 2",
     "monitoring": "--model MODEL --steps 5 --diversity_steps 2 --batch 2 --length 16 --num_prompts 2 --samples 2 "
@@ -67,13 +68,19 @@ def test_each_runs_through(name, tmp_path, tiny_model_dir, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["head", "step"])
-def test_peaks_are_those_of_a_fresh_process(name, tmp_path, tiny_model_dir, rows):
-    arguments = TINY[name].replace("MODEL", tiny_model_dir).replace("ROWS", rows).replace("--no-peaks", "").split()
-    result = preloaded.run([SCRIPTS / f"{name}.py", *arguments, "--json", tmp_path / "out.json"], timeout=240)
+def test_the_heads_peaks_are_those_of_a_fresh_process(tmp_path):
+    arguments = TINY["head"].replace("--no-peaks", "").split()
+    result = preloaded.run([SCRIPTS / "head.py", *arguments, "--json", tmp_path / "out.json"], timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
-    peaks = json.loads((tmp_path / "out.json").read_text())["tables"][0]["raw"]["peak_bytes"]
-    assert peaks and all(peak > 0 for peak in peaks.values())
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
+    assert set(table["raw"]["peak_bytes"]) == set(table["raw"]["seconds"])
+
+
+def test_a_rise_is_that_of_the_block_alone():
+    torch.ones(8 * 2**20)  # 32 MiB, freed: nothing of it may serve the block
+    with record.resident_rise() as rise:
+        torch.ones(4 * 2**20)  # 16 MiB, freed before the block ends
+    assert 15 * 2**20 < rise[0] < 20 * 2**20
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -2,11 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
 
 from .. import files
 from ..data.prompts import prompt_rows
@@ -60,26 +63,26 @@ class DiversityCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer,
-        prompts,
+        trainer: SFTTrainer,
+        prompts: Dataset | list,
         *,
-        steps,
-        samples=8,
-        temperature=1.0,
-        max_new_tokens=512,
-        reward_funcs=None,
-        backend="auto",
-        metric="entropy",
-        patience=3,
-        stop=False,
-        batch_size=128,
-        token_budget=None,
-        vllm=None,
-        selection=None,
-        best_eval_metric="eval_nll",
-        max_candidates=5,
-        hub_include=(),
-        chat_template_kwargs=None,
+        steps: int,
+        samples: int = 8,
+        temperature: float = 1.0,
+        max_new_tokens: int = 512,
+        reward_funcs: list[str | Callable] | None = None,
+        backend: str = "auto",
+        metric: str = "entropy",
+        patience: int = 3,
+        stop: bool = False,
+        batch_size: int = 128,
+        token_budget: int | None = None,
+        vllm: VLLMSettings | None = None,
+        selection: str | None = None,
+        best_eval_metric: str = "eval_nll",
+        max_candidates: int = 5,
+        hub_include: Sequence[str] = (),
+        chat_template_kwargs: dict | None = None,
     ):
         self.settings = MeasurementSettings(
             steps=steps,

@@ -4,15 +4,25 @@ import copy
 import inspect
 import textwrap
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig
-from transformers import TrainingArguments
-from trl import SFTTrainer
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .. import files
@@ -40,6 +50,11 @@ from .token_sums import TokenSums
 from .trained_with import peft_settings, refuse_other_training, trained_with
 
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
 class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
     """Trains as [`~trl.SFTTrainer`] with the Adaptive Early-Stop Loss of "Getting Your LLMs Ready for Reinforcement
     Learning with Lightweight SFT" (ICLR 2026), for a cold start that keeps the diversity that RL explores with. Only
@@ -60,8 +75,8 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
     ```
 
     Args:
-        model, args, ...: as in [`~trl.SFTTrainer`]. `args` may be `None`, [`~transformers.TrainingArguments`] or
-            [`~trl.SFTConfig`]: they are converted to [`AESLSFTConfig`].
+        model, args, ..., formatting_func: as in [`~trl.SFTTrainer`]. `args` may be `None`,
+            [`~transformers.TrainingArguments`] or [`~trl.SFTConfig`]: they are converted to [`AESLSFTConfig`].
         diversity_prompts (`Dataset` or `list`, *optional*): held-out prompts whose completions are sampled when
             `args.diversity_steps > 0`: strings, message lists, or rows with a `"prompt"` and the columns that the
             reward functions need. Default: the prompts of `eval_dataset`.
@@ -88,22 +103,65 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             }"""),
     }
 
-    def __init__(self, model, args=None, *positional, diversity_prompts=None, reward_funcs=None, **kwargs):
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        *,
+        diversity_prompts: Dataset | list | None = None,
+        reward_funcs: list[str | Callable] | None = None,
+        **later: Any,
+    ):
         args = _convert_args(args, model)
-        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *positional, **kwargs).arguments
-        _refuse_unsupported(model, args, given.get("compute_loss_func"))
+        given = {
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+            "quantization_config": quantization_config,
+            "peft_config": peft_config,
+            "formatting_func": formatting_func,
+            **later,  # what a later TRL adds
+        }
+        given = {name: value for name, value in given.items() if value is not None}  # an older TRL may not know all
+        inspect.signature(SFTTrainer.__init__).bind(self, model, args, **given)  # refuses a misspelt name at once
+        _refuse_unsupported(model, args, compute_loss_func)
         access = access_of(args)
-        if isinstance(peft_config := given.get("peft_config"), PeftConfig):
+        if isinstance(peft_config, PeftConfig):
             network = skeleton(model, **access) if isinstance(model, str) else model
             check_peft_config(list_as_written(peft_config), network, prefix="peft_config.")
         # Before TRL prepares the rows and completes PEFT's settings
         is_name, has_adapter = isinstance(model, str), not isinstance(model, str) and is_peft_model(model)
         peft = peft_settings(model.active_peft_config if has_adapter else peft_config)
         name = model if is_name else getattr(model.config, "_name_or_path", None)
-        self._given = {"model": name, "peft": peft, "rows": given.get("train_dataset"), "revision": access["revision"]}
-        _refuse_rows_that_leak(model, args, given.get("peft_config"), given.get("data_collator"))
-        rows = _diversity_rows(args, diversity_prompts, given.get("eval_dataset")) if args.diversity_steps else None
-        super().__init__(model, args, *positional, **kwargs)
+        self._given = {"model": name, "peft": peft, "rows": train_dataset, "revision": access["revision"]}
+        _refuse_rows_that_leak(model, args, peft_config, data_collator)
+        rows = _diversity_rows(args, diversity_prompts, eval_dataset) if args.diversity_steps else None
+        super().__init__(model, args, **given)
         _refuse_parallelism(self.accelerator.parallelism_config)  # it may come from accelerate's own config file
         self.take_token_rule()
         self._old_policy = OldPolicy(self, args.psft_refresh_steps) if self._token_rule.old_policy else None

@@ -1,6 +1,7 @@
 """AESLSFTTrainer as a whole: TRL's numbers under nll, logs, accumulation, evaluation, resume, model card."""
 
 import copy
+import inspect
 import json
 import math
 
@@ -25,7 +26,7 @@ from tiny_models import build_model, build_tokenizer
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from aesl_trl import AESLSFTConfig, AESLSFTTrainer, files
+from aesl_trl import AESLSFTConfig, AESLSFTTrainer, DiversityCallback, files
 from aesl_trl.errors import InputError
 from aesl_trl.losses.definition import aesl_scores, gold_log_probs
 
@@ -458,3 +459,48 @@ def test_a_template_without_an_end_of_turn_is_refused_before_the_first_step(tmp_
         trainer_for(endless, tmp_path, rows=message_rows())
     with pytest.raises(InputError, match="max_length=4 cuts 3 of 3 rows before their end: raise it"):
         trainer_for(endless, tmp_path, rows=text_rows(PAIRS[:3]), max_length=4)
+
+
+# ---- What an editor shows
+
+
+def test_the_signature_shows_trls_arguments():
+    """TRL's come first, in TRL's order, with their types and defaults: a call by position stays right."""
+    theirs = list(inspect.signature(SFTTrainer.__init__).parameters.values())
+    ours = list(inspect.signature(AESLSFTTrainer.__init__).parameters.values())
+    assert ours[: len(theirs)] == theirs
+    added = [(each.name, each.kind) for each in ours[len(theirs) :]]
+    only_by_name, rest = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
+    assert added == [("diversity_prompts", only_by_name), ("reward_funcs", only_by_name), ("later", rest)]
+
+
+def test_an_argument_of_a_later_trl_reaches_it(monkeypatch, tmp_path, tokenizer):
+    theirs, seen = SFTTrainer.__init__, {}
+
+    def later(self, *positional, new=None, **rest):
+        seen["new"] = new
+        theirs(self, *positional, **rest)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", later)
+    AESLSFTTrainer(
+        build_model(tokenizer),
+        small_config(tmp_path),
+        train_dataset=prompt_completion_rows(),
+        processing_class=tokenizer,
+        new=3,
+    )
+    assert seen == {"new": 3}
+
+
+def test_a_misspelt_argument_is_refused_before_the_model_is_looked_at(tmp_path):
+    with pytest.raises(TypeError, match="train_data'"):
+        AESLSFTTrainer("no/such-model", small_config(tmp_path), train_data=[])
+
+
+def test_every_argument_of_the_callback_has_a_type():
+    untyped = [
+        each.name
+        for each in inspect.signature(DiversityCallback.__init__).parameters.values()
+        if each.annotation is each.empty and each.name != "self"
+    ]
+    assert untyped == []

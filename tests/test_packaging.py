@@ -37,7 +37,7 @@ def test_metadata():
     assert about["Version"] == aesl_trl.__version__
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == ">=3.11"
-    assert set(about.get_all("Provides-Extra")) == {"dev", "gym", "math", "qlora", "vllm"}
+    assert set(about.get_all("Provides-Extra")) == {"dev", "docs", "gym", "math", "qlora", "vllm"}
 
 
 def test_installed_versions_satisfy_the_metadata():

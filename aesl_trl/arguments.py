@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .errors import InputError, in_one_line, is_by_signal, nearest, nearest_sibling
+from .files import read_object
 from .values import (
     ALSO_BOOL,
     IN_METADATA,
@@ -88,6 +89,7 @@ TRL_BOUNDS = {
     "save_steps": {"above": 0, "hint": "save_strategy: 'no' turns it off"},
 }
 CONFIG_FLAG = "--config"
+MODEL_CONFIG = "model_config.json"  # of a recipe: what is known of its model without weights
 MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
 
 
@@ -252,7 +254,10 @@ def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) 
 
 
 def _made_by(target: Path, folder: Path) -> str:
-    """Return the `aesl data` command for the missing `target`, where a data*.yaml in or above `folder` writes it."""
+    """Return the command that writes the missing `target`, where the recipe in or above `folder` names one."""
+    for place in (folder, folder.parent):
+        if command := prepared_models(place).get(str(target)):
+            return f"; first make it: {command}"
     for path in (path for place in (folder, folder.parent) for path in sorted(place.glob("data*.yaml"))):
         with suppress(InputError):
             output = load_yaml(path).get("output_dir")
@@ -312,6 +317,12 @@ def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type], pref
             # An infinite max_grad_norm measures the norm and clips nothing.
             if name in bounds and is_number and (name, number) != ("max_grad_norm", math.inf):
                 check_bound(prefix + name, number, **bounds[name])
+
+
+def prepared_models(recipe: Path) -> dict[str, str]:
+    """Map the absolute folder of each model that the scripts of a recipe write to the command that writes it."""
+    prepared = read_object(recipe / MODEL_CONFIG).get("prepared", {})
+    return {os.path.abspath(recipe / folder): command for folder, command in prepared.items()}
 
 
 def _check_output_dir(values: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 A recipe is a folder with `sft/`, `grpo/`, `chain*.yaml`, `eval*.yaml`, `probe*.yaml`, `data*.yaml` and
 `model_config.json`. The latter holds facts about the architecture and the tokenizer of the model, copied from its
 public files, so that a recipe can be checked where the hub cannot be reached. The first line of a config is a comment
-that names its hardware in a fixed form (see [`Hardware`]).
+that names its hardware in a fixed form (see [`Hardware`]). `prepared` in model_config.json maps each folder of weights
+that the recipe's own scripts write, and that is not committed, to the command that does.
 """
 
 import re
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import parse
+from ..arguments import MODEL_CONFIG, parse, prepared_models
 from ..errors import InputError, in_one_line
 from ..files import read_json
 from ..values import load_yaml
 from .memory import Shape
 
 
-MODEL_CONFIG = "model_config.json"
 ACCELERATE_CONFIGS = "accelerate_configs"
 KINDS = ("chain", "compare", "eval", "probe", "data")  # by the start of the name; sft and grpo by their folder
 SHARDING = {"FSDP": "fsdp", ("DEEPSPEED", 2): "zero2", ("DEEPSPEED", 3): "zero3"}
@@ -133,6 +133,7 @@ class Facts:
     eos_ids: frozenset[int]  # of generation config and tokenizer
     turn_end_token: str | None
     turn_end_id: int | None
+    prepared: frozenset[str] = frozenset()  # absolute folders of the same architecture
 
     @property
     def context(self) -> int:
@@ -164,6 +165,7 @@ def read_facts(path: Path) -> Facts:
             eos_ids=frozenset(ids),
             turn_end_token=tokenizer["turn_end_token"],
             turn_end_id=tokenizer["turn_end_token_id"],
+            prepared=frozenset(prepared_models(path.parent)),
         )
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]} is missing") from None
@@ -238,14 +240,18 @@ class Promise:
 
 
 def promised_files(folder: Path) -> dict[str, Promise]:
-    """Map the absolute path of each file that the data*.yaml of a recipe will write to what is known of its rows."""
+    """Map the absolute path of each file that the data*.yaml of a recipe will write to what is known of its rows.
+
+    Models that the recipe's scripts will write are among the keys.
+    """
     from ..data.config import DIFFICULTIES
     from ..data.output import HELD_OUT, RL, SFT
     from ..data.prepare import ARGUMENT_TYPES
 
-    files = {}
+    models = prepared_models(folder)
+    files = {model: Promise(folder / MODEL_CONFIG, None, None) for model in models}
     for path in sorted(folder.glob("data*.yaml")):
-        (args,) = parse(ARGUMENT_TYPES, ["--config", str(path)], prog="aesl recipes check")
+        (args,) = parse(ARGUMENT_TYPES, ["--config", str(path)], prog="aesl recipes check", to_come=models)
         names = [SFT, RL, HELD_OUT, *(f"sft_{size}.jsonl" for size in args.subsets or [])]
         names += [f"sft_{name}.jsonl" for name in DIFFICULTIES] if args.has_pass_rates else []
         promise = Promise(path, args.max_prompt_length, args.max_length)

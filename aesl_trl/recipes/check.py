@@ -72,7 +72,7 @@ class Case:
     def facts(self, model: str) -> Facts:
         """Return the facts of `model`. Where this machine has its files, they must agree with model_config.json."""
         written, here = find_facts(self.path), local_facts(model)
-        if written is not None and written.name == model:
+        if written is not None and model in {written.name, *written.prepared}:
             for name in ("eos_token", "eos_ids", "turn_end_id") if here else ():
                 was, found = getattr(written, name), getattr(here, name)
                 self.expect(was == found, f"{written.source} gives {name} as {was}, the model's own files as {found}")

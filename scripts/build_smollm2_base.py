@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Build the base of recipes/SmolLM2-135M-Instruct: stage 0 teaches the model three families of tasks, and a gate asks.
+
+    python scripts/build_smollm2_base.py [--model DIR] [--output_dir DIR] [--seed 0]
+
+SmolLM2-135M-Instruct answers hardly any of these problems as it is: a base without ability has nothing to forget, and
+RL nothing to begin with. So stage 0 trains it, by `aesl sft` and the recipe's own config, on problems that no later
+stage uses. Then `aesl probe` asks for each family, at temperature 1: is pass@1 between 0.15 and 0.40, and pass@16 at
+least 0.6? Where a family fails, the exit code is 1: change its settings in the recipe's task.py.
+
+A command that was cut off goes on at its last checkpoint, and a finished training is not run again.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from recipe_task import RECIPES
+
+from aesl_trl.files import READINESS, TRAINER_STATE, own_folder, read_json
+
+
+RECIPE = RECIPES / "SmolLM2-135M-Instruct"
+RUNS = RECIPES.parent / "runs" / RECIPE.name
+PASS_1, PASS_16 = (0.15, 0.40), 0.6
+
+
+def aesl(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "aesl_trl.cli", *map(str, arguments)], check=True)
+
+
+def train(model: Path, out: Path, seed: int) -> None:
+    """Train stage 0 into `out`, or go on where it was cut off."""
+    if (own_folder(out) / TRAINER_STATE).exists():  # written at the end
+        return
+    given = ["--config", RECIPE / "sft/config_stage_0.yaml", "--model_name_or_path", model, "--output_dir", out]
+    aesl("sft", *given, "--seed", seed, *(["--resume_from_checkpoint", "true"] if out.exists() else []))
+
+
+def gate(readiness: dict) -> list[dict]:
+    """Return each family's figures of a probe of the base, and whether they pass."""
+    found = []
+    for family in readiness["checkpoints"][0]["tasks"]:
+        figures = family["figures"]
+        low, high = PASS_1
+        passes = low <= figures["pass@1"] <= high and figures["pass@16"] >= PASS_16
+        row = {name: figures[name] for name in ("pass@1", "pass@16", "entropy", "truncated")}
+        found.append({"family": family["name"], "prompts": family["num_prompts"], **row, "passes": passes})
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| family | pass@1 | pass@16 | cut off | gate |", "| --- | ---: | ---: | ---: | --- |"]
+    for row in rows:
+        figures = " | ".join(f"{row[name]:.2f}" for name in ("pass@1", "pass@16", "truncated"))
+        lines.append(f"| {row['family']} | {figures} | {'passes' if row['passes'] else '**fails**'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=RUNS / "model", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--output_dir", type=Path, help="folder of the base (default: runs/.../base/seed-SEED)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order and of the answers' forms")
+    given = parser.parse_args()
+    out = given.output_dir or RUNS / "base" / f"seed-{given.seed}"
+    train(given.model, out, given.seed)
+    aesl("probe", out, "--config", RECIPE / "probe.yaml", "--output", out / READINESS)
+    rows = gate(read_json(out / READINESS))
+    print(table(rows))
+    sys.exit(0 if all(row["passes"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from aesl_trl.compare import compare
 from aesl_trl.data import prepare
 from aesl_trl.data.config import DataArguments
 from aesl_trl.errors import InputError
-from aesl_trl.estimates.facts import kind_of, promised_files
+from aesl_trl.estimates.facts import MODEL_CONFIG, kind_of, promised_files
 from aesl_trl.evaluation.evaluate import EvalArguments
 from aesl_trl.recipes import recipes
 from aesl_trl.recipes.check import find_configs
@@ -111,11 +111,12 @@ def test_missing_data_name_the_command_that_makes_them(name, all_recipes, monkey
 
 @pytest.fixture(scope="module")
 def with_data(tmp_path_factory):
-    """A copy of all recipes beside the files that `aesl data` would write, which are empty."""
+    """A copy of all recipes beside what `aesl data` and their scripts would write: empty files, empty folders."""
     recipes = Path(shutil.copytree(RECIPES, tmp_path_factory.mktemp("made") / "recipes"))
-    for path in (Path(path) for name in MODELS for path in promised_files(recipes / name)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    for folder in (path.parent for path in recipes.glob(f"*/{MODEL_CONFIG}")):
+        for path in map(Path, promised_files(folder)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch() if path.suffix else path.mkdir()
     return recipes
 
 

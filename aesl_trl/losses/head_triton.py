@@ -3,14 +3,24 @@
 Their arguments are those of head_torch.py. Arithmetic is float64 for a float64 tile, else float32.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-BLOCK = 2048
-NUM_WARPS = 8
+class Launch(NamedTuple):
+    """How a kernel is launched: what each of its programs reads at once, with how many warps, how far ahead."""
+
+    block: int  # vocabulary entries
+    warps: int
+    stages: int  # blocks in flight: the next ones are loaded while one is computed
+
+
+# By kernel. No GPU has measured these: `python scripts/bench/head.py --tune` times others beside them
+LAUNCHES = {"statistics": Launch(2048, 8, 1), "rest_and_gradient": Launch(2048, 8, 1)}
 
 
 def runs_on(device: torch.device) -> bool:
@@ -43,6 +53,7 @@ def _statistics_kernel(
     HAS_SOFTCAP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
@@ -51,7 +62,7 @@ def _statistics_kernel(
     sums = tl.zeros((BLOCK,), FLOAT)  # of exp(z - largest), a sum for each lane, reduced once at the end
     weighted = tl.zeros((BLOCK,), FLOAT)  # of exp(z - largest) * (z - largest)
     before_label = tl.full((BLOCK,), float("-inf"), FLOAT)  # argmax returns the first of equals
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
         logits = _transformed(tl.load(row_ptr + offsets, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP, FLOAT)
@@ -94,6 +105,7 @@ def _rest_and_gradient_kernel(
     HAS_GRADIENT: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
@@ -104,7 +116,7 @@ def _rest_and_gradient_kernel(
         inverse = 1 / tl.load(temperatures_ptr + row)
         rest = tl.zeros((BLOCK,), FLOAT)  # of exp((z - largest) / T) over the tokens other than the label
         gold = tl.zeros((BLOCK,), FLOAT)  # the label's own, in its lane
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
         logits = _transformed(tl.load(row_ptr + offsets, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP, FLOAT)
@@ -128,15 +140,17 @@ def _rest_and_gradient_kernel(
         tl.store(rest_ptr + row, rest_sum / (rest_sum + tl.sum(gold, axis=0)))
 
 
-def _constants(tile: Tensor, transform) -> dict:
+def _constants(kernel: str, tile: Tensor, transform) -> dict:
+    launch = LAUNCHES[kernel]
     return {
         "vocab": tile.size(1),
         "scale": transform.scale,
         "softcap": transform.softcap or 1.0,
         "HAS_SOFTCAP": transform.softcap is not None,
         "FLOAT": tl.float64 if tile.dtype == torch.float64 else tl.float32,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
+        "BLOCK": launch.block,
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
     }
 
 
@@ -151,7 +165,7 @@ def statistics(tile: Tensor, tokens, part: slice, transform) -> None:
         tokens.log_probs[part],
         tokens.entropy[part],
         tokens.is_top1[part],
-        **_constants(tile, transform),
+        **_constants("statistics", tile, transform),
     )
 
 
@@ -171,5 +185,5 @@ def rest_and_gradient(tile: Tensor, gradient: Tensor | None, tokens, part: slice
         tokens.rest[part] if has_temperature else tokens.max[part],
         HAS_TEMPERATURE=has_temperature,
         HAS_GRADIENT=gradient is not None,
-        **_constants(tile, transform),
+        **_constants("rest_and_gradient", tile, transform),
     )

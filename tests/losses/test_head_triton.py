@@ -19,6 +19,7 @@ from aesl_trl.losses.rules import aesl_rule, eaft_rule, gem_rule, nll_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 4, 9, 1, 6)
+BLOCKS_OF_128 = head_triton.Launch(128, 4, 2)  # several blocks to a row, the last one partial
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,8 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(head_triton, name, counted)
     monkeypatch.setattr(head_triton, "runs_on", lambda device: True)
-    monkeypatch.setattr(head_triton, "BLOCK", 128)  # several blocks to a row, the last one partial
+    for name in counts:
+        monkeypatch.setitem(head_triton.LAUNCHES, name, BLOCKS_OF_128)
     return counts
 
 
@@ -150,28 +152,33 @@ from aesl_trl.losses import head_triton as h
 
 TYPES = dict(tile_ptr="*{tile}", gradient_ptr="*bf16", labels_ptr="*i64", is_top1_ptr="*i1", scale="fp32",
              softcap="fp32", tile_stride="i32", gradient_stride="i32", vocab="i32")
-FLAGS = dict(HAS_SOFTCAP=True, HAS_TEMPERATURE=True, HAS_GRADIENT=True, FLOAT=tl.float32, BLOCK=h.BLOCK)
+FLAGS = dict(HAS_SOFTCAP=True, HAS_TEMPERATURE=True, HAS_GRADIENT=True, FLOAT=tl.float32)
+KERNELS = dict(statistics=h._statistics_kernel, rest_and_gradient=h._rest_and_gradient_kernel)
 
-for kernel in (h._statistics_kernel, h._rest_and_gradient_kernel):
+for name, kernel in KERNELS.items():
     names = kernel.arg_names
-    flags = {{name: value for name, value in FLAGS.items() if name in names}}
-    signature = {{name: "constexpr" if name in flags else TYPES.get(name, "*fp32") for name in names}}
-    constants = {{(names.index(name),): value for name, value in flags.items()}}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{"num_warps": h.NUM_WARPS}})
-    print(kernel.__name__, len(compiled.asm["cubin"]) > 1000, ".local" in compiled.asm["ptx"])
+    for launch in (h.LAUNCHES[name], h.Launch(1024, 4, 3))[:{num_launches}]:
+        flags = {{**FLAGS, "BLOCK": launch.block, "STAGES": launch.stages}}
+        flags = {{flag: value for flag, value in flags.items() if flag in names}}
+        signature = {{each: "constexpr" if each in flags else TYPES.get(each, "*fp32") for each in names}}
+        constants = {{(names.index(flag),): value for flag, value in flags.items()}}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        options = {{"num_warps": launch.warps}}
+        compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
+        print(name, launch.stages, len(compiled.asm["cubin"]) > 1000, ".local" in compiled.asm["ptx"])
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tests above compile and run them")
-@pytest.mark.parametrize(("capability", "tile"), [(80, "fp32"), (90, "fp32"), (90, "bf16")])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability, tile):
-    """To machine code for A100 and H100, registers not spilt to local memory; it takes no GPU."""
+@pytest.mark.parametrize(("capability", "tile", "num_launches"), [(80, "fp32", 1), (90, "fp32", 2), (90, "bf16", 1)])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability, tile, num_launches):
+    """To machine code for A100 and H100, nothing spilt to local memory, loading ahead or not; it takes no GPU."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    code = COMPILE.format(capability=capability, tile=tile)
+    code = COMPILE.format(capability=capability, tile=tile, num_launches=num_launches)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["_statistics_kernel", "True", "False", "_rest_and_gradient_kernel", "True", "False"]
+    expected = [f"{name} {stages} True False" for name in head_triton.LAUNCHES for stages in (1, 3)[:num_launches]]
+    assert done.stdout.splitlines() == expected
 
 
 @pytest.mark.gpu

@@ -126,7 +126,8 @@ def make_problem(args: argparse.Namespace, shape: str, tokens: int, trained: boo
     return Problem(hidden.requires_grad_(), weight.requires_grad_(trained), torch.cat(labels), args.autocast)
 
 
-def bare_products(problem: Problem) -> None:
+def bare_products(problem: Problem, with_sweep: bool = False) -> None:
+    """Run the products alone, or also one read and one write of each tile: what a head of small width cannot avoid."""
     # As in the fused head: a CPU has no product of half-precision operands with a float32 result
     dtype = torch.float32 if problem.on_cpu else problem.products
     hidden, weight = problem.hidden.detach().to(dtype), problem.weight.detach().to(dtype)
@@ -138,6 +139,8 @@ def bare_products(problem: Problem) -> None:
     for part, out in zip(hidden.split(rows), grad_hidden.split(rows), strict=True):
         logits = tile[: len(part)]
         _product(part, weight.t(), out=logits)
+        if with_sweep:
+            logits.mul_(0.5)
         _product(logits, weight, out=out)
         if trained:
             _add_product(grad_weight, logits.t(), part)
@@ -156,14 +159,16 @@ def with_backward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @with_backward
-def one_pass(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> Tensor:
-    return fused_scores(problem, rule, tile_dtype).loss_sum
+def one_pass(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype, tile_rows: int | None = None) -> Tensor:
+    return fused_scores(problem, rule, tile_dtype, tile_rows).loss_sum
 
 
-def fused_scores(problem: Problem, rule: TokenRule, tile_dtype: torch.dtype) -> HeadOutput:
+def fused_scores(
+    problem: Problem, rule: TokenRule, tile_dtype: torch.dtype, tile_rows: int | None = None
+) -> HeadOutput:
     hidden, weight, labels, _ = problem
-    one_sequence = torch.zeros_like(labels)
-    return fused_head(hidden, weight, None, labels, one_sequence, rule, HeadSettings(tile_dtype=tile_dtype))
+    settings = HeadSettings(tile_dtype=tile_dtype, tile_rows=tile_rows)
+    return fused_head(hidden, weight, None, labels, torch.zeros_like(labels), rule, settings)
 
 
 def trl_nll(problem: Problem, tiles: tuple[int, int] | None = None) -> Tensor:
@@ -223,7 +228,23 @@ def our_name(loss: str, tile_dtype: torch.dtype = torch.float32) -> str:
     return f"{loss} in one pass, tile {_short(tile_dtype)}"
 
 
-def methods_for(products: torch.dtype, tiles: tuple[int, int] | None, with_rivals: bool) -> list[Method]:
+class Tuned(NamedTuple):
+    """What `--tune` found to be the fastest for our head."""
+
+    launches: dict  # of each kernel
+    tile_rows: int
+
+
+def tuned_aesl(problem: Problem, tuned: Tuned) -> Tensor:
+    from aesl_trl.losses import head_triton  # on Linux alone
+
+    with patch.dict(head_triton.LAUNCHES, tuned.launches):
+        return one_pass(problem, aesl_rule(), torch.float32, tuned.tile_rows)
+
+
+def methods_for(
+    products: torch.dtype, tiles: tuple[int, int] | None, with_rivals: bool, tuned: Tuned | None = None
+) -> list[Method]:
     """Return the methods in the order of the table; `tiles` are TRL's best, `None` where it does not run."""
 
     def ours(loss: str, rule: TokenRule, dtype: torch.dtype = torch.float32) -> Method:
@@ -232,7 +253,9 @@ def methods_for(products: torch.dtype, tiles: tuple[int, int] | None, with_rival
     best = [Method(best_name(tiles), "nll", partial(trl_nll, tiles=tiles), True)] if tiles else []
     return [
         Method("bare products", None, bare_products),
+        Method("bare products, one read and write", None, partial(bare_products, with_sweep=True)),
         *(ours("AESL", aesl_rule(), dtype) for dtype in dict.fromkeys((torch.float32, products))),
+        *([Method("AESL in one pass, tuned", "aesl", partial(tuned_aesl, tuned=tuned))] if tuned else []),
         ours("nll", nll_rule()),
         *(ours(loss, rule) for loss, rule in (RIVALS if with_rivals else {}).items()),
         *best,
@@ -263,6 +286,27 @@ def best_tiles(problem: Problem) -> tuple[int, int] | None:
         for tiles, seconds in times.items():
             seconds.append(measure(partial(trl_nll, tiles=tiles), problem)[0])
     return min(times, key=lambda tiles: min(times[tiles]))
+
+
+def tune(args: argparse.Namespace, shape: str, head: str) -> tuple[Tuned, list[dict]]:
+    """Return the fastest launches of the kernels and rows of a tile, and the tables of what was tried."""
+    from tuning import tune as tune_launches  # it wants Triton, which is for Linux alone
+
+    problem, vocab = make_problem(args, shape, args.tokens, head == "full"), SHAPES[shape][1]
+    in_use = _tile_rows(problem.weight, head == "full", vocab * 6, problem.on_cpu)
+    rows = min(len(problem.hidden), 8 if problem.on_cpu else in_use)  # interpreted on CPU
+    launches, table = tune_launches(rows, vocab, problem.hidden.device.type)
+    seconds, peaks = {}, {}
+    for tile_rows in sorted({in_use, *((16, 32) if problem.on_cpu else (512, 1024, 1536, 2048, 3072, 4096))}):
+        runs = [measure(partial(tuned_aesl, tuned=Tuned(launches, tile_rows)), problem) for _ in range(3)]
+        seconds[tile_rows] = [time_s for time_s, _ in runs[1:]]  # the first one warms up
+        peaks[tile_rows] = max(peak for _, peak in runs)
+    medians = {tile_rows: statistics.median(own) for tile_rows, own in seconds.items()}
+    memory = {tile_rows: peak / 2**20 if peak else None for tile_rows, peak in peaks.items()}
+    cells = [[str(tile_rows), own / medians[in_use], memory[tile_rows]] for tile_rows, own in medians.items()]
+    title = f"Rows of a tile, {head} head, {shape}; {in_use} are in use"
+    of_rows = record.table(title, ["rows", "time to that in use", "peak MiB"], cells, {"rows_seconds": seconds})
+    return Tuned(launches, min(medians, key=medians.get)), [table, of_rows]
 
 
 def verify(methods: list[Method], problem: Problem) -> dict[str, str]:
@@ -329,11 +373,11 @@ def print_peaks(args: argparse.Namespace) -> None:
     print(json.dumps(peaks))
 
 
-def bench(args: argparse.Namespace, shape: str, head: str) -> dict:
+def bench(args: argparse.Namespace, shape: str, head: str, tuned: Tuned | None = None) -> dict:
     """Return one table: each method's ratios and peak memory, or why it did not run."""
     problem = make_problem(args, shape, args.tokens, head == "full")
     tiles = best_tiles(problem)
-    methods = methods_for(problem.products, tiles, args.rivals)
+    methods = methods_for(problem.products, tiles, args.rivals, tuned)
     refusals = verify(methods, problem)
     runs = {method.name: method.run for method in methods if method.name not in refusals}
     seconds, peaks = {name: [] for name in runs}, dict.fromkeys(runs, 0)
@@ -343,7 +387,7 @@ def bench(args: argparse.Namespace, shape: str, head: str) -> dict:
             seconds[name].append(time_s)
             peaks[name] = max(peaks[name], peak)
     if problem.on_cpu and args.peaks:
-        peaks = record.in_fresh_process("--peaks-of", shape, head, json.dumps(tiles), *runs)
+        peaks |= record.in_fresh_process("--peaks-of", shape, head, json.dumps(tiles), *runs)
     hidden_size, vocab = SHAPES[shape]
     operands = f"{_short(problem.hidden.dtype)}{' under autocast' if args.autocast else ''}"
     title = (
@@ -407,6 +451,9 @@ def main() -> None:
     parser.add_argument("--head", choices=["full", "frozen", "both"], default="both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--errors", action="store_true", help="the error of the AESL weights by tile dtype instead")
+    parser.add_argument(
+        "--tune", action="store_true", help="first find our fastest launches of kernels, rows of a tile"
+    )
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="on CPU: measure memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every time of every table")
@@ -427,7 +474,8 @@ def main() -> None:
             tables.append(record.show(errors(args, shape)))
         else:
             for head in ("full", "frozen") if args.head == "both" else (args.head,):
-                tables.append(record.show(bench(args, shape, head)))
+                tuned, tried = tune(args, shape, head) if args.tune else (None, [])
+                tables += map(record.show, [*tried, bench(args, shape, head, tuned)])
         record.write(args.json, "head", tables)  # a run that is ended keeps what it has
 
 

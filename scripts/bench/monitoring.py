@@ -85,6 +85,7 @@ def make_trainer(args: argparse.Namespace, folder: str) -> AESLSFTTrainer:
         "use_cpu": not gpu,
         "bf16": gpu,
         "gradient_checkpointing": gpu,
+        "model_init_kwargs": {"dtype": "bfloat16" if gpu else "float32"},  # as the recipes load a base
         "per_device_train_batch_size": args.batch,
         "gradient_accumulation_steps": args.accumulation,
         "max_length": args.length,

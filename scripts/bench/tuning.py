@@ -1,0 +1,127 @@
+"""Time the two kernels of the head by launch: block, warps and stages. `head.py --tune` calls this.
+
+Each kernel reads a tile of float32 logits `[n, V]` as in training; the second one also writes the gradient in bf16. A
+launch counts only if it gives what the launch in use gives. The table shows each time as a share of that launch's.
+
+What the candidates are chosen by, for an H200 (132 multiprocessors, 4.8 TB/s): at a latency of about 1 us a
+multiprocessor needs some 36 KB under way all the time. Registers decide how many programs share it: the kernels take
+about 50 a thread where a thread has 4 or 8 entries of a block, and over 100 where it has 16. Small blocks also come
+in whole waves: 1,024 rows are one wave of 8 programs a multiprocessor, and one and a half of 5. With one stage nothing
+is under way while a block is summed; each further one keeps a block more on the way, in shared memory.
+"""
+
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import record
+import torch
+from torch import Tensor
+from triton.runtime.errors import TritonError
+
+from aesl_trl.losses import head_triton
+from aesl_trl.losses.head import LogitTransform
+from aesl_trl.losses.head_triton import LAUNCHES, Launch
+
+
+GPU_CANDIDATES = [
+    Launch(block, warps, stages)
+    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
+    for stages in (1, 2, 3)
+]
+CPU_CANDIDATES = [Launch(128, 4, 1), Launch(128, 4, 2)]  # interpreted, to show that the script runs
+TIMES, LAUNCHES_A_TIME = 5, 4
+TOLERANCE = 1e-3  # nats, and of probabilities: the launches sum float32 in other orders
+
+
+def make_arguments(rows: int, vocab: int, device: str) -> tuple[Tensor, Tensor, Any]:
+    """Return a tile of logits, room for its gradient, and vectors as the head keeps them for the tile's tokens."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        tile = 2 * torch.randn(rows, vocab)
+        names = ("max", "log_sum_exp", "log_probs", "entropy", "rest")
+        vectors = {name: torch.zeros(rows) for name in names}
+        vectors |= {"is_top1": torch.zeros(rows, dtype=torch.bool), "temperatures": torch.full((rows,), 0.7)}
+        tokens = SimpleNamespace(labels=torch.randint(vocab, (rows,)), **vectors)
+        return tile, torch.empty(rows, vocab, dtype=torch.bfloat16), tokens
+
+
+def run(kernel: str, launch: Launch, tile: Tensor, gradient: Tensor, tokens) -> list[Tensor]:
+    """Run a kernel once with a launch, and return what it filled."""
+    before, LAUNCHES[kernel] = LAUNCHES[kernel], launch
+    everything, transform = slice(0, len(tile)), LogitTransform()
+    try:
+        if kernel == "statistics":
+            head_triton.statistics(tile, tokens, everything, transform)
+            return [tokens.max, tokens.log_sum_exp, tokens.log_probs, tokens.entropy]
+        head_triton.rest_and_gradient(tile, gradient, tokens, everything, transform)
+        return [tokens.rest, gradient]
+    finally:
+        LAUNCHES[kernel] = before
+
+
+def seconds_of(kernel: str, launch: Launch, *arguments) -> list[float]:
+    """Return the seconds of a launch, several times."""
+    found = []
+    for _ in range(TIMES if arguments[0].is_cuda else 1):
+        synchronize(arguments[0])
+        start = time.perf_counter()
+        for _ in range(LAUNCHES_A_TIME):
+            run(kernel, launch, *arguments)
+        synchronize(arguments[0])
+        found.append((time.perf_counter() - start) / LAUNCHES_A_TIME)
+    return found
+
+
+def synchronize(tile: Tensor) -> None:
+    if tile.is_cuda:
+        torch.cuda.synchronize()
+
+
+def tune(rows: int, vocab: int, device: str) -> tuple[dict[str, Launch], dict]:
+    """Return the fastest launch of each kernel, and the table of all of them."""
+    arguments = make_arguments(rows, vocab, device)
+    candidates = GPU_CANDIDATES if device == "cuda" else CPU_CANDIDATES
+    seconds, refusals = {kernel: {} for kernel in LAUNCHES}, {}
+    for kernel, in_use in LAUNCHES.items():  # the statistics come first: the second kernel reads them
+        expected = [value.clone() for value in run(kernel, in_use, *arguments)]
+        for launch in dict.fromkeys((in_use, *candidates)):
+            try:
+                found = run(kernel, launch, *arguments)
+            except TritonError as error:  # it wants more registers or shared memory than there are
+                refusals[f"{kernel} {tuple(launch)}"] = str(error).splitlines()[0]
+                continue
+            for value, truth in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, truth, atol=TOLERANCE, rtol=TOLERANCE)
+            seconds[kernel][launch] = seconds_of(kernel, launch, *arguments)
+    medians = {
+        kernel: {launch: statistics.median(own) for launch, own in of.items()} for kernel, of in seconds.items()
+    }
+    best = {kernel: min(of, key=of.get) for kernel, of in medians.items()}
+    title = f"Launches of the kernels, {rows} rows x {vocab}; {describe(best)}"
+    return best, record.table(
+        title, ["block x warps x stages", *LAUNCHES], share_rows(medians), raw(seconds, refusals)
+    )
+
+
+def describe(launches: dict[str, Launch]) -> str:
+    return "best: " + ", ".join(f"{kernel} {name_of(launch)}" for kernel, launch in launches.items())
+
+
+def name_of(launch: Launch) -> str:
+    return " x ".join(map(str, launch))
+
+
+def share_rows(medians: dict[str, dict[Launch, float]]) -> list[list]:
+    """Return a row for each launch: its time to that of the launch in use, by kernel; None where it does not run."""
+    launches = dict.fromkeys(launch for of in medians.values() for launch in of)
+    shares = {
+        kernel: {launch: own / of[LAUNCHES[kernel]] for launch, own in of.items()} for kernel, of in medians.items()
+    }
+    return [[name_of(launch), *(shares[kernel].get(launch) for kernel in LAUNCHES)] for launch in launches]
+
+
+def raw(seconds: dict[str, dict[Launch, list[float]]], refusals: dict[str, str]) -> dict:
+    times = {kernel: {name_of(launch): own for launch, own in of.items()} for kernel, of in seconds.items()}
+    return {"launch_seconds": times, "refusals": refusals}

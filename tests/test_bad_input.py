@@ -380,6 +380,7 @@ RUNS = {
         "the last whole one is",
         "out/checkpoint-2",
     ),
+    "recipes on no GPU": (lambda p: ["recipes", "check", "--gpus", "0"], "--gpus is 0", "must be at least 1"),
     "recipes over a folder": (lambda p: ["recipes", "copy", str(p.out)], "DIR: ", "out exists; name a new folder"),
     "recipes to a dangling link": (
         lambda p: (p.folder / "link").symlink_to("nowhere") or ["recipes", "copy", str(p.folder / "link")],

@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     chain = Chain(config, Path(given.config).absolute())
     if given.dry_run:
         check_stages(chain, () if given.dry_run == HERE else ANYWHERE)
-        tell(plan(chain))
+        from .hours import hours_lines  # with it come torch and TRL, which a missing file does not wait for
+
+        tell("\n".join([plan(chain), *hours_lines(chain, chain.path)]))
         return
     record = chain.run / files.CHAIN
     check_replaceable("output_dir", record, files.wrote(record, "stages"), is_file=True)

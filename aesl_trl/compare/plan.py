@@ -10,6 +10,7 @@ from .. import files
 from ..chain.stages import Chain, check_stages
 from ..diversity.passk import powers_of_two
 from ..errors import InputError, nearest
+from ..estimates.hours import HOW, Span
 from ..processes import scratch
 from ..values import load_yaml
 from .cells import CHAIN_CONFIG, MIX_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
@@ -81,12 +82,46 @@ def plan(config: CompareConfig, path: Path, cells: list[Cell], workers: int, ope
         lines += [f"{name}: " + ", ".join(f"{row} x {count}" for row, count in counts.items())] if counts else []
     found = hours(config, cells, workers, open_rows)
     to_run = f"to run: at most {found.cells} cells and {found.cold_starts} cold starts"
-    if found.process_h is None:
-        known = "how long is not known before a cell has finished: state it as estimate: {sft_s: ..., rl_s: ...}"
-        return "\n".join([*lines, f"{to_run}; {known}"])
     with_workers = "1 worker" if workers == 1 else f"{workers} workers"
-    time = f"{found.process_h:.2f} process-hours, {found.wall_h:.2f} hours with {with_workers} ({found.source})"
-    return "\n".join([*lines, f"{to_run}, {time}"])
+    if found.process_h is not None:
+        time = f"{found.process_h:.2f} process-hours, {found.wall_h:.2f} hours with {with_workers} ({found.source})"
+        return "\n".join([*lines, f"{to_run}, {time}"])
+    try:
+        expected = estimated(config, path)
+    except InputError as error:
+        stated = "how long is not known before a cell has finished: state it as estimate: {sft_s: ..., rl_s: ...}"
+        return "\n".join([*lines, f"{to_run}; {stated} (not estimated: {error})"])
+    ends = [hours(config, cells, workers, open_rows, expected[end]) for end in ("fast", "slow")]
+    process = Span(*(end.process_h * 3600 for end in ends))
+    wall = Span(*(end.wall_h * 3600 for end in ends))
+    return "\n".join(
+        [*lines, f"{to_run}, one after the other {process}, with {with_workers} {wall} (estimated: {HOW})"]
+    )
+
+
+Expected = dict[str, tuple[float | None, float | None]]
+
+
+def estimated(config: CompareConfig, path: Path) -> dict[str, Expected]:
+    """Estimate the seconds of a cold start and of the rest by arithmetic, for the fast and the slow end.
+
+    Each end has one pair for each setting: methods differ in the loss, which takes the same time. An [`InputError`]
+    says why there is no estimate.
+    """
+    from ..chain.hours import chain_hours  # with it come torch and TRL, which a missing file does not wait for
+
+    found: dict[str, Expected] = {"fast": {}, "slow": {}}
+    with scratch("estimate") as place:
+        trial = replace(config, output_dir=str(place))
+        for cell in sorted(table_cells(trial, {}), key=lambda cell: cell.selection is None):
+            if cell.setting in found["fast"]:
+                continue
+            cell.write_configs()
+            stages = chain_hours(chain_of(cell.home), path)
+            for end, pairs in found.items():
+                seconds = {name: getattr(stage.seconds, end) for name, stage in stages.items()}
+                pairs[cell.setting] = seconds.pop("sft", None), sum(seconds.values())
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,8 +135,16 @@ class Hours:
     source: str
 
 
-def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Collection[str] = ()) -> Hours:
+def hours(
+    config: CompareConfig,
+    cells: list[Cell],
+    workers: int,
+    open_rows: Collection[str] = (),
+    expected: Expected | None = None,
+) -> Hours:
     """Return what is left to run and how long it takes: medians of the method's finished cells, else of all cells.
+
+    `expected` are the seconds where no cell has finished, by setting; without them the config's `estimate` tells.
 
     Tuning has still to choose the point of `open_rows`. We count all their cells, and cold starts for each row, since
     no two of these rows can count on the same point.
@@ -122,7 +165,7 @@ def hours(config: CompareConfig, cells: list[Cell], workers: int, open_rows: Col
         first = waiting[0]
         trains = first.sft_dir is not None and (first in is_open or not first.sft_is_done())
         left, starts = left + len(waiting), starts + trains
-        sft_s, rl_s = _expected(config, measured, first.method)
+        sft_s, rl_s = _expected(config, measured, first, expected)
         unknown = rl_s is None or (trains and sft_s is None)
         times.append(None if unknown else len(waiting) * rl_s + (sft_s if trains else 0))
     known = None not in times
@@ -141,12 +184,17 @@ def _seconds(home: Path) -> tuple[float | None, float] | None:
     return stages.pop("sft", None), sum(stages.values())
 
 
-def _expected(config: CompareConfig, measured: dict, method: str) -> tuple[float | None, float | None]:
-    """Return the seconds of a cold start and of the rest: of this method's cells, else of all, else as estimated."""
+def _expected(
+    config: CompareConfig, measured: dict, cell: Cell, expected: Expected | None
+) -> tuple[float | None, float | None]:
+    """Return the seconds of a cold start and of the rest: of this method's cells, else of all, else as expected."""
     stated = (config.estimate.sft_s, config.estimate.rl_s) if config.estimate else (None, None)
+    stated = stated if expected is None else expected[cell.setting]
     found = []
     for part in (0, 1):
-        known = [[times[part] for times in measured.get(key, []) if times[part] is not None] for key in (method, None)]
+        known = [
+            [times[part] for times in measured.get(key, []) if times[part] is not None] for key in (cell.method, None)
+        ]
         values = known[0] or known[1]
         found.append(statistics.median(values) if values else stated[part])
     return found[0], found[1]

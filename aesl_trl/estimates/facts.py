@@ -231,12 +231,78 @@ def shape_of(facts: Facts) -> Shape:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU as its maker describes it: memory, dense bf16 products with float32 sums, and its two bandwidths."""
+
+    name: str
+    gb: int
+    tflops: float
+    memory_gb_s: float
+    link_gb_s: float  # to another card of the machine, one way
+    source: str
+
+
+# Of each size a slow and a fast card. A GeForce sums in float32 at half of its maker's boldest figure. The links of
+# cards without NVLink are those of 16 lanes: PCIe 4.0 has 32 GB/s one way
+GA102 = "NVIDIA's GA102 whitepaper, appendix A"
+ADA = "NVIDIA's Ada GPU architecture whitepaper, appendix A"
+CARDS = (
+    Card(
+        "RTX 3060",
+        12,
+        25.5,
+        360,
+        32,
+        "NVIDIA's page of the card: twice its float32 rate, as the GA102 whitepaper has it",
+    ),
+    Card(
+        "RTX 4070",
+        12,
+        58.3,
+        504,
+        32,
+        "NVIDIA's page of the card: twice its float32 rate, as the Ada whitepaper has it",
+    ),
+    Card("RTX 3090", 24, 71, 936, 32, GA102),
+    Card("RTX 4090", 24, 165.2, 1008, 32, ADA),
+    Card("A100 40 GB", 40, 312, 1555, 300, "NVIDIA's A100 datasheet"),
+    Card("A40", 48, 149.7, 696, 32, "NVIDIA's A40 datasheet"),
+    Card("L40S", 48, 362, 864, 32, "NVIDIA's L40S datasheet"),
+    Card("A100", 80, 312, 2039, 300, "NVIDIA's A100 datasheet, SXM"),
+    Card("H100", 80, 989, 3350, 450, "NVIDIA's H100 datasheet, SXM, without sparsity"),
+    Card("H200", 141, 989, 4800, 450, "NVIDIA's H200 datasheet, without sparsity"),
+)
+
+
+def cards_of(gpu_gb: float) -> tuple[Card, Card]:
+    """Return the fastest and the slowest card of that size; refuse a size that no card here has."""
+    found = sorted((card for card in CARDS if card.gb == gpu_gb), key=lambda card: card.tflops)
+    if not found:
+        sizes = ", ".join(map(str, sorted({card.gb for card in CARDS})))
+        raise InputError(f"no card of {gpu_gb:g} GB is known, whose hours could be told: there are {sizes} GB")
+    return found[-1], found[0]
+
+
+# Problems of each benchmark, as its page says
+PROBLEMS = {
+    "GSM8K": 1319,
+    "AIME24": 30,
+    "AIME25": 30,
+    "AMC23": 40,
+    "MATH-500": 500,
+    "Minerva": 272,
+    "OlympiadBench": 674,
+}
+
+
+@dataclass(frozen=True)
 class Promise:
     """The limits in a data.yaml of the rows that it will write."""
 
     config: Path
     max_prompt: int | None
     max_length: int | None
+    rows: int | None = None  # None: what is left of the data
 
 
 def promised_files(folder: Path) -> dict[str, Promise]:
@@ -252,8 +318,11 @@ def promised_files(folder: Path) -> dict[str, Promise]:
     files = {model: Promise(folder / MODEL_CONFIG, None, None) for model in models}
     for path in sorted(folder.glob("data*.yaml")):
         (args,) = parse(ARGUMENT_TYPES, ["--config", str(path)], prog="aesl recipes check", to_come=models)
-        names = [SFT, RL, HELD_OUT, *(f"sft_{size}.jsonl" for size in args.subsets or [])]
-        names += [f"sft_{name}.jsonl" for name in DIFFICULTIES] if args.has_pass_rates else []
-        promise = Promise(path, args.max_prompt_length, args.max_length)
-        files |= {str(Path(args.output_dir) / name): promise for name in names if args.output_dir}
+        sizes = {SFT: args.num_demonstrations, RL: args.num_rl, HELD_OUT: args.num_held_out}
+        sizes |= {f"sft_{size}.jsonl": size for size in args.subsets or []}
+        sizes |= {f"sft_{name}.jsonl": args.difficulty_size for name in DIFFICULTIES} if args.has_pass_rates else {}
+        for name, size in sizes.items():
+            if args.output_dir:
+                promise = Promise(path, args.max_prompt_length, args.max_length, size)
+                files[str(Path(args.output_dir) / name)] = promise
     return files

@@ -58,6 +58,7 @@ class Training:
     optimizer: str = "adamw_torch"
     checkpointing: bool = True
     rows: int = 1  # of a micro-batch on one process
+    micro_batches: int = 1  # of an optimizer step
     length: int = 1024  # tokens of a row
     masked: bool = False  # rows are padded, and attention takes a mask
     trl_head: bool = False  # GRPO scores with TRL's head, SFT with ours
@@ -123,6 +124,9 @@ def _gradients(run: Training) -> list[Item]:
     items = [Item("gradients", ALWAYS, size / share / GB, f"{run.trained / GB:.3f} B x {run.trained_bytes} bytes")]
     if run.sharding == "none" and run.processes > 1:
         items.append(Item("buckets of DDP", ALWAYS, size / GB, "a copy of the gradients"))
+    if run.sharding == "fsdp" and run.processes > 1 and run.micro_batches > 1:
+        how = "whole in bf16, until the last of a step's micro-batches reduces them"
+        items.append(Item("accumulated gradients", TRAIN, run.trained * 2 / GB, how))
     return items
 
 

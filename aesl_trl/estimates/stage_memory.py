@@ -35,6 +35,7 @@ def training_of(shape: Shape, launch: Launch, args: Any, model_args: Any, *, len
         optimizer=str(getattr(args.optim, "value", args.optim)),
         checkpointing=args.gradient_checkpointing,
         rows=args.per_device_train_batch_size,
+        micro_batches=args.gradient_accumulation_steps,
         length=length,
         **{"masked": args.per_device_train_batch_size > 1, **given},
     )

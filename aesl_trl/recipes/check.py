@@ -2,7 +2,8 @@
 
 Each YAML file is parsed as its stage will parse it. Its launch and global batch must agree with its first line, its
 lengths with the rows that `aesl data` will write and with the model's context, and the end of a sample with the end of
-a turn. The memory of one GPU is summed item by item (estimates/memory.py). The model is built on the meta device from
+a turn. The memory of one GPU is summed item by item (estimates/memory.py), and the time by
+arithmetic (estimates/hours.py). The model is built on the meta device from
 model_config.json, or from its own files where this machine has them.
 """
 
@@ -10,13 +11,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..arguments import parse
-from ..chain.stages import ANYWHERE
+from ..chain.hours import hours_lines
+from ..chain.stages import ANYWHERE, Chain
 from ..errors import InputError
 from ..estimates.facts import (
     Facts,
@@ -33,29 +35,44 @@ from ..estimates.facts import (
     read_launch,
     shape_of,
 )
-from ..estimates.memory import Budget, budget, vllm_sequences
+from ..estimates.memory import Budget, Shape, budget, vllm_sequences
+from ..estimates.stage_hours import PROMPT, Site, stage_time, told
 from ..estimates.stage_memory import grpo_items, monitoring_room, sampling_budget, sft_items, training_of, vllm_room
 from ..training.measurement import DEFAULT_BUDGETS, Size, budget_of
 from ..values import load_yaml
 
 
-BENCHMARK_PROMPT = 512  # tokens that memory is counted with; the benchmarks' problems are mostly shorter
-
-
 @dataclass
 class Case:
-    """One config under check: its path, what its first line says, and what the check found."""
+    """One config under check: its path, what its first line says, and what the check found.
+
+    With `gpus` the stage is moved to that many GPUs of the same size, at the same global batch.
+    """
 
     path: Path
     hardware: Hardware
     promised: dict[str, Promise]
+    gpus: int | None = None
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @cached_property
     def launch(self) -> Launch:
-        """The accelerate config that the first line names, without one a single process."""
+        """The accelerate config that the first line names, without one a single process.
+
+        On another number of GPUs, a config that shards nothing becomes ddp.yaml, and single_gpu.yaml on one.
+        """
         name, gpus, vllm_gpus = self.hardware.launch, self.hardware.gpus, self.hardware.vllm_gpus
+        if self.gpus and gpus:
+            is_named = name and kind_of(self.path) != "eval"  # whose first line may name other files
+            named = read_launch(find_launch(self.path, name)) if is_named else Launch()
+            processes = self.gpus - vllm_gpus
+            if processes < 1:
+                raise InputError(f"--gpus {self.gpus}: {vllm_gpus} GPUs are for vLLM, and none is left to train on")
+            name = name if named.sharding != "none" else "ddp.yaml" if processes > 1 else "single_gpu.yaml"
+            gpus = "1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"
+            self.lines.append(f"  on {gpus}: {name} with --num_processes {processes}")
+            return replace(named, processes=processes)
         launch = read_launch(find_launch(self.path, name)) if name else Launch()
         place = f"{gpus} GPUs" + (f" less {vllm_gpus} for vLLM" if vllm_gpus else "")
         self.expect(
@@ -106,6 +123,15 @@ class Case:
         self.lines.append(f"  peak {sum_.peak_gb:.1f} GB of {sum_.gpu_gb:.0f} ({peaks}): {verdict}")
         self.expect(sum_.fits, f"needs {sum_.peak_gb:.1f} GB of each GPU's {sum_.gpu_gb:.0f}: over by {over:.1f} GB")
 
+    def show_time(self, kind: str, shape: Shape, context: int, parsed: tuple) -> None:
+        """Write how long the stage takes on these GPUs by arithmetic, or why that is not known."""
+        launch = self.launch if kind != "eval" or self.gpus else Launch()
+        try:
+            time = told(stage_time(kind, Site(shape, context, self.hardware, launch, self.promised), parsed))
+            self.lines.append(f"  time {time} (estimated)")
+        except InputError as error:
+            self.lines.append(f"  time not estimated: {error}")
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -148,6 +174,7 @@ def check_sft(case: Case) -> None:
             case.show_room(*room, prompt + args.diversity_max_new_tokens)
         check_token_budget(case, args)
         case.show(budget(sft_items(run, args, prompt, case.hardware.gpu_gb), case.hardware.gpu_gb))
+        case.show_time("sft", run.shape, facts.context, (script, args, model_args))
 
 
 def check_token_budget(case: Case, args: Any) -> None:
@@ -192,6 +219,7 @@ def check_grpo(case: Case) -> None:
         if args.use_vllm:
             case.show_room(*vllm_room(run, args, case.hardware, length), length)
         case.show(budget(grpo_items(run, args, case.hardware, prompt), case.hardware.gpu_gb))
+        case.show_time("grpo", run.shape, facts.context, (script, args, model_args))
 
 
 def check_probe(case: Case) -> None:
@@ -203,9 +231,10 @@ def check_probe(case: Case) -> None:
         return
     check_context(case, facts, "prompt and max_completion_length", prompt + args.max_completion_length)
     if case.hardware.gpus:
+        shape = shape_of(facts)
         on_one_process = -(-script.num_prompts // case.launch.processes) * script.num_samples
         sampled = sampling_budget(
-            shape_of(facts),
+            shape,
             case.hardware.gpu_gb,
             samples=min(script.batch_size, on_one_process),
             prompt=prompt,
@@ -213,13 +242,14 @@ def check_probe(case: Case) -> None:
             weight_bytes=4 if model_args.dtype in (None, "float32") else 2,
         )
         case.show(sampled)
+        case.show_time("probe", shape, facts.context, (script, args, model_args))
 
 
 def check_eval(case: Case) -> None:
     from ..evaluation import evaluate
 
     (args,) = case.arguments(evaluate.ARGUMENT_TYPES)
-    facts, prompt = find_facts(case.path), BENCHMARK_PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)
+    facts, prompt = find_facts(case.path), PROMPT if args.benchmarks else case.prompt_of(args.dataset_name)
     if facts is None:
         return
     length, limit = prompt + args.max_new_tokens, args.max_model_len or facts.context
@@ -237,6 +267,7 @@ def check_eval(case: Case) -> None:
     if args.backend != "vllm":
         sizes = {"samples": args.batch_size, "prompt": prompt, "new_tokens": args.max_new_tokens}
         case.show(sampling_budget(shape, gpu_gb, **sizes))
+    case.show_time("eval", shape, facts.context, (args,))
 
 
 def check_chain(case: Case) -> None:
@@ -253,6 +284,8 @@ def check_chain(case: Case) -> None:
                 not hardware.gpus or hardware.launch == given,
                 f"{name}.accelerate_config is {given}, but the first line of {path.name} says {hardware.launch}",
             )
+    if case.hardware.gpus and not case.gpus and find_facts(case.path) is not None:
+        case.lines += [f"  {line}" for line in hours_lines(Chain(config, case.path), case.path, case.promised.keys())]
 
 
 def check_compare(case: Case) -> None:
@@ -274,7 +307,25 @@ def check_data(case: Case) -> None:
 # ---- What stages share
 
 
+def move(case: Case, args: Any) -> None:
+    """Share the global batch out to the processes of `--gpus`, by other accumulation."""
+    wanted, processes = case.hardware.global_batch, case.launch.processes
+    if not case.gpus or wanted is None:
+        return
+    a_step = processes * args.per_device_train_batch_size
+    if wanted % a_step:
+        raise InputError(
+            f"--gpus {case.gpus}: global batch {wanted} is no multiple of {processes} processes x "
+            f"{args.per_device_train_batch_size} rows"
+        )
+    before, args.gradient_accumulation_steps = args.gradient_accumulation_steps, wanted // a_step
+    if getattr(args, "steps_per_generation", None):
+        args.steps_per_generation = max(1, args.steps_per_generation * args.gradient_accumulation_steps // before)
+        args.generation_batch_size = a_step * args.steps_per_generation
+
+
 def check_batch(case: Case, args: Any) -> None:
+    move(case, args)
     size, steps, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, case.launch.processes
     wanted, found = case.hardware.global_batch, size * steps * processes
     if wanted is None:
@@ -342,9 +393,12 @@ def find_configs(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def check_config(path: Path) -> Case:
-    """Check one file; return all that can be said of it, with what is wrong in `problems`."""
-    case = Case(path, Hardware(0, 0.0), {})
+def check_config(path: Path, gpus: int | None = None) -> Case:
+    """Check one file; return all that can be said of it, with what is wrong in `problems`.
+
+    `gpus` moves the stages that run on GPUs to that many.
+    """
+    case = Case(path, Hardware(0, 0.0), {}, gpus)
     try:
         kind = kind_of(path)
         if kind is None:
@@ -364,11 +418,14 @@ def check_config(path: Path) -> Case:
     return case
 
 
+BRIEF = ("  peak", "  time", "  on ")  # begins the lines that are shown in any case
+
+
 def report(cases: list[Case], *, verbose: bool) -> str:
     lines = []
     for case in cases:
         lines.append(f"{'FAIL' if case.problems else 'ok  '}  {case.path}: {first_comment(case.path)}")
-        lines += case.lines if verbose or case.problems else [line for line in case.lines if line.startswith("  peak")]
+        lines += case.lines if verbose or case.problems else [line for line in case.lines if line.startswith(BRIEF)]
         lines += [f"  FAIL: {problem}" for problem in case.problems]
     failed = sum(bool(case.problems) for case in cases)
     return "\n".join([*lines, f"{len(cases)} files checked, {failed} with problems"])

@@ -12,6 +12,7 @@ from ..arguments import ArgumentParser, check_replaceable
 from ..errors import InputError, tell
 from ..estimates.facts import first_comment
 from ..files import swapped
+from ..values import check_bound
 
 
 def recipes_dir() -> Path:
@@ -40,12 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     copy.add_argument("target", metavar="DIR", type=Path, help="a new folder; runs then go to DIR/../runs")
     check = commands.add_parser("check", help="check that they hold together and fit their GPUs; needs no weights")
     check.add_argument("paths", metavar="FOLDER or FILE", nargs="*", type=Path, help="by default all recipes")
-    check.add_argument("--brief", action="store_true", help="show the memory's sum alone where it fits")
+    check.add_argument("--brief", action="store_true", help="show the memory's sum and the time alone where it fits")
+    check.add_argument("--gpus", type=int, metavar="N", help="memory and time on N GPUs, at the same global batch")
     given = parser.parse_args(argv)
     if given.command == "check":
+        if given.gpus is not None:
+            check_bound("--gpus", given.gpus, at_least=1)
         from .check import check_config, find_configs, report
 
-        cases = [check_config(path) for path in find_configs(given.paths or [recipes_dir()])]
+        cases = [check_config(path, given.gpus) for path in find_configs(given.paths or [recipes_dir()])]
         tell(report(cases, verbose=not given.brief))
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()

@@ -45,6 +45,17 @@ def test_hours_as_estimated_and_as_measured(project, fakes):
     assert found.process_h == pytest.approx((6 * 50 + 3 * 10) / 3600)
 
 
+def test_hours_that_are_expected_until_a_cell_has_finished(project, tmp_path):
+    path = project()
+    config = read_config(path)
+    cells = table_cells(config, {})
+    expected = {"": (60.0, 120.0)}
+    # 8 cells of 120 s and 4 cold starts of 60 s
+    assert hours(config, cells, 1, expected=expected).process_h == pytest.approx((8 * 120 + 4 * 60) / 3600)
+    said = plan(config, path, cells, 1)
+    assert "state it as estimate" in said and "(not estimated: " in said and "names no hardware" in said
+
+
 def test_rows_whose_point_is_open_count_a_cold_start_each(project):
     estimate = {"sft_s": 60, "rl_s": 120}
     config = read_config(project(estimate=estimate, tune={"seeds": [7], "grid": {"learning_rate": [0.1, 0.2]}}))

@@ -1,5 +1,8 @@
 """The memory arithmetic against what torch really keeps: saved tensors, caches, optimizer states, parameters."""
 
+from dataclasses import replace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -222,3 +225,27 @@ def test_vllms_room_is_what_weights_and_its_own_leave():
     expected = (share - memory.VLLM_OWN_GB - weights) * GB / (memory.cache_bytes(SHAPE) * 50)
     assert memory.vllm_sequences(SHAPE, share, 50) == pytest.approx(expected)
     assert memory.vllm_sequences(SHAPE, 1.0, 50) < 0
+
+
+def test_accumulated_gradients_are_whole_under_fsdp2():
+    shape = shape_of(facts_of(config_of("qwen2")))
+    run = Training(shape, processes=4, sharding="fsdp", micro_batches=8)
+    (item,) = [item for item in memory.training_items(run) if item.name == "accumulated gradients"]
+    assert item.gb == shape.parameters * 2 / GB and item.phase == TRAIN
+    for other in ({"micro_batches": 1}, {"processes": 1}, {"sharding": "zero3"}, {"sharding": "none"}):
+        names = [item.name for item in memory.training_items(replace(run, **other))]
+        assert "accumulated gradients" not in names, other
+
+
+@pytest.mark.slow
+def test_two_processes_hold_whole_gradients_until_the_last_micro_batch(tmp_path):
+    import accumulated_script
+    from accelerate import Accelerator
+    from two_processes import results_of_two
+
+    model = Mock(spec=["set_requires_gradient_sync"])
+    with Accelerator.no_sync(Mock(is_fsdp2=True), model):  # what transformers calls before the last micro-batch
+        model.set_requires_gradient_sync.assert_called_once_with(False)
+    for found in results_of_two(accumulated_script, tmp_path):
+        # 32 x 64 weights: all of them in bf16, where half of them in float32 are this process's own
+        assert found == {"first": {"whole": 4096, "sharded": 0}, "last": {"whole": 0, "sharded": 4096}}

@@ -148,6 +148,51 @@ def test_other_files_are_refused_by_name(tmp_path):
         find_configs([tmp_path / "missing"])
 
 
+# ---- Another number of GPUs
+
+
+def test_on_other_gpus_the_global_batch_stays(recipe):
+    """8 x 80 GB with FSDP2 becomes 4: twice the accumulation, and what is sharded takes twice the room."""
+    path = recipe("sft/config_aesl.yaml", "cosine", "cosine", of="Qwen2.5-7B-Instruct")
+    eight, four = check_config(path), check_config(path, 4)
+    assert four.problems == [] and "  on 4 GPUs: fsdp2.yaml with --num_processes 4" in four.lines
+    size = {
+        len(case.lines): next(float(line.split()[1]) for line in case.lines if "weights: " in line)
+        for case in (eight, four)
+    }
+    assert size[len(four.lines)] == pytest.approx(2 * size[len(eight.lines)], abs=0.02)
+    one = check_config(path, 1)
+    assert "over by" in " ".join(one.problems) and "  on 1 GPU: fsdp2.yaml with --num_processes 1" in one.lines
+
+
+def test_an_adapter_takes_ddp_on_several_gpus_and_less_time(recipe):
+    path = recipe(SFT, "cosine", "cosine")
+    alone, shared = check_config(path), check_config(path, 2)
+    assert shared.problems == [] and "  on 2 GPUs: ddp.yaml with --num_processes 2" in shared.lines
+    assert any("buckets of DDP" in line for line in shared.lines)
+    minutes = [re.search(r"time (\d+) (?:min )?to", " ".join(case.lines))[1] for case in (alone, shared)]
+    assert int(minutes[0]) > 1.5 * int(minutes[1])
+
+
+def test_rls_generations_keep_their_size(recipe):
+    path = recipe("grpo/config.yaml", "beta: 0.0", "beta: 0.0", of="Qwen2.5-7B-Instruct")
+    assert check_config(path, 4).problems == []
+    assert check_config(path, 16).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "parts"),
+    [
+        (SFT, 3, ["--gpus 3", "global batch 16", "3 processes x 4 rows"]),
+        ("grpo/config_vllm_server.yaml", 4, ["--gpus 4", "4 GPUs are for vLLM"]),
+    ],
+)
+def test_gpus_that_cannot_share_the_work_are_one_line(recipe, name, gpus, parts):
+    of = "Qwen2.5-7B-Instruct" if "server" in name else "Qwen2.5-1.5B-Instruct"
+    (problem,) = check_config(recipe(name, "learning_rate", "learning_rate", of=of), gpus).problems
+    assert all(part in problem for part in parts) and "\n" not in problem
+
+
 # ---- What the READMEs say
 
 
@@ -168,6 +213,27 @@ def test_the_readmes_memory_is_what_the_check_says(name):
         items = {" ".join(line.split()) for line in case.lines if " GB  " in line}
         if f"`{file}`, by item" in text or f"(`{file}`" in text:
             assert items <= {" ".join(line.split()) for line in text.splitlines()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_readmes_hours_are_what_the_check_says(name):
+    rows = re.findall(
+        r"^\| `(chain\w*\.yaml)` \| ([^|]*\d) GB \|(.*)\|$", (RECIPES / name / "README.md").read_text(), re.M
+    )
+    timed = {file: (hardware, [cell.strip() for cell in cells.split("|")[:5]]) for file, hardware, cells in rows}
+    assert timed.keys() == {path.name for path in CONFIGS if path.parent.name == name and kind_of(path) == "chain"}
+    for file, (hardware, cells) in timed.items():
+        case = check_config(RECIPES / name / file)
+        assert first_comment(case.path).startswith(f"{hardware} GB")
+        said = [re.match(r"    (sft|probe|grpo|eval) +([^:(]*\d (?:min|h))", line) for line in case.lines]
+        stages = {match[1]: match[2] for match in said if match}
+        (whole,) = [line for line in case.lines if line.startswith("  time in all: ")]
+        assert whole.endswith("(estimated: no GPU has measured it; docs/several_gpus.md has the arithmetic)")
+        expected = [
+            *(stages.get(stage, "") for stage in ("sft", "probe", "grpo", "eval")),
+            whole[15:].partition(" (")[0],
+        ]
+        assert cells == expected, f"{name}/README.md: {file} | {' | '.join(expected)} |"
 
 
 def is_sized(path, name):

@@ -127,6 +127,11 @@ def test_a_dry_run_needs_no_gpu(path, with_data, capsys):
     dry_run(with_data / relative(path))
     said = capsys.readouterr().out
     assert "to run: at most" in said if kind_of(path) == "compare" else "grpo: " in said
+    # Hours: a CPU's are not estimated, and a comparison's may be measured
+    if path.parent.name in MODELS:
+        assert "estimated: no GPU has measured it" in said
+    elif kind_of(path) == "chain":
+        assert "time not estimated: a CPU's time" in said
     # A first line that promises hours
     assert "see --dry_run for the hours" not in path.read_text() or "process-hours" in said
 

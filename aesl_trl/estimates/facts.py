@@ -137,6 +137,8 @@ class Facts:
 
     @property
     def context(self) -> int:
+        if self.config.get("max_position_embeddings") is None:
+            raise InputError(f"{self.source}: max_position_embeddings, the model's context, is missing")
         return self.config["max_position_embeddings"]
 
 
@@ -212,22 +214,25 @@ def shape_of(facts: Facts) -> Shape:
     head, modules = model.get_output_embeddings(), model.named_modules()
     linears = {name: module for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
     first = [module for name, module in linears.items() if ".layers.0." in name]
-    heads = config.num_attention_heads
-    return Shape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear_parameters=sum(module.weight.numel() for module in linears.values()),
-        linear_inputs=sum(module.in_features for module in first),
-        linear_outputs=sum(module.out_features for module in first),
-        linears=len(first),
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab=config.vocab_size,
-        tied=config.tie_word_embeddings,
-    )
+    try:
+        heads = config.num_attention_heads
+        return Shape(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            linear_parameters=sum(module.weight.numel() for module in linears.values()),
+            linear_inputs=sum(module.in_features for module in first),
+            linear_outputs=sum(module.out_features for module in first),
+            linears=len(first),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab=config.vocab_size,
+            tied=config.tie_word_embeddings,
+        )
+    except AttributeError as error:
+        raise InputError(f"{facts.source}: no dense decoder with a gated MLP: {in_one_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,12 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
 
     ```python
     >>> from aesl_trl import AESLSFTConfig, AESLSFTTrainer
-    >>> from datasets import load_dataset
 
     >>> trainer = AESLSFTTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     args=AESLSFTConfig(output_dir="cold-start", diversity_steps=50),
-    ...     train_dataset=load_dataset("openai/gsm8k", "main", split="train"),
+    ...     train_dataset=demonstrations,  # rows with a prompt and a completion
+    ...     eval_dataset=held_out,
     ... )
     >>> trainer.train()
     ```
@@ -84,7 +84,7 @@ class AESLSFTTrainer(FiniteStepsMixin, RowsMixin, SFTTrainer):
             the same samples (pass@1, pass@k, group signal). A sample is right when the first one gives at least 1.
 
     Raises:
-        InputError: a setting that would silently train with another loss (see the README's table), by name and at
+        InputError: a setting that would silently train with another loss (docs/reference/support.md), by name and at
             construction.
     """
 

@@ -1,0 +1,51 @@
+"""The pages that repeat what the code says are what the script writes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import reference_pages
+from reference_pages import own_fields, table, tree, written
+
+
+def test_the_pages_are_up_to_date():
+    stale = [path.name for path, text in written().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "python scripts/reference_pages.py"
+
+
+@dataclass
+class Theirs:
+    seed: int = 0
+
+
+@dataclass
+class Part:
+    rule: Literal["a", "b"] | None = None
+    shares: list[float] | None = None
+
+
+@dataclass
+class Ours(Theirs):
+    name: str = field(metadata={"help": "A | b.", "choices": ("x", "y")}, kw_only=True)
+    part: Part = field(default_factory=Part)
+    parts: dict[str, Part] = field(default_factory=dict)
+    on: bool = False
+
+
+def test_tables_by_hand():
+    fields = own_fields((Ours,), (Theirs,))
+    assert [each.name for each in fields] == ["name", "part", "parts", "on"]
+    assert table(fields[:1])[2:] == ["| `name` |  | A \\| b. One of `x`, `y`. |"]
+    assert tree(Ours) == [
+        "| `seed` | `0` | whole number |",
+        "| `name` |  | text |",
+        "| `part.rule` |  | `a`, `b` |",
+        "| `part.shares` |  | list of number |",
+        "| `parts.NAME.rule` |  | `a`, `b` |",
+        "| `parts.NAME.shares` |  | list of number |",
+        "| `on` | `false` | `true` or `false` |",
+    ]
+
+
+def test_a_key_of_trl_is_not_repeated_and_each_of_ours_is_there():
+    page = reference_pages.config_page()
+    assert "| `diversity_steps` | `0` |" in page and "| `learning_rate` |" not in page

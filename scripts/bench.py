@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "bench"
-ONE_STEP = "--rows_per_step 8 --bf16 --trainers pair --blocks 4 --block_steps 1 --warmup_steps 0"
+ONE_STEP = "--rows_per_step 8 --bf16 --trainers pair --blocks 3 --block_steps 1 --warmup_steps 0"
 SHORT = "--length 64 --prompt_length 16 --max_new_tokens 40"  # the tiny model has 64 positions
 
 
@@ -37,13 +37,14 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "head": Benchmark("head", "--tokens 256 --repeats 3 --head full", "--tokens 1024"),
+    "head": Benchmark("head", "--tokens 256 --repeats 3 --head full", "--tokens 512"),
     "step": Benchmark(
         "step",
         "--length 64 --rows_per_step 2 --blocks 2 --block_steps 3 --mode full --no-peaks",
         "--blocks 4 --labels all masked",
     ),
-    "step_real": Benchmark("step", None, f"--labels all masked {ONE_STEP}", real_model=True),
+    "step_real": Benchmark("step", None, f"--mode full --labels all masked {ONE_STEP}", real_model=True),
+    "step_real_lora": Benchmark("step", None, f"--mode LoRA --labels all masked {ONE_STEP}", real_model=True),
     "self_bleu": Benchmark("self_bleu", "--completions 8 16 --words 500 --repeats 3", "--full 1100000 --hypotheses 2"),
     "grading": Benchmark("grading", "--answers 40 --repeats 3 --children 2", "--answers 100"),
     "sampling": Benchmark("sampling", "--repeats 3 --prompts 4", "--repeats 5"),
@@ -53,7 +54,7 @@ BENCHMARKS = {
     "monitoring": Benchmark(
         "monitoring", f"--steps 11 --num_prompts 8 {SHORT}", f"--steps 26 --num_prompts 16 {SHORT}"
     ),
-    "startup": Benchmark("startup", "--repeats 1", "--repeats 3"),
+    "startup": Benchmark("startup", "--repeats 1 --commands sft select report", "--repeats 3"),
     "where_time_goes": Benchmark("where_time_goes", None, "--bf16", real_model=True),
 }
 

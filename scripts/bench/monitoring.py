@@ -140,8 +140,9 @@ def make_table(rows: list[dict], clock: Clock, size: str, args: argparse.Namespa
         "`diversity_steps` for a share of 5%": 19 * in_steps["median"],
     }
     title = (
-        f"Monitoring, {Path(args.model).name}{', LoRA' if args.lora else ''}, {args.batch * args.accumulation} rows "
-        f"of {args.length} tokens a step, {size} by {rows[-1]['backend']}, every {every} steps"
+        f"Monitoring, {record.model_name(args.model)}{', LoRA' if args.lora else ''}, "
+        f"{args.batch * args.accumulation} rows of {args.length} tokens a step, {size} by "
+        f"{rows[-1]['backend']}, every {every} steps"
     )
     raw = {"measurement_s": measured_s, "step_s": step_s, "sampled_tokens": tokens}
     return record.table(title, ["figure", "value"], [[name, value] for name, value in cells.items()], raw)

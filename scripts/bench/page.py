@@ -39,9 +39,11 @@ def origin(found: dict) -> str:
         f"{found['threads']} thread" + "s" * (found["threads"] != 1) if found["threads"] else "threads as they come"
     )
     busy = "; other work shared the cores" if found["load"] > 1.5 * (found["threads"] or 1) else ""
+    whole = found["commit"] or "unknown"
+    commit = whole[:8] + " with changes" * whole.endswith("+")
     return (
         f"`{found['command']}`  \n"
-        f"{found['date']}, commit {(found['commit'] or 'unknown')[:8]}, {found['hardware']}, {threads}, load average "
+        f"{found['date']}, commit {commit}, {found['hardware']}, {threads}, load average "
         f"{found['load']:.1f}{busy}; {versions}"
     )
 

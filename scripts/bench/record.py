@@ -52,6 +52,8 @@ def table(title: str, columns: list[str], rows: list[list], raw: Any = None) -> 
 
 def cell_text(cell: Any) -> str:
     """Return a cell as a page shows it, numbers with three digits: `0.62 (0.58 to 0.66)`."""
+    if isinstance(cell, dict) and cell["low"] == cell["high"]:
+        return cell_text(cell["median"])
     if isinstance(cell, dict):
         return f"{cell_text(cell['median'])} ({cell_text(cell['low'])} to {cell_text(cell['high'])})"
     if isinstance(cell, float):
@@ -77,6 +79,12 @@ def show(table: dict) -> dict:
     return table
 
 
+def model_name(folder: str) -> str:
+    """Return the last part of a model's path, with the part before it where the last one names no model."""
+    path = Path(folder)
+    return f"{path.parent.name}/{path.name}" if path.name in ("base", "model") else path.name
+
+
 def threads() -> int | None:
     """Return the threads of torch, or without torch those that OMP_NUM_THREADS allows; None: not known."""
     if "torch" in sys.modules:
@@ -99,6 +107,9 @@ def record(name: str, tables: list[dict]) -> dict:
     """Return the record of benchmark `name`; the command is this process's own."""
     # Paths say nothing elsewhere: of an argument that is one, its last part stays
     arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
+    if "--json" in arguments:
+        place = arguments.index("--json")
+        del arguments[place : place + 2]
     return {
         "name": name,
         "command": " ".join([f"python scripts/bench/{Path(sys.argv[0]).name}", *arguments]),

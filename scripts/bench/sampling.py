@@ -109,8 +109,8 @@ def bench(args: argparse.Namespace) -> dict:
             tokens = sum(map(len, draw()))
             rates[name].append(tokens / (clock() - start))
     title = (
-        f"Sampled tokens a second, {Path(args.model).name}, {args.prompts} prompts x {args.samples} samples x at most "
-        f"{args.max_new_tokens} tokens, {args.batch_size} at once"
+        f"Sampled tokens a second, {record.model_name(args.model)}, {args.prompts} prompts x {args.samples} samples x "
+        f"at most {args.max_new_tokens} tokens, {args.batch_size} at once"
     )
     rates_columns = ["tokens a second"] if on_gpu else []
     rows = [

@@ -255,7 +255,7 @@ def title_of(args: argparse.Namespace, case: Case, tokens: float) -> str:
     precision = "float32" if not args.bf16 else "bf16 autocast" if args.device == "cpu" else "bf16"
     trained = {"all": "all tokens trained", "masked": "prompts masked"}[case.labels]
     return (
-        f"{'Full fine-tuning' if case.mode == 'full' else case.mode}, {Path(case.model).name}, {trained}, "
+        f"{'Full fine-tuning' if case.mode == 'full' else case.mode}, {record.model_name(case.model)}, {trained}, "
         f"{args.rows_per_step} rows of {tokens:.0f} tokens{', packed' if args.packing else ''}, {precision}"
     )
 

@@ -216,9 +216,9 @@ def bench(args: argparse.Namespace) -> dict:
     rows = [row_of(name, sampled, found.get(peers.get(name))) for name, sampled in found.items()]
     precision = "bf16 autocast" if args.bf16 else "float32"
     title = (
-        f"Shares of CPU time, {Path(args.model).name}, {precision}: SFT on {args.batch} rows, GRPO on {args.samples} "
-        f"samples of at most {args.max_new_tokens} tokens, a measurement of {args.prompts} prompts x {args.samples} "
-        "samples"
+        f"Shares of CPU time, {record.model_name(args.model)}, {precision}: SFT on {args.batch} rows, GRPO on "
+        f"{args.samples} samples of at most {args.max_new_tokens} tokens, a measurement of {args.prompts} prompts x "
+        f"{args.samples} samples"
     )
     raw = {
         name: {" | ".join(key): value for key, value in sampled.seconds.most_common()}

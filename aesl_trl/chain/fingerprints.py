@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _with_contents(name: str, value: Any) -> Any:
         return value
     path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
     if os.path.isfile(path):
-        return f"{file_hash(path)}{colon}{function}"
+        return f"{_contents(path)}{colon}{function}"
     # Data may lie in subfolders. A model's files do not, while a run beside them may.
     return _folder_contents(Path(path), "**/*" if "data" in name else "*") if os.path.isdir(path) else value
 
@@ -93,8 +94,19 @@ def _folder_contents(folder: Path, pattern: str) -> str:
     for path in sorted(folder.glob(pattern)):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not f"/{name}".count("/."):
-            found[name] = path.stat().st_size if path.suffix in WEIGHTS else file_hash(path)
+            found[name] = path.stat().st_size if path.suffix in WEIGHTS else _contents(path)
     return _digest(found)
+
+
+def _contents(path: str | Path) -> str:
+    """Return the sha256 of a file, which is read again only once it has changed: a comparison's cells share data."""
+    now = os.stat(path)
+    return _hashed(os.path.abspath(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: str, *_state: int) -> str:
+    return file_hash(path)
 
 
 def _digest(value: Any) -> str:

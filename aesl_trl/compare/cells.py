@@ -158,22 +158,26 @@ class Cell:
                 "code that it names has changed): use another output_dir, or remove that folder"
             )
 
-    def record(self) -> dict[str, Any] | None:
-        """Return the cell's entry in compare.json; None before its end."""
-        if not has_ended(self.home):
-            return None
-        facts, run = files.read_object(self.home / CELL), source(self.home)
-        evaluation = run / files.EVALUATION
-        result = files.read_json(evaluation)
+    def evaluation(self) -> dict[str, Any]:
+        """Return the evaluation of a finished cell, with the figures `before` and `after` RL."""
+        path = source(self.home) / files.EVALUATION
+        result = files.read_json(path)
         models = result["models"]
         if missing := {"start", "final"} - models.keys():
-            raise InputError(f"{evaluation} has no model {missing.pop()!r}: it is no evaluation of a chain")
+            raise InputError(f"{path} has no model {missing.pop()!r}: it is no evaluation of a chain")
         before, after = (
             {name: value for name, value in models[model].items() if isinstance(value, int | float)}
             for model in ("start", "final")
         )
+        return {**result, "before": before, "after": after}
+
+    def record(self) -> dict[str, Any] | None:
+        """Return the cell's entry in compare.json; None before its end."""
+        if not has_ended(self.home):
+            return None
+        facts, result = files.read_object(self.home / CELL), self.evaluation()
         chosen = files.read_object(self.home / files.SELECTION)
-        stages = files.read_json(run / files.CHAIN)["stages"]
+        stages = files.read_json(source(self.home) / files.CHAIN)["stages"]
         return {
             **{key: getattr(self, key) for key in ("row", "setting", "method", "selection", "base", "seed", "run")},
             "label": self.label,
@@ -187,8 +191,8 @@ class Cell:
             # On benchmarks the shares of groups are means over benchmarks, and give no counts.
             "problems": None if "benchmarks" in result else result.get("num_prompts"),
             "count_by": result.get("count_by"),
-            "before": before,
-            "after": after,
+            "before": result["before"],
+            "after": result["after"],
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},
             "provenance": {key: facts.get(key) for key in ("command", "commit", "hardware", "devices", "started")},
         }

@@ -155,9 +155,14 @@ def hours(
             for key in (cell.method, None):
                 measured.setdefault(key, []).append(found)
     is_open = {cell for cell in cells if not cell.tuning and cell.row in open_rows}
+    one_of = {(cell.method, cell.setting): cell for cell in cells}
+    seconds = {key: _expected(config, measured, cell, expected) for key, cell in one_of.items()}
     times, left, starts = [], 0, 0
     settled = [cell for cell in cells if cell not in is_open]
-    pools = [settled, *([cell for cell in is_open if cell.row == row] for row in open_rows)]
+    of_row: dict[str, list[Cell]] = {row: [] for row in open_rows}
+    for cell in is_open:
+        of_row[cell.row].append(cell)
+    pools = [settled, *of_row.values()]
     for group in (group for pool in pools for group in groups(pool)):
         waiting = [cell for cell in group if cell in is_open or not cell.is_done()]
         if not waiting:
@@ -165,7 +170,7 @@ def hours(
         first = waiting[0]
         trains = first.sft_dir is not None and (first in is_open or not first.sft_is_done())
         left, starts = left + len(waiting), starts + trains
-        sft_s, rl_s = _expected(config, measured, first, expected)
+        sft_s, rl_s = seconds[first.method, first.setting]
         unknown = rl_s is None or (trains and sft_s is None)
         times.append(None if unknown else len(waiting) * rl_s + (sft_s if trains else 0))
     known = None not in times

@@ -45,12 +45,12 @@ def colours(result: dict[str, Any]) -> dict[str, str]:
 
 def result_panels(result: dict[str, Any]) -> list[Panel]:
     """Draw the metric before (ring) and after RL (dot, interval), and the paired differences to each reference."""
-    metric, by_method, panels = result["metric"], colours(result), []
+    metric, by_method, cells, panels = result["metric"], colours(result), _by(result["cells"], "row"), []
     for setting, rows in _sheets(result["rows"], metric):
         start, lines = f"{setting}: " if setting else "", []
         for row in rows:
             before, after = row["before"][metric]["mean"], row["after"][metric]
-            seeds = [cell["after"][metric] for cell in result["cells"] if cell["row"] == row["row"]] or [after["mean"]]
+            seeds = [cell["after"][metric] for cell in cells.get(row["row"], [])] or [after["mean"]]
             ring, whisker = [] if before is None else [before], (after["low"], after["high"])
             lines.append(Row(row["name"], by_method[row["method"]], ring, seeds, whisker))
         panels.append(_row_panel(f"{start}{metric}, start (ring), RL (dot)", lines))
@@ -64,6 +64,13 @@ def result_panels(result: dict[str, Any]) -> list[Panel]:
             if lines:
                 panels.append(_row_panel(f"{start}{metric} after RL, minus {name}", lines, zero=True))
     return panels
+
+
+def _by(cells: list[dict], key: str) -> dict[Any, list[dict]]:
+    found: dict[Any, list[dict]] = {}
+    for cell in cells:
+        found.setdefault(cell[key], []).append(cell)
+    return found
 
 
 def _sheets(rows: list[dict], metric: str) -> list[tuple[str, list[dict]]]:
@@ -104,11 +111,12 @@ def diversity_panels(result: dict[str, Any]) -> list[Panel]:
 
 
 def _scatter(ax: Axes, cells: list[dict], name: str, metric: str, by_method: dict[str, str]) -> None:
+    cells_of = _by(cells, "method")
     for number, (method, colour) in enumerate(by_method.items()):
         points = [
             (cell["before"][name], cell["after"][metric])
-            for cell in cells
-            if cell["method"] == method and name in cell["before"] and metric in cell["after"]
+            for cell in cells_of.get(method, [])
+            if name in cell["before"] and metric in cell["after"]
         ]
         if points:
             mark = MARKS[number // len(COLOURS) % 3]
@@ -152,18 +160,20 @@ def step_lines(result: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, 
 
 
 def _steps(ax: Axes, lines: dict, result: dict[str, Any], name: str, when: str) -> None:
-    by_method, cells = colours(result), result["cells"]
+    by_method, cells_of = colours(result), _by(result["cells"], "row")
     for (setting, method), line in lines.items():
         colour, label = by_method[method], _short(f"{setting} {method}".strip())
         means = [(step, row[when][name]["mean"]) for step, row in line if row[when][name]["mean"] is not None]
         if not means:
             continue
         ax.plot(*zip(*means, strict=True), "o-", color=colour, linewidth=2, markersize=4, label=label)
-        step_of = {row["row"]: step for step, row in line}
-        mine = [cell for cell in cells if cell["row"] in step_of and cell[when].get(name) is not None]
-        for run in {_run_of(cell) for cell in mine}:
-            points = sorted((step_of[cell["row"]], cell[when][name]) for cell in mine if _run_of(cell) == run)
-            ax.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.35)
+        runs: dict[tuple, list[tuple[int, float]]] = {}
+        for step, row in line:
+            for cell in cells_of.get(row["row"], []):
+                if cell[when].get(name) is not None:
+                    runs.setdefault(_run_of(cell), []).append((step, cell[when][name]))
+        for points in runs.values():
+            ax.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, alpha=0.35)
     ax.set_xscale("symlog", linthresh=10)
     ticks = sorted({step for line in lines.values() for step, _ in line})
     ax.set_xticks(_apart(ticks), [f"{step:g}" for step in _apart(ticks)])

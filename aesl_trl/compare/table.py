@@ -190,10 +190,14 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
         raise InputError(f"metric: no finished cell has {metric!r}{nearest(metric, options)}")
     starts = starts_of(cells)
     figures = tuple(dict.fromkeys((*figure_names(starts), metric)))
-    by_row = {row["row"]: [start for start in starts if start["row"] == row["row"]] for row in rows}
-    found, by = [_row(row, rows, by_row, figures, reference, metric) for row in rows], counted(cells)
+    by_row, cells_of = _by_row(starts, rows), _by_row(cells, rows)
+    in_setting: dict[str, dict[str, str]] = {}  # its rows by name
+    for row in rows:
+        in_setting.setdefault(row["setting"], {})[row["name"]] = row["row"]
+    found = [_row(row, in_setting[row["setting"]], by_row, figures, reference, metric) for row in rows]
+    by = counted(cells)
     for row in found:
-        mine = [cell for cell in cells if cell["row"] == row["row"]]
+        mine = cells_of[row["row"]]
         row |= {"rl_noise": rl_noise(mine, metric), "solved": solved(mine, by)}
     for name in reference:
         others = [row for row in found if name in row["differences"]]
@@ -207,9 +211,18 @@ def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[st
     }
 
 
-def _row(row: dict, rows: Sequence[dict], by_row: dict[str, list[dict]], figures, reference, metric) -> dict[str, Any]:
+def _by_row(items: Sequence[dict], rows: Sequence[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {row["row"]: [] for row in rows}
+    for item in items:
+        found.setdefault(item["row"], []).append(item)
+    return found
+
+
+def _row(
+    row: dict, others: dict[str, str], by_row: dict[str, list[dict]], figures, reference, metric
+) -> dict[str, Any]:
+    """Return a row's statistics; `others` are the rows of its setting by name."""
     mine = by_row[row["row"]]
-    others = {other["name"]: other["row"] for other in rows if other["setting"] == row["setting"]}
     found = {**row, **{f"{key}s": [start[key] for start in mine] for key in ("seed", "step")}}
     found["runs"] = [start["runs"] for start in mine]
     for when in TIMES:
@@ -308,9 +321,12 @@ def tuned(
     A point of which a seed failed cannot win: its other seeds would flatter it. Of equal means the first in the grid
     wins. The point is None where every point lacks a seed.
     """
+    by_point: dict[str, dict[int, float | None]] = {point: {} for point in points}
+    for cell in cells:
+        by_point.setdefault(cell["point"], {})[cell["seed"]] = key(cell)
     found = []
     for point in points:
-        values = {cell["seed"]: key(cell) for cell in cells if cell["point"] == point}
+        values = by_point[point]
         known = [values[seed] for seed in seeds if values.get(seed) is not None]
         found.append({"point": point, "values": known, "mean": statistics.fmean(known) if known else None})
     whole = [item for item in found if len(item["values"]) == len(seeds)]

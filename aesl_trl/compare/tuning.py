@@ -12,9 +12,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .cells import Cell, failure, rows
+from .cells import Cell, failure, has_ended, rows
 from .config import RATE, CompareConfig, Point
 from .table import tuned
+
+
+class Results(dict[Cell, dict[str, Any]]):
+    """What the finished cells' evaluations say, each read once for one decision, however often it is asked for.
+
+    The next decision takes new ones: a cell whose config has changed is run again in between.
+    """
+
+    def of(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the point, the seed and the figures after RL of a cell; None before its end."""
+        if cell not in self and has_ended(cell.home):
+            self[cell] = {"point": str(cell.point), "seed": cell.seed, "after": cell.evaluation()["after"]}
+        return self.get(cell)
 
 
 def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
@@ -22,13 +35,15 @@ def rounds(config: CompareConfig) -> Iterator[list[Cell]]:
     if config.tune is None:
         return
     if config.tune.keep is None:
-        yield _seed_by_seed([_of_grid(config, row) for row in rows(config)])
+        yield _seed_by_seed([_of_grid(config, row, Results()) for row in rows(config)])
     else:
         for number in range(len(config.tune.seeds)):
-            known = [_known(config, row) for row in rows(config)]
+            results = Results()
+            known = [_known(config, row, results) for row in rows(config)]
             yield [cell for by_seed in known for cells in by_seed[number : number + 1] for cell in cells]
     for _ in range(config.tune.extend):
-        yield [cell for row in rows(config) for cell in _added(config, row)]
+        results = Results()
+        yield [cell for row in rows(config) for cell in _added(config, row, results)]
 
 
 def planned(config: CompareConfig) -> list[Cell]:
@@ -38,8 +53,9 @@ def planned(config: CompareConfig) -> list[Cell]:
     """
     if config.tune is None:
         return []
-    added = [cell for row in rows(config) for cell in _added(config, row, assume=True)]
-    return _seed_by_seed([_of_grid(config, row) for row in rows(config)]) + added
+    results = Results()
+    added = [cell for row in rows(config) for cell in _added(config, row, results, assume=True)]
+    return _seed_by_seed([_of_grid(config, row, results) for row in rows(config)]) + added
 
 
 def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]]]:
@@ -48,14 +64,14 @@ def choose(config: CompareConfig) -> tuple[dict[str, Point], list[dict[str, Any]
     `edge` in a line says that the chosen point has the "lowest" or "highest" of the learning rates tried beside its
     other values: a better one may lie beyond.
     """
-    chosen, lines = {}, []
+    chosen, lines, results = {}, [], Results()
     for row in rows(config) if config.tune else []:
-        grid, added = config.points(row["method"]), _added(config, row)
-        cells = [*_seed_by_seed([_of_grid(config, row)]), *added]
+        grid, added = config.points(row["method"]), _added(config, row, results)
+        cells = [*_seed_by_seed([_of_grid(config, row, results)]), *added]
         if not cells:
             continue
         points = {str(point): point for point in [*grid, *(cell.point for cell in added)]}
-        best, figures, finished = _judged(config, cells, list(points), config.tune.seeds)
+        best, figures, finished = _judged(config, cells, list(points), config.tune.seeds, results)
         line = {"row": row["row"], "chosen": best, "finished": finished, "cells": len(cells), "points": figures}
         line |= {"edge": None, "added": list(points)[len(grid) :]}
         if best is not None:
@@ -70,24 +86,25 @@ def _seed_by_seed(all_rows: list[list[list[Cell]]]) -> list[Cell]:
     return [cell for of_one_seed in zip(*all_rows, strict=True) for cells in of_one_seed for cell in cells]
 
 
-def _of_grid(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
+def _of_grid(config: CompareConfig, row: dict[str, Any], results: Results) -> list[list[Cell]]:
     """Return the row's cells of each tuning seed, without added points.
 
     Where survivors are not known yet, the first `keep` points stand for them.
     """
-    known, first = _known(config, row), config.points(row["method"])[: config.tune.keep]
+    known, first = _known(config, row, results), config.points(row["method"])[: config.tune.keep]
     return [*known, *(_cells(config, row, seed, first) for seed in config.tune.seeds[len(known) :])]
 
 
-def _added(config: CompareConfig, row: dict[str, Any], assume: bool = False) -> list[Cell]:
+def _added(config: CompareConfig, row: dict[str, Any], results: Results, assume: bool = False) -> list[Cell]:
     """Return the cells of the points added to a row's grid: one beyond the edge at which the best so far lies.
 
     None is added while a cell is at work, unless we `assume` that the best lies at an edge.
     """
     points, added = config.points(row["method"]), []
-    cells = _seed_by_seed([_of_grid(config, row)])
+    cells = _seed_by_seed([_of_grid(config, row, results)])
     for _ in range(config.tune.extend if points else 0):
-        best, _, _ = _judged(config, [*cells, *added], [str(point) for point in points], config.tune.seeds)
+        names = [str(point) for point in points]
+        best, _, _ = _judged(config, [*cells, *added], names, config.tune.seeds, results)
         tried = [point for point in points if str(point) == best or (best is None and assume)]
         beyond = next((point for _, point in (_beyond(point, points) for point in tried) if point), None)
         if beyond is None:
@@ -120,14 +137,15 @@ def _cells(config: CompareConfig, row: dict[str, Any], seed: int, points: list[P
     return [Cell(config, *place, seed, point, tuning=True, base=config.tune.base or "") for point in points]
 
 
-def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
+def _known(config: CompareConfig, row: dict[str, Any], results: Results) -> list[list[Cell]]:
     """Return the row's cells of each tuning seed, up to the first seed whose points are still open."""
     points, keep, seeds = config.points(row["method"]), config.tune.keep, config.tune.seeds
     found: list[list[Cell]] = []
     for number, seed in enumerate(seeds):
         if number and keep is not None:
             before = [cell for cells in found for cell in cells]
-            best, figures, _ = _judged(config, before, [str(point) for point in points], seeds[:number])
+            names = [str(point) for point in points]
+            best, figures, _ = _judged(config, before, names, seeds[:number], results)
             if best is None:
                 break
             whole = [item for item in figures if len(item["values"]) == number]
@@ -137,9 +155,9 @@ def _known(config: CompareConfig, row: dict[str, Any]) -> list[list[Cell]]:
     return found
 
 
-def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int]) -> tuple:
+def _judged(config: CompareConfig, cells: list[Cell], points: list[str], seeds: list[int], results: Results) -> tuple:
     """Return the best point (None while a cell is at work), each point's figures, and the number of finished cells."""
-    records = [(cell, cell.record()) for cell in cells]
+    records = [(cell, results.of(cell)) for cell in cells]
     found = [item for _, item in records if item]
     at_work = any(not item and not failure(cell) for cell, item in records)
     best, figures = tuned(found, points, seeds, lambda item: item["after"].get(config.tune.by))

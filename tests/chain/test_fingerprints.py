@@ -9,8 +9,10 @@ import pytest
 from small_chains import make
 
 from aesl_trl import files
+from aesl_trl.chain import fingerprints
 from aesl_trl.chain.fingerprints import Inputs, settings_of, walk
 from aesl_trl.chain.stages import BUILDERS, build_grpo, build_sft
+from aesl_trl.identity import file_hash
 
 
 def inputs(path, **given) -> dict[str, Inputs]:
@@ -39,6 +41,21 @@ def test_a_changed_setting_or_content_is_seen(project, tmp_path, name, text):
     assert sft_print(project()) == before
     (tmp_path / name).write_text(text)
     assert sft_print(project()) != before
+
+
+def test_a_file_is_read_once_until_it_changes(project, tmp_path, monkeypatch):
+    """A comparison asks every cell for its inputs, and all of them name the same data."""
+    read = []
+
+    def counted(path):
+        read.append(Path(path).name)
+        return file_hash(path)
+
+    monkeypatch.setattr(fingerprints, "file_hash", counted)
+    before = [sft_print(project()) for _ in range(3)]
+    assert len(set(before)) == 1 and read.count("rows.jsonl") == 1
+    (tmp_path / "rows.jsonl").write_text('{"text": "c"}\n')  # of the same size
+    assert sft_print(project()) != before[0] and read.count("rows.jsonl") == 2
 
 
 @pytest.mark.parametrize(

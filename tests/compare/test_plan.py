@@ -6,6 +6,7 @@ import pytest
 from small_compare import ONE, TUNE, run
 
 from aesl_trl import files
+from aesl_trl.compare import plan as plans
 from aesl_trl.compare.cells import table_cells
 from aesl_trl.compare.config import read_config
 from aesl_trl.compare.plan import FIGURES, check, hours, plan
@@ -54,6 +55,19 @@ def test_hours_that_are_expected_until_a_cell_has_finished(project, tmp_path):
     assert hours(config, cells, 1, expected=expected).process_h == pytest.approx((8 * 120 + 4 * 60) / 3600)
     said = plan(config, path, cells, 1)
     assert "state it as estimate" in said and "(not estimated: " in said and "names no hardware" in said
+
+
+def test_what_a_method_takes_is_worked_out_once_however_many_cells_there_are(project, monkeypatch):
+    asked, real = [], plans._expected
+
+    def counted(config, measured, cell, expected):
+        asked.append(cell.method)
+        return real(config, measured, cell, expected)
+
+    monkeypatch.setattr(plans, "_expected", counted)
+    config = read_config(project(seeds=[0, 1, 2, 3], estimate={"sft_s": 60, "rl_s": 120}))
+    assert hours(config, table_cells(config, {}), 1).cells == 16
+    assert sorted(asked) == ["aesl", "base", "nll"]
 
 
 def test_rows_whose_point_is_open_count_a_cold_start_each(project):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from counted_work import Read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,17 @@ def row(name, setting=""):
     method, _, selection = name.partition("/")
     full = f"{setting}/{name}" if setting else name
     return {"row": full, "name": name, "setting": setting, "method": method, "selection": selection or None}
+
+
+def test_the_cells_are_read_as_often_however_many_rows_there_are():
+    def reads(count: int) -> tuple[int, int]:
+        rows = Read(row(f"m{number}/last") for number in range(count))
+        cells = Read(cell(each["row"], seed) for each in list(rows) for seed in (0, 1))
+        rows.times = 0
+        table(cells, rows, reference=["m0/last"], metric="pass@1")
+        return cells.times, rows.times
+
+    assert reads(9) == reads(3)
 
 
 def test_the_table():

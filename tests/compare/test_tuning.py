@@ -3,8 +3,10 @@
 import pytest
 from small_compare import ONE, result, run, started
 
+from aesl_trl import files
+from aesl_trl.compare.cells import Cell
 from aesl_trl.compare.config import RATES, grid_points, read_config
-from aesl_trl.compare.tuning import _beyond, planned
+from aesl_trl.compare.tuning import _beyond, choose, planned
 
 
 def test_tuning_takes_the_best_point_on_seeds_of_its_own(project, fakes):
@@ -121,3 +123,26 @@ def test_a_cold_start_that_fails_leaves_the_other_points(project, fakes):
         ("nll/last", "learning_rate=0.1"),
     ]
     assert {cell["point"] for cell in result(fakes)["cells"]} == {"learning_rate=0.1"}
+
+
+@pytest.mark.parametrize("seeds", [[7, 8], [7, 8, 9, 10, 11]])
+def test_choosing_reads_each_result_once_and_asks_no_cell_for_its_inputs(project, monkeypatch, seeds):
+    tune = {"seeds": seeds, "grid": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}, "keep": 2, "extend": 1}
+    config = read_config(project(seeds=[0], methods=ONE, tune=tune))
+    for _ in seeds:  # a round is known once the one before has ended; the last ones are those beyond the edge
+        for cell in planned(config):
+            rate = dict(cell.point.values)["learning_rate"]
+            figures = {name: {"pass@1": rate} for name in ("start", "final")}
+            files.write_json(cell.home / files.EVALUATION, {"models": figures})
+            files.write_json(cell.home / files.CHAIN, {"stages": dict.fromkeys(("grpo", "eval"), {"status": "done"})})
+    read, real = [], Cell.evaluation
+
+    def counted(cell):
+        read.append(cell.home)
+        return real(cell)
+
+    monkeypatch.setattr(Cell, "evaluation", counted)
+    monkeypatch.setattr(Cell, "is_done", lambda cell: pytest.fail("the inputs of a cell were hashed"))
+    chosen, (line,) = choose(config)
+    assert str(chosen["nll/last"]) == line["added"][0]  # the highest rate, beyond the grid
+    assert len(read) == len(set(read)) == 4 + 2 * (len(seeds) - 1) + len(seeds)

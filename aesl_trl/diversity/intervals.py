@@ -106,12 +106,31 @@ def ratio_intervals(
     rows = max(1, 2**20 // problems)  # resamples at once, so that memory stays bounded
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
-        drawn = generator.integers(problems, size=(size, problems)) + problems * np.arange(size)[:, None]
-        # How often each problem is in each resample, [resample, problem]
-        counts = np.bincount(drawn.ravel(), minlength=size * problems).reshape(size, problems).astype(float)
+        counts = _counts(generator.integers(problems, size=(size, problems)), problems)
         with np.errstate(divide="ignore", invalid="ignore"):
             blocks.append((counts @ numerators) / (counts @ denominators))
     return [_percentiles(values, level) for values in np.concatenate(blocks).T]
+
+
+def _counts(drawn: np.ndarray, items: int) -> np.ndarray:
+    """Return how often each of the `items` is in each resample, [resample, item], given the numbers of those drawn."""
+    size = len(drawn)
+    places = drawn + items * np.arange(size)[:, None]
+    return np.bincount(places.ravel(), minlength=size * items).reshape(size, items).astype(float)
+
+
+def _below_less_above(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return for each point how many points of its resample lie below it less those above it, [resample, point].
+
+    That is twice the point's rank less the mean rank. One sort serves all resamples.
+    """
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    equal = np.add.reduceat(counts[:, order], starts, axis=1)  # points of each different value
+    upto = np.cumsum(equal, axis=1)
+    found = 2 * upto - equal - upto[:, -1:]  # with `upto - equal` below and `last - upto` above
+    return found[:, np.unique(values, return_inverse=True)[1]]
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
@@ -248,10 +267,9 @@ def spearman_interval(
     of_cluster = np.repeat(np.arange(len(clusters)), [len(points) for points in clusters])
     drawn = np.random.default_rng(seed).integers(len(clusters), size=(resamples, len(clusters)))
     # How often each point is in each resample, [resample, point]
-    counts = (drawn[:, :, None] == np.arange(len(clusters))).sum(axis=1)[:, of_cluster].astype(float)
+    counts = _counts(drawn, len(clusters))[:, of_cluster]
     sides = np.array([point for points in clusters for point in points], dtype=float).T
-    # A point's rank, less the mean rank, is half the number of points below it less half the number above it
-    x, y = (counts @ np.sign(side[None, :] - side[:, None]) for side in sides)
+    x, y = (_below_less_above(counts, side) for side in sides)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = (counts * x * y).sum(axis=1) / np.sqrt((counts * x * x).sum(axis=1) * (counts * y * y).sum(axis=1))
     return _percentiles(found, level)

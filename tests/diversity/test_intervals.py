@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import statistics
+import tracemalloc
 
 import mpmath
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aesl_trl.diversity.intervals import (
+    _below_less_above,
     bootstrap_interval,
     holm,
     is_number,
@@ -334,3 +336,25 @@ def test_interval_resamples_rows_whole():
     assert wide == spearman_interval(many)  # a seed of its own
     assert wider[0] <= wide[0]
     assert all(math.isnan(end) for end in spearman_interval(many[:2]))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9), st.integers(0, 2**32 - 1))
+def test_points_below_less_points_above_against_a_double_loop(values, seed):
+    counts = np.random.default_rng(seed).integers(3, size=(4, len(values))).astype(float)
+    truth = [
+        [sum(n * ((other < own) - (other > own)) for n, other in zip(row, values, strict=True)) for own in values]
+        for row in counts
+    ]
+    assert _below_less_above(counts, np.array(values, dtype=float)).tolist() == truth
+
+
+def test_the_memory_of_a_rank_correlations_interval_grows_with_the_clusters_and_no_faster():
+    def peak(count: int) -> int:
+        clusters = [[(number % 7, number % 5)] for number in range(count)]
+        tracemalloc.start()
+        spearman_interval(clusters)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(200) < 2.3 * peak(100)

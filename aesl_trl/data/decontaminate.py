@@ -7,7 +7,7 @@ translations and changed numbers.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,14 +63,16 @@ class BenchmarkIndex:
             return Overlap(*whole, " ".join(self._words[whole]))
         found = words(text)
         for length, places_of in self._grams.items():
-            shared = [gram for gram in ngrams(found, length) if gram in places_of]
+            shared = dict.fromkeys(gram for gram in ngrams(found, length) if gram in places_of)
+            seen: set[tuple[str, int]] = set()  # a problem with many of the n-grams is looked at once
             for gram in shared:
                 for place in places_of[gram]:
-                    if not self.share or self._covered(place, set(shared), length) > self.share:
+                    if not self.share or (place not in seen and self._covered(place, shared, length) > self.share):
                         return Overlap(*place, gram)
+                    seen.add(place)
         return None
 
-    def _covered(self, place: tuple[str, int], shared: set[str], length: int) -> float:
+    def _covered(self, place: tuple[str, int], shared: Container[str], length: int) -> float:
         """Return the share of the benchmark problem's words that lie in one of the shared n-grams."""
         of_problem, covered = self._words[place], set()
         for start, gram in enumerate(ngrams(of_problem, length)):

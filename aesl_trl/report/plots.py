@@ -113,23 +113,18 @@ class Curve:
 
 def curves(arms: list[Arm], rows: str, key: str) -> list[Curve]:
     """Return the figure `key` of each arm that has it, from its runs' rows that are called `rows`."""
-    found: list[Curve] = []
+    found: dict[tuple, Curve] = {}  # by its seeds' numbers, so that no arm is compared with every other
     for arm in arms:
         seeds = [series(getattr(run, rows), key) for run in arm.runs]
         seeds = [(steps, values) for steps, values in seeds if np.isfinite(values).any()]
-        same = next((curve for curve in found if _are_equal(curve.seeds, seeds)), None)
-        if same:
-            same.arms.append(arm)
-        elif seeds:
-            found.append(Curve([arm], seeds))
-    return found
+        if seeds:
+            found.setdefault(_numbers(seeds), Curve([], seeds)).arms.append(arm)
+    return list(found.values())
 
 
-def _are_equal(one: list[tuple], other: list[tuple]) -> bool:
-    """Say whether two arms' seeds have the same steps and values, a gap (nan) being like a gap."""
-    if [len(steps) for steps, _ in one] != [len(steps) for steps, _ in other]:
-        return False
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
+def _numbers(seeds: list[tuple[list[int], list[float]]]) -> tuple:
+    """Return the steps and values of an arm's seeds as a key: a gap (nan) is like a gap, and -0.0 is 0.0."""
+    return tuple((tuple(steps), (np.array(values) + 0.0).tobytes()) for steps, values in seeds)
 
 
 def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | None = None, k: int = 1) -> list[Panel]:

@@ -69,6 +69,22 @@ def test_share_leaves_boilerplate_alone():
     assert half.find("Today: " + problem) == Overlap("bench", 0, " ".join(problem.lower().split()[:8]))
 
 
+def test_a_problem_is_looked_at_once_however_many_n_grams_it_shares(monkeypatch):
+    looked_at, covered = [], BenchmarkIndex._covered
+
+    def counted(self, place, *more):
+        looked_at.append(place)
+        return covered(self, place, *more)
+
+    monkeypatch.setattr(BenchmarkIndex, "_covered", counted)
+    phrase = "let us find the sum of all possible values of the unknown number below where"
+    problems = [f"{phrase} {' '.join(f'{letter}{n}' for n in range(40))}" for letter in "abcde"]
+    index = BenchmarkIndex({"bench": problems}, n=8, share=0.5)
+    assert index.find(f"{phrase} nothing else is alike") is None
+    assert looked_at == [("bench", number) for number in range(5)]  # not once for each of the eight n-grams
+    assert index.find(problems[3]) == Overlap("bench", 3, "let us find the sum of all possible")
+
+
 def test_words_are_letters_and_digits():
     assert words("Let $\\dfrac{a}{b_1}$, A-B!") == ["let", "frac", "a", "b", "1", "a", "b"]
 

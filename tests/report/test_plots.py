@@ -5,10 +5,11 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from counted_work import bytecodes
 from matplotlib.figure import Figure
 
 from aesl_trl.report import plots
-from aesl_trl.report.plots import MAX_POINTS, Curve, running_mean, thinned
+from aesl_trl.report.plots import MAX_POINTS, running_mean, thinned
 from aesl_trl.report.runs import Arm
 
 
@@ -42,11 +43,22 @@ def test_a_thinned_curve_keeps_its_spikes_its_ends_and_its_gaps():
 
 
 def test_curves_are_alike_when_their_gaps_are():
-    one = Curve([], [([1, 2], [0.5, math.nan])])
-    assert plots._are_equal(one.seeds, [([1, 2], [0.5, float("nan")])])
-    assert not plots._are_equal(one.seeds, [([1, 2], [0.5, 0.6])])
-    assert not plots._are_equal(one.seeds, [([1, 3], [0.5, math.nan])])
-    assert not plots._are_equal(one.seeds, [([1], [0.5])])
+    def arm(*pairs) -> Arm:
+        return Arm("a", False, [SimpleNamespace(log=[{"step": step, "x": value} for step, value in pairs])])
+
+    like = [arm((1, 0.5), (2, None)), arm((1, 0.5), (2, float("nan")))]
+    others = [arm((1, 0.5), (2, 0.6)), arm((1, 0.5), (3, None)), arm((1, 0.5)), arm((1, -0.0)), arm((1, 0.0))]
+    found = [curve.arms for curve in plots.curves([*like, *others], "log", "x")]
+    assert found == [like, *([other] for other in others[:3]), others[3:]]
+
+
+def test_the_work_for_curves_grows_with_the_arms_and_no_faster():
+    def work(count: int):
+        logs = [[{"step": step, "x": step + number} for step in range(4)] for number in range(count)]
+        arms = [Arm("a", False, [SimpleNamespace(log=log)]) for log in logs]
+        return lambda: plots.curves(arms, "log", "x")
+
+    assert bytecodes(work(60)) < 2.1 * bytecodes(work(30))
 
 
 def test_outcomes_are_stacked_at_the_steps_that_have_all_three():

@@ -54,6 +54,7 @@ BENCHMARKS = {
     "monitoring": Benchmark(
         "monitoring", f"--steps 11 --num_prompts 8 {SHORT}", f"--steps 26 --num_prompts 16 {SHORT}"
     ),
+    "growth": Benchmark("growth", "--quick --only head selection", ""),
     "startup": Benchmark("startup", "--repeats 1 --commands sft select report", "--repeats 3"),
     "where_time_goes": Benchmark("where_time_goes", None, "--bf16", real_model=True),
 }

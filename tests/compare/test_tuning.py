@@ -129,7 +129,7 @@ def test_a_cold_start_that_fails_leaves_the_other_points(project, fakes):
 def test_choosing_reads_each_result_once_and_asks_no_cell_for_its_inputs(project, monkeypatch, seeds):
     tune = {"seeds": seeds, "grid": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}, "keep": 2, "extend": 1}
     config = read_config(project(seeds=[0], methods=ONE, tune=tune))
-    for _ in seeds:  # a round is known once the one before has ended; the last ones are those beyond the edge
+    for _ in range(len(seeds) + 1):  # a round is known once the one before has ended; the last is beyond the edge
         for cell in planned(config):
             rate = dict(cell.point.values)["learning_rate"]
             figures = {name: {"pass@1": rate} for name in ("start", "final")}

@@ -82,7 +82,7 @@ def test_a_problem_is_looked_at_once_however_many_n_grams_it_shares(monkeypatch)
     index = BenchmarkIndex({"bench": problems}, n=8, share=0.5)
     assert index.find(f"{phrase} nothing else is alike") is None
     assert looked_at == [("bench", number) for number in range(5)]  # not once for each of the eight n-grams
-    assert index.find(problems[3]) == Overlap("bench", 3, "let us find the sum of all possible")
+    assert index.find(f"Today: {problems[3]}") == Overlap("bench", 3, "let us find the sum of all possible")
 
 
 def test_words_are_letters_and_digits():

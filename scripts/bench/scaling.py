@@ -158,9 +158,15 @@ def make_table(alone: dict, two: list[dict], args: argparse.Namespace) -> dict:
         strong, weak = busiest(two, "strong", name), busiest(two, "weak", name)
         both = [sum(times) for times in zip(*(rank["strong"][name] for rank in two), strict=True)]
         rows.append([name, record.ratio(strong, one), record.ratio(both, one), record.ratio(weak, one)])
+    for name in WORKS[1:]:
+        more = [first - second for first, second in zip(two[0]["strong"][name], two[1]["strong"][name], strict=True)]
+        shares = [each / one for each, one in zip(more, alone["alone"][name], strict=True)]
+        rows.append([f"what rank 0 does alone, of a whole {name}", record.spread(shares), None, None])
     step = record.spread(alone["alone"]["SFT step"])["median"]
     reduce = [max(times) for times in zip(*(rank["reduce"] for rank in two), strict=True)]
-    rows.append(["summing the gradients, of an SFT step", None, None, record.spread([each / step for each in reduce])])
+    rows.append(
+        ["summing the gradients, of a whole SFT step", record.spread([each / step for each in reduce]), None, None]
+    )
     columns = ["work", "strong: busiest / one (0.5)", "strong: both / one (1)", "weak: busiest / one (1)"]
     title = f"Two processes beside one, {Path(args.model).parent.name}, CPU seconds; in brackets what costs nothing"
     return record.table(title, columns, rows, {"one": alone, "two": two})

@@ -1,9 +1,12 @@
 """The pages: each figure that docs and READMEs print is what the arithmetic gives."""
 
+import json
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
+import record
+import scaling
 from stand_ins import RECIPES
 
 from aesl_trl.estimates.facts import CARDS, cards_of, find_facts, shape_of
@@ -139,3 +142,11 @@ def test_the_first_recipes_measurements():
     training, measuring = line.partition(": ")[2].removesuffix(" (estimated)").split(", ")
     text = (name / "README.md").read_text()
     assert f"{measuring.removesuffix(' measuring')} beside {training.removesuffix(' training')} of training" in text
+
+
+def test_the_table_of_two_processes_is_that_of_the_record():
+    found = json.loads((DOCS / "several_gpus.json").read_text())
+    (table,) = found["tables"]
+    assert f"{record.markdown(table)}\n" in (DOCS / "several_gpus.md").read_text()
+    assert table == scaling.make_table(table["raw"]["one"], table["raw"]["two"], scaling.arguments([]))
+    assert found["command"] in PAGE and f"load average {found['load']:.0f}" in PAGE

@@ -17,6 +17,7 @@ def test_the_busiest_process_is_compared_with_one():
         {"strong": times(SFT=[1.0, 2.5]), "weak": times(SFT=[2.0, 4.0]), "reduce": [0.25, 0.5]},
         {"strong": times(SFT=[1.5, 2.0]), "weak": times(SFT=[2.5, 4.0]), "reduce": [0.75, 0.25]},
     ]
+    two[0]["strong"]["evaluation"] = [1.5, 1.25]  # of 1
     args = scaling.arguments([])
     found = scaling.make_table(alone, two, args)
     name, strong, both, weak = found["rows"][0]
@@ -25,8 +26,10 @@ def test_the_busiest_process_is_compared_with_one():
     assert (strong["low"], strong["high"]) == (0.625, 0.75)
     assert (both["low"], both["high"]) == (1.125, 1.25)
     assert (weak["low"], weak["high"]) == (1.0, 1.25)
-    assert found["rows"][-1][3] == record.spread([0.25, 0.5 / 3])  # 0.75 and 0.5 of a step of 3
-    assert record.markdown(found).count("\n") == 5
+    assert found["rows"][4][0] == "what rank 0 does alone, of a whole evaluation"
+    assert (found["rows"][4][1]["low"], found["rows"][4][1]["high"]) == (0.25, 0.5)
+    assert found["rows"][-1][1] == record.spread([0.25, 0.5 / 3])  # 0.75 and 0.5 of a step of 3
+    assert record.markdown(found).count("\n") == 7
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .errors import InputError, in_one_line, is_by_signal, nearest, nearest_sibling
+from .commands import CONFIG_FLAG, command_of
+from .errors import InputError, in_one_line, is_by_signal, nearest, nearest_sibling, tell
 from .files import read_object
+from .flag_help import HelpFormatter, help_of
 from .values import (
     ALSO_BOOL,
     IN_METADATA,
@@ -88,24 +90,37 @@ TRL_BOUNDS = {
     "eval_steps": {"above": 0, "hint": "eval_strategy: 'no' turns it off"},
     "save_steps": {"above": 0, "hint": "save_strategy: 'no' turns it off"},
 }
-CONFIG_FLAG = "--config"
 MODEL_CONFIG = "model_config.json"  # of a recipe: what is known of its model without weights
+CONFIG_SUFFIXES = (".yaml", ".yml")
+HELP_ALL = {"--help_all", "--help-all"}
+# Keys and flags of TRL's and accelerate's commands that these commands do not have: what to do instead.
+NOT_HERE = {
+    "datasets": "aesl_trl reads no mixture of datasets: name one file or dataset as dataset_name",
+    "num_processes": "accelerate launch --num_processes N -m aesl_trl.sft (or aesl_trl.grpo) starts several processes",
+    "accelerate_config": "accelerate launch --config_file FILE -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain",
+    "config_file": "accelerate launch --config_file FILE -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain",
+    "dry_run": "aesl chain and aesl compare have it",
+}
 MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
 
 
 def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to_come: Collection[str] = ()) -> tuple:
     """Build `dataclass_types` from the config that `--config` names and from the flags of `argv`, which win over it.
 
-    No two of the dataclasses share a field. `--help` prints the fields, with `prog` as the command's name, and leaves
-    with code 0. The config may name the absolute paths `to_come` although they do not exist yet.
+    No two of the dataclasses share a field. `--help` prints our fields and `--help_all` those of TRL as well, with
+    `prog` as the command's name; both leave with code 0. The config may name the absolute paths `to_come` although
+    they do not exist yet.
 
     Raises:
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
     """
-    path, flags = _split_config(argv)
-    config = load_config(path, dataclass_types, to_come, _given(flags)) if path else {}
+    path, flags = split_config(with_config_flag(argv))
+    config = load_config(path, dataclass_types, to_come, flag_names(flags)) if path else {}
     env = config.pop("env", {})
     parser = _strict_parser(dataclass_types, prog, config)
+    if HELP_ALL & {*flags}:
+        tell(parser.format_help(shows_all=True))
+        sys.exit(0)
     try:
         outputs = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     except InputError:
@@ -116,7 +131,20 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
     return outputs
 
 
-def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+def with_config_flag(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with `--config FILE` in place of a bare FILE that ends in .yaml or .yml.
+
+    After a flag whose name ends in config, such as `--fsdp_config`, the file is that flag's value.
+    """
+    found, flag = [], ""
+    for argument in argv:
+        is_bare = argument.endswith(CONFIG_SUFFIXES) and not argument.startswith("-") and not flag.endswith("config")
+        found += [CONFIG_FLAG, argument] if is_bare else [argument]
+        flag = argument if argument.startswith("--") else ""
+    return found
+
+
+def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the file that `--config FILE` or `--config=FILE` names, and the other arguments."""
     path, rest, argv = None, [], iter(argv)
     for argument in argv:
@@ -133,7 +161,7 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, rest
 
 
-def _given(flags: Sequence[str]) -> set[str]:
+def flag_names(flags: Sequence[str]) -> set[str]:
     """Return the fields that the command line sets; argparse knows each flag with - in place of _ too."""
     return {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
 
@@ -161,6 +189,8 @@ def load_config(
         if not isinstance(value, str):
             raise InputError(f"{path}: env.{key} must be a str, got {shown(value)}; write it in quotes")
     for key, value in config.items():
+        if key in NOT_HERE and key not in fields:
+            raise InputError(f"{path}: unknown key {key}: {NOT_HERE[key]}")
         if key not in fields:
             raise InputError(f"{path}: unknown key {SHORT.repr(key)}{nearest(key, [*fields, 'env'])}")
         value = check_value(value, hints[key], fields[key], str(path))
@@ -281,13 +311,14 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str,
         def error(self, message):
             raise InputError(message)
 
+        def format_help(self, shows_all: bool = False):
+            return help_of(self, dataclass_types, shows_all)
+
         def parse_known_args(self, args=None, namespace=None):
             # The config's values enter as they are: a default would be parsed once more as text.
             namespace, rest = super().parse_known_args(args, argparse.Namespace(**config))
             if rest:
-                flag = rest[0].partition("=")[0]
-                kind, known = "flag" if flag[0] == "-" else "argument", [CONFIG_FLAG, *self._option_string_actions]
-                raise InputError(f"unknown {kind} {flag}{nearest(flag, known)}")
+                _refuse_unknown(rest[0].partition("=")[0], [CONFIG_FLAG, *self._option_string_actions])
             values = vars(namespace)
             for name, value in values.items():
                 # The config's values are resolved already, and a default is no path of the command line.
@@ -299,10 +330,17 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str,
             _check_output_dir(values)
             return namespace, rest
 
-    parser = StrictParser(dataclass_types, prog=prog, allow_abbrev=False)
+    parser = StrictParser(dataclass_types, prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
     for action in parser._actions:
         action.required = action.required and action.dest not in config
     return parser
+
+
+def _refuse_unknown(flag: str, known: Iterable[str]) -> None:
+    name = flag.lstrip("-").replace("-", "_")
+    if name in NOT_HERE:
+        raise InputError(f"unknown flag {flag}: {NOT_HERE[name]}")
+    raise InputError(f"unknown {'flag' if flag[0] == '-' else 'argument'} {flag}{nearest(flag, known)}")
 
 
 def _check_numbers(values: dict[str, Any], dataclass_types: Sequence[type], prefix: str = "") -> None:
@@ -337,19 +375,44 @@ def _check_output_dir(values: dict[str, Any]) -> None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """The parser of the commands that take flags only: no abbreviations, and one line instead of a usage dump."""
+    """The parser of the commands that take flags only: no abbreviations, and one line instead of a usage dump.
+
+    Its texts are those of commands.py. A flag may be written with - in place of _, and a config without its flag.
+    """
 
     def __init__(self, prog: str, description: str | None = None, **options):
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+        if command := command_of(prog):
+            options = {"usage": f"{prog} {command.usage}", "epilog": command.epilog, **options}
+        description = command.description if command else description
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        args, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
+        if CONFIG_FLAG in known:
+            args = with_config_flag(args)
+        spelt = [argument.partition("=") for argument in args]
+        named = ["--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag for flag, _, _ in spelt]
+        args = [
+            name + equals + value if name in known else argument
+            for name, (_, equals, value), argument in zip(named, spelt, args, strict=True)
+        ]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def positionals(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into those before the first flag, and the rest."""
-    count = next((place for place, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    return list(argv[:count]), list(argv[count:])
+    """Split the arguments into the names before the first flag, and the rest. A config is no name, wherever it is."""
+    names, configs, rest = [], [], list(argv)
+    while rest and (rest[0] == CONFIG_FLAG or not rest[0].startswith("-")):
+        length = 2 if rest[0] == CONFIG_FLAG else 1
+        is_name = length == 1 and not rest[0].endswith(CONFIG_SUFFIXES)
+        (names if is_name else configs).extend(rest[:length])
+        del rest[:length]
+    return names, configs + rest
 
 
 def load_function(name: str, base_dir: str | Path | None = None, *, field: str) -> Callable:

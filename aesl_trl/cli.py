@@ -1,33 +1,19 @@
 """The `aesl` command hands its arguments to the module of the sub-command.
 
-No module is imported before the sub-command is known: `aesl --help` must not wait for torch.
+No module is imported before the sub-command is known: `aesl --help` must not wait for torch. Nor is torch imported for
+arguments that cannot be used whatever the rest is (first_checks.py).
 """
 
 import sys
 from importlib import import_module
 
 from . import __version__
+from .commands import COMMANDS
 from .errors import InputError, exit_on_input_error, nearest
 
 
-# name: (module with main(argv), line of the help)
-COMMANDS = {
-    "data": ("data.prepare", "write demonstrations, RL prompts and held-out prompts from a dataset"),
-    "sft": ("sft", "train the cold start, in this process"),
-    "grpo": ("grpo", "train with RL from it, in this process"),
-    "chain": ("chain.chain", "run the whole story: sft, select, handoff, probe, grpo, eval, report"),
-    "select": ("diversity.selection", "choose the checkpoint of a cold start that goes to RL"),
-    "handoff": ("models.handoff", "make the folder that RL starts from, and check it"),
-    "mix": ("evaluation.mix", "average a cold start's checkpoint with its base (WiSE-FT), as candidates for RL"),
-    "probe": ("evaluation.probe", "judge whether a checkpoint is ready for RL, with reasons"),
-    "eval": ("evaluation.evaluate", "measure pass@k and diversity before and after RL"),
-    "interpolate": ("models.interpolate", "average two checkpoints of one run (WiSE-FT)"),
-    "compare": ("compare.compare", "run methods x seeds from cold start to RL: table with intervals, tuning, plots"),
-    "report": ("report.report", "write a run's figures as HTML, PNG and markdown"),
-    "recipes": ("recipes.recipes", "list the recipes, copy them to a folder of your own, or check them"),
-}
 USAGE = """\
-usage: aesl COMMAND [--config FILE] [arguments]
+usage: aesl COMMAND [CONFIG.yaml] [arguments]
 
 The cold start for reinforcement learning, on TRL.
 
@@ -41,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run a sub-command. Where its input is wrong, print one line on stderr and leave with exit code 2."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:11}  {line}" for name, (_, line) in COMMANDS.items())))
+        lines = (f"  {name:11}  {each.line}" for name, each in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(lines)))
     elif command in ("-V", "--version"):
         print(f"aesl_trl {__version__}")
     else:
@@ -51,7 +38,10 @@ def main(argv: list[str] | None = None) -> None:
 def _run(command: str, argv: list[str]) -> None:
     if command not in COMMANDS:
         raise InputError(f"unknown command {command!r}{nearest(command, COMMANDS)} (one of {', '.join(COMMANDS)})")
-    import_module(f".{COMMANDS[command][0]}", __package__).main(argv)
+    from .first_checks import check  # it reads YAML, and the lines above wait for no library
+
+    check(command, argv)
+    import_module(f".{COMMANDS[command].module}", __package__).main(argv)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 OTHER_RANK_S = 10.0  # a launcher looks several times a second, but a process of torch may take seconds to end
+CLOSE = 0.74  # of difflib's ratio: `asel` and `aesl` share 0.75, `datasets` and `dataset_kwargs` 0.73
 UNFINISHED = 3  # exit code: stopped before the last step; no stage may follow
 # The disk takes no more.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -37,7 +38,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the option closest to `name`, or an empty string when none is close."""
     if not isinstance(name, str) or len(name) > 255:
         return ""
-    match = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, list(options), n=1, cutoff=CLOSE)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -417,8 +417,63 @@ def test_the_argument_parser_refuses_in_one_line(capsys):
 @given(st.lists(st.text()))
 def test_positionals_are_the_arguments_before_the_first_flag(argv):
     names, rest = arguments.positionals(argv)
-    assert names + rest == argv
-    assert not any(name.startswith("-") for name in names) and (not rest or rest[0].startswith("-"))
+    assert sorted(names + rest) == sorted(argv) and not any(name.startswith("-") for name in names)
+    assert not rest or rest[0].startswith("-") or rest[0].endswith((".yaml", ".yml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "rest"),
+    [
+        ("a b --flag c", "a b", "--flag c"),
+        ("a x.yaml b", "a b", "x.yaml"),
+        ("--config x b --flag y.yml", "b", "--config x --flag y.yml"),
+        ("--flag a x.yaml", "", "--flag a x.yaml"),
+    ],
+)
+def test_a_config_is_no_name(argv, names, rest):
+    assert arguments.positionals(argv.split()) == (names.split(), rest.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ("x.yaml --seed 3", "--config x.yaml --seed 3"),
+        ("--seed 3 x.yml", "--seed 3 --config x.yml"),
+        ("--dry_run x.yaml", "--dry_run --config x.yaml"),
+        ("--config x.yaml", "--config x.yaml"),
+        ("--fsdp_config x.yaml --run_name=y.yaml", "--fsdp_config x.yaml --run_name=y.yaml"),
+        ("x.jsonl", "x.jsonl"),
+    ],
+)
+def test_a_config_without_its_flag(argv, found):
+    assert arguments.with_config_flag(argv.split()) == found.split()
+
+
+def test_a_config_without_its_flag_is_read(config):
+    path = config("needed: x\nsteps: 5\n")
+    assert arguments.parse([Small], [str(path), "--packing"], prog="aesl test")[0] == Small("x", steps=5, packing=True)
+    with pytest.raises(InputError, match="--config is given twice"):
+        arguments.parse([Small], [str(path), "--config", str(path)], prog="aesl test")
+
+
+def test_what_the_commands_of_others_have(config):
+    assert "unknown key datasets: aesl_trl reads no mixture" in refusal("needed: x\ndatasets: []\n", config)
+    for flag in ("--num_processes", "--accelerate-config"):
+        assert f"unknown flag {flag}: accelerate launch" in refusal("needed: x\n", config, flag, "2")
+
+
+def test_a_suggestion_is_made_only_where_it_is_close(config):
+    assert refusal("needed: x\nlearning_rat: 1\n", config).endswith("did you mean 'learning_rate'?")
+    assert refusal("needed: x\nlayers: 1\n", config).endswith("unknown key 'layers'")
+
+
+def test_a_flag_with_a_dash_and_a_config_of_the_argument_parser():
+    parser = arguments.ArgumentParser("aesl test")
+    parser.add_argument("--config")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--output_dir")
+    given = parser.parse_args(["--dry-run", "x.yaml", "--output-dir=a-b"])
+    assert (given.config, given.dry_run, given.output_dir) == ("x.yaml", True, "a-b")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""What can be found wrong with a command line before torch is imported, which takes seconds.
+
+A config that is missing, unreadable or another command's, folders that are not there, and settings that are not given:
+the commands' own checks, of keys, types and ranges, come after the import.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import check_folder, flag_names, positionals, resolve, split_config, with_config_flag
+from .commands import COMMANDS, CONFIG, CONFIG_FLAG, Command
+from .errors import InputError, nearest_sibling
+from .values import load_yaml
+
+
+# Keys that no other command's config has. A config with more keys of another command than of its own is another's.
+MARKS = {
+    "chain": "sft grpo handoff probe eval report mix ignore_readiness",
+    "compare": "methods seeds chain settings bases rl_runs rl_from_steps tune estimate",
+    "data": "num_demonstrations subsets num_rl num_held_out decontaminate ngram ngram_share pass_rate_samples "
+    "pass_rate_file pass_rate_column difficulty_bounds difficulty_size verify",
+    "sft": "cold_start_loss t_scaling prefix_mode aesl_weight diversity_steps diversity_num_prompts "
+    "diversity_dataset_name diversity_samples diversity_temperature diversity_max_new_tokens diversity_metric "
+    "diversity_patience stop_at_turning_point max_candidates assistant_only_loss completion_only_loss packing",
+    "grpo": "num_generations max_completion_length num_iterations scale_rewards epsilon epsilon_high beta "
+    "use_vllm vllm_mode mask_truncated_completions",
+    "probe": "rl_steps",
+    "eval": "benchmarks count_by start final prompt_format save_every",
+    "accelerate": "compute_environment distributed_type machine_rank num_machines num_processes",
+}
+MARKS = {name: frozenset(keys.split()) for name, keys in MARKS.items()}
+READS = {"mix": ("sft",), "probe": ("probe", "grpo")}  # whose configs a command reads, where not its own alone
+NOUNS = {
+    "chain": "a chain",
+    "compare": "a comparison",
+    "data": "a config of aesl data",
+    "sft": "a cold start's config",
+    "grpo": "an RL config",
+    "probe": "a probe's config",
+    "eval": "an evaluation's config",
+    "accelerate": "a config of accelerate",
+}
+HELP = {"-h", "--help", "--help_all", "--help-all"}
+# Settings that name a model: a folder, or a name on the hub.
+MODEL_FIELDS = {"model_name_or_path", "adapter_name_or_path", "reference", "start", "final", "base"}
+
+
+def check(name: str, argv: Sequence[str]) -> None:
+    """Refuse the arguments of the command `name` where they cannot be used; a call for help is left alone."""
+    command = COMMANDS[name]
+    if HELP & {*argv} or not command.reads_config:
+        return
+    names, rest = positionals(argv)
+    path, flags = split_config(with_config_flag(rest))
+    values = load_yaml(path) if path else {}
+    if path:
+        check_kind(name, path, values)
+    for key, value in values.items():
+        if key not in flag_names(flags):
+            _check_path(key, resolve(key, value, path.absolute().parent))
+    for key, value in _values(flags):
+        _check_path(key, resolve(key, value, Path.cwd()))
+    _check_names(f"aesl {name}", command, names)
+    found = {key for key, value in values.items() if value not in (None, "")} | flag_names(flags)
+    _check_needs(f"aesl {name}", command, names, found | ({"config"} if path else set()), path)
+
+
+def check_kind(name: str, path: str | Path, values: Mapping[str, Any]) -> None:
+    """Refuse the config of another command than `name`, and name the command that reads it."""
+    hits = {kind: [key for key in values if key in keys] for kind, keys in MARKS.items()}
+    kind = max(hits, key=lambda kind: len(hits[kind]))
+    own = max((len(hits[each]) for each in READS.get(name, (name,)) if each in hits), default=0)
+    if len(hits[kind]) <= own:
+        return
+    command = (
+        f"accelerate launch --config_file {path}" if kind == "accelerate" else f"aesl {kind} {CONFIG_FLAG} {path}"
+    )
+    raise InputError(f"{path}: this is {NOUNS[kind]} (it has {', '.join(hits[kind][:3])}): {command}")
+
+
+def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each value on the command line with its setting's name."""
+    name = ""
+    for argument in flags:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:].replace("-", "_")
+            if equals:
+                yield name, value
+        elif name:
+            yield name, argument
+
+
+def _check_path(key: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    if key == "output_dir":
+        check_folder(key, value)
+    elif key in MODEL_FIELDS and value:
+        check_model_name(key, value)
+
+
+def check_model_name(field: str, name: str) -> None:
+    """Refuse the name of a model, the value of `field`, that is no folder here and cannot be one on the hub.
+
+    Where the hub may not be asked (HF_HUB_OFFLINE), it must lie in the hub's cache.
+    """
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return
+    if folder.is_file():
+        raise InputError(f"{field}: {name} is a file: name a model's folder")
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise InputError(f"{field}: {name} is not a folder{nearest_sibling(folder)}")
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        files = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
+    except HFValidationError:
+        files = []
+    if constants.HF_HUB_OFFLINE and not any(isinstance(file, str) for file in files):
+        hint = nearest_sibling(folder) or "; HF_HUB_OFFLINE is set, so the hub is not asked"
+        raise InputError(f"{field}: there is no folder {name} here, and the hub's cache does not hold it{hint}")
+
+
+def _check_names(prog: str, command: Command, names: Sequence[str]) -> None:
+    """Refuse positionals that are too many, or that are no folders."""
+    takes = command.names
+    if len(names) > len(takes) and not (takes and takes[-1].endswith("...")):
+        kind = " ".join(takes) or "no folder"
+        hint = f"; a config's name ends in .yaml{nearest_sibling(Path(names[-1]), '*.y*ml')}" if not takes else ""
+        raise InputError(f"unknown argument {names[len(takes)]}: {prog} takes {kind}{hint}")
+    for place, name in enumerate(names):
+        wanted = takes[min(place, len(takes) - 1)]
+        if wanted in ("MODEL...", "CHECKPOINT..."):
+            check_model_name(wanted.removesuffix("..."), name)
+        elif not Path(name).is_dir():
+            problem = "is a file, not a folder" if Path(name).is_file() else "is not a folder"
+            raise InputError(f"{wanted.removesuffix('...')}: {name} {problem}{nearest_sibling(Path(name))}")
+
+
+def _check_needs(prog: str, command: Command, names: Sequence[str], found: set[str], path: Path | None) -> None:
+    """Refuse a command line that lacks something, and name all that it lacks at once."""
+    missing = [] if found & {*command.instead} else [*command.names[len(names) :]]
+    missing += [
+        CONFIG if needs == ("config",) else needs[0] + (f" (or {' or '.join(needs[1:])})" if needs[1:] else "")
+        for needs in command.needs
+        if not found & {*needs}
+    ]
+    if missing:
+        where = f" in {path} and on the command line" if path and not {*missing} <= {*command.names} else ""
+        raise InputError(f"missing{where}: {', '.join(missing)}; usage: {prog} {command.usage}")

@@ -1,0 +1,148 @@
+"""first_checks: what is wrong with a command line is said in one line, without torch."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aesl_trl import first_checks
+from aesl_trl.chain.config import ChainConfig
+from aesl_trl.chain.stages import READ_BY, argument_types
+from aesl_trl.commands import COMMANDS
+from aesl_trl.compare.config import CompareConfig
+from aesl_trl.data.config import DataArguments
+from aesl_trl.errors import InputError
+from aesl_trl.recipes.facts import kind_of
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "results" not in path.parts and kind_of(path))
+SFT = {"model_name_or_path": "base", "dataset_name": "rows.jsonl", "cold_start_loss": "nll"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Write a config of each kind, and data, to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    configs = {
+        "sft.yaml": SFT,
+        "grpo.yaml": {"dataset_name": "rows.jsonl", "num_generations": 8, "max_completion_length": 64},
+        "chain.yaml": {"output_dir": "run", "sft": {"config": "sft.yaml"}, "grpo": {"config": "grpo.yaml"}},
+        "empty.yaml": {"learning_rate": 1e-5, "model_name_or_path": None},
+        "gone.yaml": {**SFT, "dataset_name": "./rws.jsonl"},
+    }
+    for name, values in configs.items():
+        (tmp_path / name).write_text(yaml.safe_dump(values))
+    (tmp_path / "torn.yaml").write_text("a: [")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+CASES = {
+    "sft": "missing: model_name_or_path, dataset_name; usage: aesl sft [CONFIG.yaml]",
+    "sft empty.yaml": "missing in empty.yaml and on the command line: model_name_or_path, dataset_name; usage",
+    "sft empty.yaml --model-name-or-path base": "on the command line: dataset_name; usage",
+    "grpo grpo.yaml": "model_name_or_path (or adapter_name_or_path), reward_funcs (or reward_model_name_or_path)",
+    "data --output_dir=x": "missing: dataset_name, model_name_or_path; usage",
+    "chain": "missing: CONFIG.yaml; usage: aesl chain CONFIG.yaml",
+    "handoff": "missing: RUN; usage: aesl handoff RUN",
+    "mix": "missing: RUN, dataset_name, diversity_steps; usage: aesl mix RUN CONFIG.yaml",
+    "interpolate run": "missing: B, output",
+    "probe": "missing: CHECKPOINT..., dataset_name, reward_funcs",
+    "eval": "missing: MODEL..., dataset_name (or benchmarks)",
+    "eval --start base --dataset_name x --final ./gone": "final: ./gone does not exist",
+    "sft stf.yaml": "config file stf.yaml does not exist; did you mean 'sft.yaml'?",
+    "sft --config": "--config needs a file",
+    "sft torn.yaml": "torn.yaml, line 1",
+    "sft run --config sft.yaml": "unknown argument run: aesl sft takes no folder; a config's name ends in .yaml",
+    "sft gone.yaml": "dataset_name: ./rws.jsonl does not exist",
+    "sft sft.yaml --output_dir rows.jsonl": "output_dir: rows.jsonl is a file; name another folder",
+    "sft sft.yaml --dataset_name ./x.jsonl": "dataset_name: ./x.jsonl does not exist",
+    "sft chain.yaml": "chain.yaml: this is a chain (it has sft, grpo): aesl chain --config chain.yaml",
+    "chain sft.yaml --dry-run": "sft.yaml: this is a cold start's config (it has cold_start_loss): aesl sft --config",
+    "mix run grpo.yaml": "this is an RL config (it has num_generations, max_completion_length): aesl grpo --config",
+    "handoff rnu": "RUN: rnu is not a folder; did you mean 'run'?",
+    "handoff run base": "unknown argument base: aesl handoff takes RUN",
+    "handoff rows.jsonl": "RUN: rows.jsonl is a file, not a folder",
+    "eval nowhere --dataset_name x": "MODEL: there is no folder nowhere here, and the hub's cache does not hold it",
+    "probe run/x/y grpo.yaml": "CHECKPOINT: run/x/y is not a folder",
+}
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_refused(line, folder):
+    command, *argv = line.split()
+    with pytest.raises(InputError) as error:
+        first_checks.check(command, argv)
+    assert CASES[line] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sft sft.yaml",
+        "sft gone.yaml --dataset_name rows.jsonl",
+        "grpo grpo.yaml --model_name_or_path base --reward_funcs accuracy_reward",
+        "probe run grpo.yaml --reward_funcs accuracy_reward",
+        "probe run base --config grpo.yaml --reward_funcs accuracy_reward",
+        "mix run sft.yaml --diversity_steps 1",
+        "chain chain.yaml --dry-run",
+        "handoff --run run",
+        "eval --start base --final base --dataset_name rows.jsonl",
+        "sft sft.yaml chain.yaml --help",
+        "select",
+    ],
+)
+def test_what_may_be_right_is_left_to_the_command(line, folder):
+    command, *argv = line.split()
+    first_checks.check(command, argv)
+
+
+def test_torch_is_not_imported_to_refuse(folder):
+    """Run every refusal by the real command in one process, which knows no torch at its end."""
+    code = (
+        "import sys\nfrom aesl_trl import cli\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: cli.main(line.split())\n"
+        "    except SystemExit as leaving: assert leaving.code == 2, line\n"
+        "    else: raise AssertionError(line)\n"
+        "print(*{'torch', 'trl', 'transformers', 'datasets', 'accelerate'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *CASES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "\n"
+    said = done.stderr.splitlines()
+    assert len(said) == len(CASES) and all(CASES[line] in text for line, text in zip(CASES, said, strict=True))
+
+
+def fields_of(kind: str) -> set[str]:
+    """Return the keys of a config of this kind."""
+    own = {"chain": (ChainConfig,), "compare": (CompareConfig,), "data": (DataArguments,)}
+    return {field.name for each in own.get(kind) or argument_types(kind) for field in dataclasses.fields(each)}
+
+
+def test_the_marks_are_keys_of_their_command_and_of_no_other():
+    readers = ["chain", "compare", "data", *(name for name in READ_BY if name in COMMANDS)]
+    assert {"sft", "grpo", "probe", "eval", "mix"} <= {*readers}
+    for kind, keys in first_checks.MARKS.items():
+        if kind != "accelerate":
+            assert keys <= fields_of(kind), (kind, keys - fields_of(kind))
+        for other in readers:
+            if kind not in (other, *first_checks.READS.get(other, ())):
+                assert not keys & fields_of(other), (kind, other, keys & fields_of(other))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
+def test_each_recipes_config_is_known_by_its_keys(path):
+    values, kind = yaml.safe_load(path.read_text(encoding="utf-8")), kind_of(path)
+    others = {"chain": "sft", "compare": "chain", "grpo": "sft", "probe": "sft", "data": "grpo"}
+    if kind != "accelerate":
+        first_checks.check_kind(kind, path, values)
+    with pytest.raises(InputError, match=f"this is {first_checks.NOUNS[kind].split(' ')[0]} "):
+        first_checks.check_kind(others.get(kind, "data"), path, values)

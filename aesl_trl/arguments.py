@@ -27,6 +27,8 @@ from .flag_help import HelpFormatter, help_of
 from .values import (
     ALSO_BOOL,
     IN_METADATA,
+    OLD_NAMES,
+    OLD_OUTPUTS,
     REFUSALS,
     SEED_BOUNDS,
     SHORT,
@@ -35,6 +37,7 @@ from .values import (
     check_value,
     load_yaml,
     shown,
+    with_new_names,
 )
 
 
@@ -115,6 +118,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str, to
         InputError: an unknown, duplicate or mistyped key or flag, a missing file, or a value that a dataclass refuses.
     """
     path, flags = split_config(with_config_flag(argv))
+    flags = with_new_flags(flags, {field.name for kind in dataclass_types for field in dataclasses.fields(kind)})
     config = load_config(path, dataclass_types, to_come, flag_names(flags)) if path else {}
     env = config.pop("env", {})
     parser = _strict_parser(dataclass_types, prog, config)
@@ -141,6 +145,17 @@ def with_config_flag(argv: Sequence[str]) -> list[str]:
         is_bare = argument.endswith(CONFIG_SUFFIXES) and not argument.startswith("-") and not flag.endswith("config")
         found += [CONFIG_FLAG, argument] if is_bare else [argument]
         flag = argument if argument.startswith("--") else ""
+    return found
+
+
+def with_new_flags(flags: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return `flags` with today's names of settings, where an old name is none of the `known` settings."""
+    found = []
+    for argument in flags:
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        new = (OLD_NAMES | OLD_OUTPUTS).get(name)
+        found.append(f"--{new}{equals}{value}" if name not in known and new in known else argument)
     return found
 
 
@@ -177,6 +192,8 @@ def load_config(
     config = load_yaml(path)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    if "output" not in fields:
+        config = with_new_names(config, str(path), OLD_OUTPUTS)
     env, found = config.pop("env", {}), {}
     if not isinstance(env, dict):
         raise InputError(f"{path}: env must be a mapping of variables, got {shown(env)}")
@@ -207,7 +224,7 @@ def without_defaults(config: Mapping[str, Any], dataclass_types: Sequence[type])
     """
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind)}
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-    found = {}
+    config, found = {OLD_NAMES.get(key, key): value for key, value in config.items()}, {}
     for key, value in config.items():
         if field := fields.get(key):
             with suppress(InputError):
@@ -255,6 +272,11 @@ def check_replaceable(
     if is_there and not is_ours:
         problem = "holds other files" if target.is_dir() else "was written by something else"
         raise InputError(f"{name}: {target} {problem}, and would be replaced; name a new folder")
+
+
+def output_folder(output_dir: str) -> str:
+    """Return the folder that `output_dir` names; `aesl eval` and `aesl probe` take a file's name too."""
+    return os.path.dirname(os.path.abspath(output_dir)) if output_dir.endswith(".json") else output_dir
 
 
 def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) -> Any:
@@ -367,7 +389,7 @@ def _check_output_dir(values: dict[str, Any]) -> None:
     folder = values.get("output_dir")
     if not isinstance(folder, str):
         return
-    check_folder("output_dir", folder)
+    check_folder("output_dir", output_folder(folder))
     for name in ("model_name_or_path", "adapter_name_or_path"):
         source = values.get(name)
         if isinstance(source, str) and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
@@ -398,7 +420,7 @@ class ArgumentParser(argparse.ArgumentParser):
             name + equals + value if name in known else argument
             for name, (_, equals, value), argument in zip(named, spelt, args, strict=True)
         ]
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(with_new_flags(args, {flag[2:] for flag in known}), namespace)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see {self.prog} --help)")

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_folder, flag_names, positionals, resolve, split_config, with_config_flag
+from .arguments import check_folder, flag_names, output_folder, positionals, resolve, split_config, with_config_flag
 from .commands import COMMANDS, CONFIG, CONFIG_FLAG, Command
 from .errors import InputError, nearest_sibling
-from .values import load_yaml
+from .values import OLD_OUTPUTS, load_yaml
 
 
 # Keys that no other command's config has. A config with more keys of another command than of its own is another's.
@@ -22,7 +22,7 @@ MARKS = {
     "data": "num_demonstrations subsets num_rl num_held_out decontaminate ngram ngram_share pass_rate_samples "
     "pass_rate_file pass_rate_column difficulty_bounds difficulty_size verify",
     "sft": "cold_start_loss t_scaling prefix_mode aesl_weight diversity_steps diversity_num_prompts "
-    "diversity_dataset_name diversity_samples diversity_temperature diversity_max_new_tokens diversity_metric "
+    "diversity_dataset_name diversity_num_samples diversity_temperature diversity_max_new_tokens diversity_metric "
     "diversity_patience stop_at_turning_point max_candidates assistant_only_loss completion_only_loss packing",
     "grpo": "num_generations max_completion_length num_iterations scale_rewards epsilon epsilon_high beta "
     "use_vllm vllm_mode mask_truncated_completions",
@@ -64,6 +64,7 @@ def check(name: str, argv: Sequence[str]) -> None:
         _check_path(key, resolve(key, value, Path.cwd()))
     _check_names(f"aesl {name}", command, names)
     found = {key for key, value in values.items() if value not in (None, "")} | flag_names(flags)
+    found |= {OLD_OUTPUTS[key] for key in found & OLD_OUTPUTS.keys()}
     _check_needs(f"aesl {name}", command, names, found | ({"config"} if path else set()), path)
 
 
@@ -97,7 +98,7 @@ def _check_path(key: str, value: Any) -> None:
     if not isinstance(value, str):
         return
     if key == "output_dir":
-        check_folder(key, value)
+        check_folder(key, output_folder(value))
     elif key in MODEL_FIELDS and value:
         check_model_name(key, value)
 
@@ -136,7 +137,7 @@ def _check_names(prog: str, command: Command, names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         wanted = takes[min(place, len(takes) - 1)]
         if wanted in ("MODEL...", "CHECKPOINT..."):
-            check_model_name(wanted.removesuffix("..."), name)
+            check_model_name("model", name)
         elif not Path(name).is_dir():
             problem = "is a file, not a folder" if Path(name).is_file() else "is not a folder"
             raise InputError(f"{wanted.removesuffix('...')}: {name} {problem}{nearest_sibling(Path(name))}")

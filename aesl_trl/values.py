@@ -26,6 +26,9 @@ ALSO_BOOL = {"scale_rewards", "resume_from_checkpoint"}
 # A dataclass's __post_init__ raises one of these for a value that it cannot use, or a package that is not installed.
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError)
 MAX_VALUES = 100_000  # of a config, an alias counted as all that it stands for
+# Names that settings had before. Configs, command lines and Python's keywords may have them for good.
+OLD_NAMES = {"samples": "num_samples", "diversity_samples": "diversity_num_samples"}
+OLD_OUTPUTS = {"output": "output_dir", "out": "output_dir"}  # where a command's `output` is no other setting
 SEED_BOUNDS = {"at_least": 0, "at_most": 2**32 - 1}  # numpy takes no other seed
 
 
@@ -58,7 +61,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(path: str | Path) -> dict:
-    """Return the mapping in a YAML file. It is read safely, must be UTF-8, and holds no key twice."""
+    """Return the mapping in a YAML file, with today's names; it must be UTF-8 and hold no key twice."""
     path = Path(path)
     if path.is_dir():
         hint = nearest_sibling(path / "config.yaml", "*.y*ml")
@@ -82,7 +85,15 @@ def load_yaml(path: str | Path) -> dict:
         raise InputError(f"{path} is not YAML in UTF-8: {in_one_line(error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold a mapping (key: value), got {shown(config)}")
-    return config
+    return with_new_names(config, str(path))
+
+
+def with_new_names(values: Mapping[str, Any], where: str, names: Mapping[str, str] = OLD_NAMES) -> dict[str, Any]:
+    """Return `values` by today's names; refuse a setting that `where` gives by its old and its new one."""
+    for old, new in names.items():
+        if old in values and new in values:
+            raise InputError(f"{where}: {old} is the old name of {new}, which is there too: keep {new}")
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def _check_size(root: yaml.Node | None, path: Path) -> None:

@@ -179,7 +179,10 @@ DATA = {
 }
 MODELS = {
     "misspelt model": (evaluate(lambda p: p.model() + "s"), "models is not a folder", "did you mean 'model'"),
-    "not on the hub": (evaluate(lambda p: "org/no-such-model"), "model: org/no-such-model cannot be loaded"),
+    "not on the hub": (
+        evaluate(lambda p: "org/no-such-model"),
+        "model: there is no folder org/no-such-model here, and the hub's cache does not hold it",
+    ),
     "no config.json": (evaluate(lambda p: p.model({CONFIG: None})), "holds no config.json", "a model's folder"),
     "a folder of checkpoints": (
         evaluate(lambda p: str(p.out)),
@@ -394,27 +397,27 @@ RUNS = {
     ),
     "handoff over another handoff.json": (
         on_run("handoff", write={"out/handoff.json": '{"mine": 1}'}),
-        "output: ",
+        "output_dir: ",
         "out/handoff.json was written by something else, and would be replaced",
     ),
     "select over somebody's folder": (
         on_run("select", "--out", "{folder}/p", "--rule", "last", write={"p/selected/thesis.txt": "mine"}),
-        "--out: ",
+        "--output_dir: ",
         "p/selected holds other files, and would be replaced; name a new folder",
     ),
     "report over somebody's page": (
         on_run("report", "--output", "{folder}/p", write={"p/report.html": "mine"}),
-        "--output: ",
+        "--output_dir: ",
         "p/report.html was written by something else, and would be replaced",
     ),
     "eval over somebody's figures": (
         evaluate(lambda p: p.base, output="rows.json", write={"rows.json": "[]"}),
-        "output: ",
+        "output_dir: ",
         "rows.json was written by something else",
     ),
     "eval over somebody's rows": (
         evaluate(lambda p: p.base, output="rows.json", write={"rows.json": '{"models": 1}\n{"models": 2}\n'}),
-        "output: ",
+        "output_dir: ",
         "rows.json was written by something else",
     ),
     "probe over somebody's rows": (
@@ -422,7 +425,7 @@ RUNS = {
             *("probe", str(p.out), "--config", p.config("probe.yaml", {"use_cpu": True})),
             *("--output", p.write("rows.json", '{"checkpoints": 1}\n{}\n')),
         ],
-        "output: ",
+        "output_dir: ",
         "rows.json was written by something else",
     ),
     "no such command": (lambda p: ["sfft"], "unknown command 'sfft'", "did you mean 'sft'"),

@@ -70,8 +70,8 @@ CASES = {
     "handoff rnu": "RUN: rnu is not a folder; did you mean 'run'?",
     "handoff run base": "unknown argument base: aesl handoff takes RUN",
     "handoff rows.jsonl": "RUN: rows.jsonl is a file, not a folder",
-    "eval nowhere --dataset_name x": "MODEL: there is no folder nowhere here, and the hub's cache does not hold it",
-    "probe run/x/y grpo.yaml": "CHECKPOINT: run/x/y is not a folder",
+    "eval nowhere --dataset_name x": "model: there is no folder nowhere here, and the hub's cache does not hold it",
+    "probe run/x/y grpo.yaml": "model: run/x/y is not a folder",
 }
 
 

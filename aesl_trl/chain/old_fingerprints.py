@@ -18,6 +18,8 @@ from .stages import BUILDERS, Chain, Stage, portable
 # Each stage was a module of its own, which `aesl_trl.cli` and the command's name stand for now.
 MODULES = {name: f"aesl_trl.{name}" for name in ("handoff", "mix", "probe", "report")} | {"eval": "aesl_trl.evaluate"}
 
+OLD_FLAGS = {"select": "--out", "candidates": "--output", "probe": "--output", "eval": "--output"}  # now --output_dir
+
 
 def renew(chain: Chain) -> None:
     """Give each record with an old fingerprint the new one, where the stage's inputs are still those of the record."""
@@ -38,7 +40,8 @@ def old_fingerprint(stage: Stage, folder: Path, previous: str | None) -> str:
     """Hash the command, the configs, the files that these name, and the stage before, with paths from `folder`."""
     configs = [path for path in (stage.config, stage.accelerate_config) if path]
     paths = [*configs, *(path for config in configs for path in _named_files(config))]
-    command = list(stage.command)
+    flag = OLD_FLAGS.get(stage.name, "--output_dir")
+    command = [flag if part == "--output_dir" else part for part in stage.command]
     if "aesl_trl.cli" in command:
         place = command.index("aesl_trl.cli")
         command[place : place + 2] = [MODULES[command[place + 1]]]

@@ -150,7 +150,7 @@ def _training_stage(
 def build_select(chain: Chain) -> Stage:
     """Describe the selection. It runs in this process, on small files, and the command is only its record."""
     flags = [text for key, value in chain.selection.items() for text in (f"--{key}", str(value))]
-    command = ["aesl", "select", str(chain.sft_dir), "--out", str(chain.run), *flags]
+    command = ["aesl", "select", str(chain.sft_dir), "--output_dir", str(chain.run), *flags]
     return Stage("select", command, chain.run / files.SELECTION, given=chain.selection)
 
 
@@ -185,7 +185,7 @@ def build_probe(chain: Chain) -> Stage:
 def _probe_stage(chain: Chain, name: str, start: str, output: Path) -> Stage:
     options, seed = chain.config.probe, chain.config.seed
     config = options.config or chain.config.grpo.config
-    arguments = ["probe", start, "--config", config, "--output", str(output), "--seed", str(seed)]
+    arguments = ["probe", start, "--config", config, "--output_dir", str(output), "--seed", str(seed)]
     accelerate = options.accelerate_config
     command = launch(accelerate, "aesl_trl.cli", *arguments) if accelerate else [*CLI, *arguments]
     return Stage(name, command, output, config, accelerate, {"seed": seed, **chain.own_start})
@@ -206,7 +206,7 @@ def start_flags(chain: Chain) -> list[str]:
 def build_eval(chain: Chain) -> Stage:
     # The config's own seed: every seed of a chain is measured on the same prompts.
     config, output = chain.config.eval.config, chain.run / files.EVALUATION
-    flags = ["--start", chain.start, "--final", str(chain.run / files.GRPO_DIR), "--output", str(output)]
+    flags = ["--start", chain.start, "--final", str(chain.run / files.GRPO_DIR), "--output_dir", str(output)]
     return Stage("eval", [*CLI, "eval", "--config", config, *flags], output, config, given=chain.own_start)
 
 

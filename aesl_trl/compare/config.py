@@ -16,7 +16,16 @@ from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import DEFAULT_RULE, RULES
 from ..errors import InputError, nearest
-from ..values import SEED_BOUNDS, SHORT, check_bound, check_choice, load_yaml, read_dataclass, shown
+from ..values import (
+    SEED_BOUNDS,
+    SHORT,
+    check_bound,
+    check_choice,
+    load_yaml,
+    read_dataclass,
+    shown,
+    with_new_names,
+)
 
 
 STEP = "step-"  # begins the selections that come from rl_from_steps
@@ -210,9 +219,11 @@ def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[st
         if fixed := [key for key in mapping if key in FIXED]:
             raise InputError(f"{where}: {fixed[0]} is set for each cell by the comparison; leave it out")
         try:
-            mapping.update({key: resolve(key, value, folder, to_come) for key, value in mapping.items()})
+            changed = {key: resolve(key, value, folder, to_come) for key, value in mapping.items()}
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        mapping.clear()
+        mapping.update(with_new_names(changed, where))
 
 
 def _set_default_selections(config: CompareConfig) -> None:

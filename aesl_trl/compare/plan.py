@@ -28,7 +28,7 @@ FIGURES = (
 def check(config: CompareConfig, path: Path, flags: Sequence[str] = ()) -> None:
     """Check each method's chain as [`check_stages`] does, in every setting and at every point of its grid."""
     evaluation = load_yaml(config.chain["eval"]["config"])
-    samples = evaluation.get("samples", 8)
+    samples = evaluation.get("num_samples", 8)
     known = [*FIGURES, *(f"pass@{k}" for k in powers_of_two(samples))]
     known += [f"{name}@{samples}" for name in ("avg", "pass", "maj")] if evaluation.get("benchmarks") else []
     for field, name in (("metric", config.metric), *([("tune.by", config.tune.by)] if config.tune else [])):

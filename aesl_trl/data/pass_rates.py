@@ -69,7 +69,7 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
     progress(f"pass rates: {len(rates)} of {len(problems)} known from {path}, {len(unknown)} to sample")
     if unknown:
         settings = SamplingSettings(
-            samples=args.pass_rate_samples,
+            num_samples=args.pass_rate_samples,
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,

@@ -325,11 +325,11 @@ def select_run(
     # In the run's own folder these names are ours. Older versions wrote no identity into selected/.
     is_own = out.resolve() == folder.own.resolve()
     is_ours = is_own or files.wrote(out / files.SELECTION, "applied")
-    check_replaceable("--out", out / files.SELECTION, is_ours, is_file=True)
+    check_replaceable("--output_dir", out / files.SELECTION, is_ours, is_file=True)
     is_ours = (target / files.IDENTITY).is_file() or (out / files.SELECTION).is_file() or out.name == files.OWN
     if is_own or (out / files.CHAIN).exists():  # version 0.1.0 may have been cut off before its selection.json
         is_ours = is_ours or any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
-    check_replaceable("--out", target, is_ours, [candidate])
+    check_replaceable("--output_dir", target, is_ours, [candidate])
     # The weights come first: a kill in between leaves a selection.json that is stale, never one that points nowhere.
     # A handoff finds it, since the weights say which candidate they are.
     with files.swapped(target) as place:
@@ -366,7 +366,7 @@ def _not_chosen(folder: RunFolder, out: Path, rule: str) -> str:
         return f"{taken}; why none is ready: {files.own_folder(folder.sft) / files.READINESS}"
     if (out / files.CHAIN).exists():  # whose next start selects by chain.yaml
         return f"{taken}; to ask each candidate: set selection: {{rule: readiness}} in chain.yaml, run the chain again"
-    into = "" if out == folder.own else f" --out {out}"
+    into = "" if out == folder.own else f" --output_dir {out}"
     ask = f"aesl probe {folder.sft} --config FILE, then aesl select {folder.path} --rule readiness{into}"
     return f"{taken}; to ask each candidate: {ask}"
 
@@ -421,11 +421,11 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--patience", type=int, help="number of measurements that must follow the peak")
     parser.add_argument("--step", type=int, help="take this candidate, by no rule")
     parser.add_argument("--best_eval_metric", help=f"the figure that best_eval compares: {', '.join(EVAL_METRICS)}")
-    parser.add_argument("--out", help=f"folder to write to (default: RUN, for an SFT folder RUN/{files.OWN})")
+    parser.add_argument("--output_dir", help=f"folder to write to (default: RUN, for an SFT folder RUN/{files.OWN})")
     recorded = "also record the sha256 of the weights, for aesl handoff --verify"
     parser.add_argument("--verify", action="store_true", help=recorded)
     given = vars(parser.parse_args(argv))
-    selection = select_run(given.pop("run"), given.pop("out"), **given)
+    selection = select_run(given.pop("run"), given.pop("output_dir"), **given)
     replaces = f"; replaces {selection['replaces']}" if selection["replaces"] else ""
     chosen = f"selected {files.chosen(selection)} by {selection['applied']}: {selection['reason']}{replaces}"
     tell(f"{chosen} -> {selection['weights']}")

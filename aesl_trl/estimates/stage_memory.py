@@ -53,7 +53,7 @@ def _monitoring(run: Training, args: Any, prompt: int, gpu_gb: float) -> list[It
     """Return the items of the backend; for `auto` those of both, in two phases."""
     backend, items = args.diversity_backend, []
     if backend in ("auto", "generate"):
-        on_one_process = -(-args.diversity_num_prompts // run.processes) * args.diversity_samples
+        on_one_process = -(-args.diversity_num_prompts // run.processes) * args.diversity_num_samples
         items += sampling_items(
             run.shape,
             samples=min(args.diversity_batch_size, on_one_process),

@@ -1,8 +1,8 @@
 """`aesl eval MODEL... --config eval.yaml`: models measured on the same problems -> evaluation.json.
 
-Each model answers every problem `samples` times, by vLLM or transformers, and the RL rewards grade the answers. The
-same samples give pass@k, avg@k, diversity, and on the benchmarks maj@k. The problems are those of `dataset_name`, or
-benchmarks (data/benchmarks.py). Samples are saved as they are drawn (samples.py), so the same command goes on where a
+Each model answers every problem `num_samples` times, by vLLM or transformers, and the RL rewards grade the answers.
+The same samples give pass@k, avg@k, diversity, and on the benchmarks maj@k. The problems are those of `dataset_name`,
+or benchmarks (data/benchmarks.py). Samples are saved as they are drawn (samples.py), so the same command goes on where a
 killed one was.
 
 `accelerate launch -m aesl_trl.cli eval` splits the problems over processes. Greedy decoding and top-p are left out:
@@ -77,7 +77,7 @@ class EvalArguments:
         "Column of `dataset_name` that says what a problem asks for: its values are counted, and those solved, of "
         "whose problems at least half of the samples are right.",
     )
-    samples: int = option(8, "Answers to each prompt: pass@k goes up to this k.", at_least=1)
+    num_samples: int = option(8, "Answers to each prompt: pass@k goes up to this k.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature; 1 is what GRPO samples at.", above=0)
     max_new_tokens: int = option(512, "Length at which an answer is cut off.", at_least=1)
     batch_size: int = option(64, "Answers generated at once on each process (transformers).", at_least=1)
@@ -101,7 +101,7 @@ class EvalArguments:
     seed: int = option(0, "Seed of the samples and of a dataset that a function builds.")
     start: str | None = option(None, "Model or adapter that RL began from.")
     final: str | None = option(None, "Model or adapter that RL ended with.")
-    output: str = option(EVALUATION, "File to write, or the folder for evaluation.json.")
+    output_dir: str = option(".", "Folder for evaluation.json; a name that ends in .json is the file itself.")
     use_cpu: bool = option(False, "Stay on the CPU although there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that lies in the model's repository.")
 
@@ -135,9 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     paths |= {name: getattr(args, name) for name in ("start", "final") if getattr(args, name)}
     if not paths:
         raise InputError("which model? aesl eval MODEL --config eval.yaml, or --start A --final B")
-    target = Path(args.output) if Path(args.output).suffix == ".json" else Path(args.output) / EVALUATION
+    target = Path(args.output_dir)
+    target = target if target.suffix == ".json" else target / EVALUATION
     is_ours = wrote(target, "models", "success_threshold", torn=target.name == EVALUATION)
-    check_replaceable("output", target, is_ours, is_file=True)
+    check_replaceable("output_dir", target, is_ours, is_file=True)
     samples = check_unlinked(target.parent / EVALUATION_SAMPLES, target.parent)
     tasks = load_tasks(args)
     models = {}
@@ -235,10 +236,11 @@ class ModelSamples:
         self._sampling = SamplingSettings(**{each.name: getattr(args, each.name) for each in fields(SamplingSettings)})
         batch = args.batch_size * accelerator.num_processes
         self._answers = args.save_every or (SAVE_EVERY_VLLM if backend == "vllm" else batch)  # of one piece
-        keys = ("samples", "temperature", "max_new_tokens", "batch_size", "seed")
+        keys = ("temperature", "max_new_tokens", "batch_size", "seed")
         self._settings = {  # all that the samples depend on
             "model": model.identity(),
             "backend": backend,
+            "samples": args.num_samples,
             **{key: getattr(args, key) for key in keys},
             **({"chat_template_kwargs": template} if (template := args.chat_template_kwargs) else {}),
             "save_every": self._answers,
@@ -259,7 +261,7 @@ class ModelSamples:
         from accelerate.utils import broadcast_object_list
 
         is_main = self._accelerator.is_main_process
-        wanted = pieces(len(task.rows), self._sampling.samples, self._answers)
+        wanted = pieces(len(task.rows), self._sampling.num_samples, self._answers)
         file = SamplesFile(self.folder, task.name, list(map(_prompt_of, task.rows)), self._settings)
         (found,) = broadcast_object_list([set(file.read(wanted)) if is_main else None])
         if found and is_main:

@@ -138,7 +138,7 @@ def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
         "models": mean_over(list(figures.values())) if by_benchmark else figures[PROMPTS],
         **({"benchmarks": by_benchmark} if by_benchmark else {}),
         "num_prompts": sum(len(task.rows) for task in tasks),
-        "num_samples": args.samples,
+        "num_samples": args.num_samples,
         "reward_funcs": [reward_name(function) for function in tasks[0].reward_funcs],
         **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold")},
         **({"count_by": args.count_by} if args.count_by else {}),

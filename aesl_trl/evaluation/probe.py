@@ -73,7 +73,9 @@ class ProbeArguments(GRPOScriptArguments):
         None, "The base model. It is sampled as well, for the coverage lost and gained against it."
     )
     output: str | None = option(
-        None, "File to write, or its folder. Default: the run whose candidates are probed, else here."
+        None,
+        "Folder for readiness.json; a name that ends in .json is the file itself. Default: the run whose candidates "
+        "are probed, else here. On the command line it is --output_dir; that of the config is RL's.",
     )
 
     def __post_init__(self):
@@ -89,6 +91,7 @@ ARGUMENT_TYPES = (ProbeArguments, GRPOConfig, ModelConfig)
 def main(argv: list[str] | None = None) -> None:
     """Probe the checkpoints given as first arguments; a run's folder stands for all of its candidates."""
     names, flags = positionals(sys.argv[1:] if argv is None else argv)
+    flags = [re.sub("^--output[-_]dir(?==|$)", "--output", flag) for flag in flags]  # the config's own is RL's
     script_args, training_args, model_args = parse(ARGUMENT_TYPES, flags, prog=NAME)
     if training_args.deepspeed:  # without an optimizer it evaluates in stage 3 alone, and cannot train after that
         hint = "give it a config of its own without deepspeed"
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = find_reference(script_args.reference)
     target = find_target(script_args.output, checkpoints, names)
     is_ours = files.wrote(target, "checkpoints", "success_threshold", torn=target.name == files.READINESS)
-    check_replaceable("output", target, is_ours, is_file=True)
+    check_replaceable("output_dir", target, is_ours, is_file=True)
     reward_funcs = load_rewards(script_args)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
@@ -340,7 +343,7 @@ def find_target(output: str | None, checkpoints: list[Checkpoint], names: Sequen
         return Path.cwd() / files.READINESS
     run = runs.pop()
     for name in names:
-        RunFolder(name).check_sft_inside("output", "probe that, or name where to write")
+        RunFolder(name).check_sft_inside("output_dir", "probe that, or name where to write")
     return RunFolder(run).own / files.READINESS
 
 

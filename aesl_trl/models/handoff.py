@@ -63,7 +63,7 @@ class HandoffArguments:
         },
     )
     base: str | None = field(default=None, metadata={"help": "Base of the adapter; by default the adapter names it."})
-    output: str | None = field(
+    output_dir: str | None = field(
         default=None,
         metadata={"help": f"Folder to write. Default: RUN/{HANDOFF_DIR}, for an SFT folder RUN/{OWN}/{HANDOFF_DIR}."},
     )
@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse((HandoffArguments,), [*given, *names[1:], *flags], prog="aesl handoff")
     if args.run is None:
         raise InputError("which run? aesl handoff RUN")
-    settings = {name: getattr(args, name) for name in ("mode", "base", "output", "trust_remote_code", "verify")}
-    result = hand_off(args.run, **settings)
-    tell(described(result, find_target(args.run, args.output)))
+    settings = {name: getattr(args, name) for name in ("mode", "base", "trust_remote_code", "verify")}
+    result = hand_off(args.run, output=args.output_dir, **settings)
+    tell(described(result, find_target(args.run, args.output_dir)))
 
 
 def described(result: dict, folder: Path) -> str:
@@ -141,11 +141,11 @@ def hand_off(
     source = find_source(run, base, trust_remote_code, verify=verify)
     mode = choose_mode(mode, source)
     own, target = RunFolder(run).own, find_target(run, output)
-    check_replaceable("output", target, wrote(target / HANDOFF, "mode"), [source.folder, run])
+    check_replaceable("output_dir", target, wrote(target / HANDOFF, "mode"), [source.folder, run])
     # A run gets a handoff.json too, and somebody's model, named with an output, does not
     is_run = output is None or any((own / name).exists() for name in (SELECTION, CHAIN))
     if is_run:
-        check_replaceable("output", own / HANDOFF, wrote(own / HANDOFF, "mode"), is_file=True)
+        check_replaceable("output_dir", own / HANDOFF, wrote(own / HANDOFF, "mode"), is_file=True)
     field = f"the base of {source.weights}" if source.is_adapter else "run"
     check_model(source.config_at, field, trust_remote_code=trust_remote_code)
     with swapped(target) as folder:

@@ -1,4 +1,4 @@
-"""`aesl interpolate A B --weight W --output DIR`: write (1 - W) A + W B, WiSE-FT's average of two checkpoints.
+"""`aesl interpolate A B --weight W --output_dir DIR`: write (1 - W) A + W B, WiSE-FT's average of two checkpoints.
 
 Source: Dang et al., "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478): half an early and
 half a late checkpoint of one SFT run recovers the pass@k that over-training lost. It is a baseline without a loss.
@@ -68,7 +68,7 @@ class InterpolateArguments:
     first: str | None = field(default=None, metadata={"help": "A, the early checkpoint: a run, model or adapter."})
     second: str | None = field(default=None, metadata={"help": "B, the late checkpoint, of the same kind and shape."})
     weight: float = field(default=0.5, metadata={"help": "Share of B, above 0 and below 1."})
-    output: str | None = field(default=None, metadata={"help": "Folder to write."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     given = [text for flag, name in zip(("--first", "--second"), names, strict=False) for text in (flag, name)]
     (args,) = parse((InterpolateArguments,), [*given, *names[2:], *flags], prog="aesl interpolate")
     if args.first is None or args.second is None:
-        raise InputError("which two? aesl interpolate A B --weight W --output DIR")
-    if args.output is None:
-        raise InputError("output: where to? aesl interpolate A B --weight W --output DIR")
-    kind = interpolate(args.first, args.second, args.output, weight=args.weight)["kind"]
-    tell(f"{args.output}: {1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})")
+        raise InputError("which two? aesl interpolate A B --weight W --output_dir DIR")
+    if args.output_dir is None:
+        raise InputError("output_dir: where to? aesl interpolate A B --weight W --output_dir DIR")
+    kind = interpolate(args.first, args.second, args.output_dir, weight=args.weight)["kind"]
+    tell(f"{args.output_dir}: {1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})")
 
 
 def interpolate(first: str | Path, second: str | Path, output: str | Path, *, weight: float = 0.5) -> dict:
@@ -101,7 +101,7 @@ def interpolate(first: str | Path, second: str | Path, output: str | Path, *, we
         adapter, model = (first, second) if is_adapter else (second, first)
         raise InputError(
             f"{adapter} is an adapter and {model} holds full weights: merge it first "
-            f"(aesl handoff {adapter} --output {Path(adapter).name}-merged)"
+            f"(aesl handoff {adapter} --output_dir {Path(adapter).name}-merged)"
         )
     return _averaged(*sources, output, weight)
 
@@ -111,7 +111,7 @@ def _averaged(
 ) -> dict:
     """Do what [`interpolate`] does, for two folders of one kind."""
     is_ours = wrote(Path(output) / INTERPOLATION, "weight")
-    check_replaceable("output", output, is_ours, [first.folder, second.folder])
+    check_replaceable("output_dir", output, is_ours, [first.folder, second.folder])
     _check_safetensors(first, second)
     check, write = (_check_adapters, _write_adapter) if first.is_adapter else (_check_models, _write_model)
     check(first, second)
@@ -142,7 +142,7 @@ def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *
     if not source.is_adapter:
         return _averaged(source, ModelFolder(str(base)), output, base_share, second_may_have_more=True)
     is_ours = wrote(Path(output) / INTERPOLATION, "weight")
-    check_replaceable("output", output, is_ours, [source.folder, base])
+    check_replaceable("output_dir", output, is_ours, [source.folder, base])
     _check_safetensors(source)
     _check_plain_lora(source)
     tensors, others = open_tensors(source.folder), open_tensors(Path(base))
@@ -152,7 +152,7 @@ def average_with_base(tuned: str | Path, base: str | Path, output: str | Path, *
         if is_whole and (plain not in others or others[plain].get_shape() != tensors[name].get_shape()):
             raise InputError(
                 f"{tuned} trained {plain} as a whole, and {base} has no such tensor of shape "
-                f"{tensors[name].get_shape()}: merge the adapter first (aesl handoff {tuned} --output DIR)"
+                f"{tensors[name].get_shape()}: merge the adapter first (aesl handoff {tuned} --output_dir DIR)"
             )
 
     def write(folder: Path) -> None:

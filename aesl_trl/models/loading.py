@@ -45,7 +45,7 @@ def check_model(model: str, field: str, *, revision: str = "main", trust_remote_
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             if (folder / ADAPTER_CONFIG).is_file():
-                remedy = f"name its base, or merge it: aesl handoff {folder} --output {folder}-merged"
+                remedy = f"name its base, or merge it: aesl handoff {folder} --output_dir {folder}-merged"
                 raise InputError(f"{field}: {model} is an adapter: {remedy}")
             inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
             hint = f", {inside[-1]} does: name that folder" if inside else ": name a model's folder"

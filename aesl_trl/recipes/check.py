@@ -179,7 +179,7 @@ def check_sft(case: Case) -> None:
 
 def check_token_budget(case: Case, args: Any) -> None:
     """Note a token budget that would make a measurement smaller than the config asks for."""
-    size = Size(args.diversity_num_prompts, args.diversity_samples, args.diversity_max_new_tokens)
+    size = Size(args.diversity_num_prompts, args.diversity_num_samples, args.diversity_max_new_tokens)
     limit = min(budget_of(name, args.diversity_token_budget) or size.tokens for name in DEFAULT_BUDGETS)
     case.expect(
         not args.diversity_steps or size.tokens <= limit,

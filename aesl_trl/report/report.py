@@ -32,10 +32,10 @@ def _report(argv: list[str] | None) -> None:
     parser.add_argument("runs", **several, help="chain run folder, SFT folder or recorded run")
     parser.add_argument("--compare", **several, default=[], help="runs to lay beside it, labelled recorded")
     where = f"where the report goes (default: the first RUN, in an SFT folder {OWN})"
-    parser.add_argument("--output", metavar="DIR", help=where)
+    parser.add_argument("--output_dir", metavar="DIR", help=where)
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(argv)
-    tell(str(write_report(given.runs, given.compare, output=given.output, title=given.title)))
+    tell(str(write_report(given.runs, given.compare, output=given.output_dir, title=given.title)))
 
 
 def write_report(
@@ -61,7 +61,7 @@ def write_report(
     # In the run itself these names are ours, also where report.html was deleted to be made anew
     is_ours = output is None or ((folder / REPORT).is_file() and FOOTER in (folder / REPORT).read_bytes())
     for name in (*pages, *plots):
-        check_replaceable("--output", folder / name, is_ours, is_file=True)
+        check_replaceable("--output_dir", folder / name, is_ours, is_file=True)
     for name, write in pages.items():  # the page comes first: it shows that the other files are ours
         write_bytes(folder / name, visible(write(title, arms, sections)).encode())
     for name, panels in plots.items():

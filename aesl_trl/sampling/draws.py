@@ -22,7 +22,7 @@ PROMPT_TOKENS = 131_072
 class SamplingSettings:
     """How completions are sampled. Four fields are for engines that load a model."""
 
-    samples: int  # completions of each prompt
+    num_samples: int  # completions of each prompt
     temperature: float  # positive; the recorded figures are at temperature 1 nevertheless
     max_new_tokens: int  # length at which a sample is cut off
     batch_size: int = 64  # completions that transformers generates at once on each process

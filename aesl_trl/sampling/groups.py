@@ -67,7 +67,7 @@ def sample_groups(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     engine = engine or GenerateEngine(settings.batch_size)
-    piece = piece or Piece(0, len(rows), 0, settings.samples)
+    piece = piece or Piece(0, len(rows), 0, settings.num_samples)
     request = split_over_ranks(
         [row_prompt_ids(processing_class, row, settings.chat_template_kwargs) for row in rows],
         accelerator,

@@ -48,7 +48,7 @@ class DiversityCallback(TrainerCallback):
             need.
         reward_funcs (`list`, *optional*): functions as for GRPOTrainer, or names as in a config, such as
             `"math_reward"`; the first one giving at least 1 makes a sample right.
-        steps, samples, temperature, max_new_tokens, backend, metric, patience, batch_size, token_budget:
+        steps, num_samples, temperature, max_new_tokens, backend, metric, patience, batch_size, token_budget:
             as the fields `diversity_...` of [`AESLSFTConfig`]; `steps` is at least 1.
         vllm ([`~aesl_trl.sampling.backends.VLLMSettings`], *optional*): its fields `diversity_vllm_...`.
         stop (`bool`): its field `stop_at_turning_point`.
@@ -56,6 +56,7 @@ class DiversityCallback(TrainerCallback):
             `aesl select` repeats the rule that is given here.
         hub_include (`list[str]`, *optional*): as its field.
         chat_template_kwargs (`dict`, *optional*): as its field, for the prompts.
+        samples (`int`, *optional*): the old name of `num_samples`.
 
     Raises:
         InputError: a value out of range, no prompts, or a backend that cannot be used here.
@@ -67,7 +68,7 @@ class DiversityCallback(TrainerCallback):
         prompts: Dataset | list,
         *,
         steps: int,
-        samples: int = 8,
+        num_samples: int = 8,
         temperature: float = 1.0,
         max_new_tokens: int = 512,
         reward_funcs: list[str | Callable] | None = None,
@@ -83,10 +84,11 @@ class DiversityCallback(TrainerCallback):
         max_candidates: int = 5,
         hub_include: Sequence[str] = (),
         chat_template_kwargs: dict | None = None,
+        samples: int | None = None,
     ):
         self.settings = MeasurementSettings(
             steps=steps,
-            samples=samples,
+            num_samples=num_samples if samples is None else samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             backend=backend,

@@ -1,5 +1,6 @@
 """AESLSFTConfig: the fields that aesl_trl adds to TRL's SFTConfig, validated."""
 
+from argparse import SUPPRESS
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
@@ -59,7 +60,7 @@ class AESLSFTConfig(SFTConfig):
         diversity_steps: steps between two measurements of the diversity of the model's own samples; the first
             measurement comes before step 1. 0 turns measuring off.
         diversity_num_prompts: held-out prompts sampled at each measurement: the first ones given, the same each time.
-        diversity_samples: completions sampled for each prompt, at least 2.
+        diversity_num_samples: completions sampled for each prompt, at least 2. `diversity_samples` is its old name.
         diversity_temperature: sampling temperature, positive.
         diversity_max_new_tokens: tokens after which a sample is cut off (and counted as truncated).
         diversity_batch_size: completions that `model.generate` draws at once on each process; halved when memory runs
@@ -119,7 +120,7 @@ class AESLSFTConfig(SFTConfig):
     eaft_top_k: int = option(20, "Tokens over which EAFT takes its entropy, at least 2.")
     diversity_steps: int = option(0, "Steps between two measurements of the own samples' diversity; 0: never.")
     diversity_num_prompts: int = option(64, "Held-out prompts sampled at each measurement.")
-    diversity_samples: int = option(8, "Completions sampled for each prompt, at least 2.")
+    diversity_num_samples: int = option(8, "Completions sampled for each prompt, at least 2.")
     diversity_temperature: float = option(1.0, "Sampling temperature, positive.")
     diversity_max_new_tokens: int = option(512, "Tokens after which a sample is cut off.")
     diversity_batch_size: int = option(128, "Completions that model.generate draws at once on a process.")
@@ -150,8 +151,11 @@ class AESLSFTConfig(SFTConfig):
     chat_template_kwargs: dict | str | None = option(
         None, 'Keywords for the chat template, as GRPOConfig\'s, e.g. {"enable_thinking": false}.'
     )
+    diversity_samples: int | None = option(None, SUPPRESS)  # the old name, also in Python and in other parsers
 
     def __post_init__(self):
+        if self.diversity_samples is not None:
+            self.diversity_num_samples, self.diversity_samples = self.diversity_samples, None
         if self.loss_type not in ("nll", "chunked_nll"):
             raise InputError(
                 f"loss_type is {self.loss_type!r}, but the loss is chosen by cold_start_loss "

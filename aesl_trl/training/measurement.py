@@ -39,7 +39,7 @@ class MeasurementSettings:
     """How diversity is measured and its turning point sought: AESLSFTConfig's fields `diversity_...`, checked once."""
 
     steps: int = field(metadata={"at_least": 0})
-    samples: int = field(metadata={"at_least": 2})
+    num_samples: int = field(metadata={"at_least": 2})
     temperature: float = field(metadata={"above": 0})
     max_new_tokens: int = field(metadata={"at_least": 1})
     backend: str = field(metadata={"choices": TRAINING_BACKENDS})
@@ -56,7 +56,7 @@ class MeasurementSettings:
 
     def size(self, num_prompts: int) -> "Size":
         """Return the size of a measurement of `num_prompts`, as asked for."""
-        return Size(num_prompts, self.samples, self.max_new_tokens)
+        return Size(num_prompts, self.num_samples, self.max_new_tokens)
 
 
 @dataclass(frozen=True)

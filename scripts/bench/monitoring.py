@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a demonstration")
     parser.add_argument("--prompt_length", type=int, default=32)
     parser.add_argument("--num_prompts", type=int, default=AESLSFTConfig.diversity_num_prompts)
-    parser.add_argument("--samples", type=int, default=AESLSFTConfig.diversity_samples)
+    parser.add_argument("--samples", type=int, default=AESLSFTConfig.diversity_num_samples)
     parser.add_argument("--max_new_tokens", type=int, default=AESLSFTConfig.diversity_max_new_tokens)
     parser.add_argument("--batch_size", type=int, default=AESLSFTConfig.diversity_batch_size)
     parser.add_argument("--token_budget", type=int)

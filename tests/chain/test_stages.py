@@ -61,7 +61,7 @@ def test_probe_by_default_takes_grpos_config(project, tmp_path):
     assert stage.command[1:5] == ["-m", "aesl_trl.cli", "probe", str(chain.run / "handoff")]
     flags = flags_of(stage)
     assert (flags["--config"], flags["--seed"]) == (str(tmp_path / "grpo.yaml"), "4")
-    assert flags["--output"] == str(chain.run / "readiness.json") == str(stage.output)
+    assert flags["--output_dir"] == str(chain.run / "readiness.json") == str(stage.output)
     assert (stage.config, stage.accelerate_config) == (str(tmp_path / "grpo.yaml"), None) and stage.folder is None
 
 

@@ -486,7 +486,7 @@ def test_what_lies_there_already_is_kept(tmp_path):
     run, out = make_run(tmp_path / "run"), tmp_path / "out"
     for name in (files.SELECTED + "/thesis.txt", files.SELECTION):
         files.write_text(out / name, '"mine"')
-        with pytest.raises(InputError, match="--out: .* would be replaced; name a new folder"):
+        with pytest.raises(InputError, match="--output_dir: .* would be replaced; name a new folder"):
             select_run(run, out)
         assert (out / name).read_text() == '"mine"' and not (out / files.SELECTED / "model.safetensors").exists()
         (out / name).unlink()

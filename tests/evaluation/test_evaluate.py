@@ -115,7 +115,7 @@ def test_models_given_first_keep_their_names_and_the_draw_is_the_seeds(config, t
 
 def test_a_run_in_one_piece_draws_as_sampling_alone_does(config, tmp_path, tiny_model_dir):
     """What skills-tiny's recorded numbers rest on: one piece has the run's own seed, its batches one generator."""
-    settings = {"samples": 4, "max_new_tokens": 6, "batch_size": 3, "seed": 2}
+    settings = {"num_samples": 4, "max_new_tokens": 6, "batch_size": 3, "seed": 2}
     evaluate.main([tiny_model_dir, *config(**settings, save_every=16, temperature=1.0)])
     (line,) = samples_of(tmp_path / "out", "prompts").open()
     rows = [json.loads(row) for row in (tmp_path / "problems.jsonl").open()][:4]
@@ -172,7 +172,7 @@ def test_two_processes_measure_every_prompt_once(config, tmp_path):
         ({"reward_funcs": None}, ["org/model"], "reward 'math_reward' needs 'solution'"),
         ({"reward_funcs": ["accuracy_reward"]}, ["org/model"], "needs 'solution'"),
         ({"count_by": "treshold"}, ["org/model"], "count_by: dataset_name has no column 'treshold'; .* 'threshold'"),
-        ({"samples": 0}, ["org/model"], "samples is 0, but must be at least 1"),
+        ({"samples": 0}, ["org/model"], "num_samples is 0, but must be at least 1"),
         ({"temperature": 0.0}, ["org/model"], "temperature is 0.0, but must be above 0"),
         ({"num_promts": 4}, ["org/model"], "did you mean 'num_prompts'"),
     ],

@@ -97,7 +97,9 @@ def test_nothing_is_written_into_an_sft_folder_that_a_chain_leads_to(project):
     sft, chain = sft_run(project), project.folder / "chains" / "run"
     files.write_json(chain / files.CHAIN, {"sft_dir": "../../sft"})
     checkpoints = probe.find_checkpoints(str(chain))
-    with pytest.raises(InputError, match=f"output: the candidates of {chain} lie in {sft}: probe that, or name where"):
+    with pytest.raises(
+        InputError, match=f"output_dir: the candidates of {chain} lie in {sft}: probe that, or name where"
+    ):
         probe.find_target(None, checkpoints, [str(chain)])
     assert probe.find_target("here", checkpoints, [str(chain)]) == Path("here") / files.READINESS
     assert probe.find_target(None, probe.find_checkpoints(str(sft)), [str(sft)]) == sft / files.READINESS

@@ -340,7 +340,7 @@ def test_output_folders_that_hold_other_files_are_refused(models, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     for output in (tmp_path / "thesis", models):
-        with pytest.raises(InputError, match="output: .* would be replaced; name a new folder"):
+        with pytest.raises(InputError, match="output_dir: .* would be replaced; name a new folder"):
             interpolate(models / "early", models / "late", output)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "x"
 
@@ -350,7 +350,7 @@ def test_output_folders_that_hold_other_files_are_refused(models, tmp_path):
     [
         ([], "which two"),
         (["A"], "which two"),
-        (["A", "B"], "output: where to"),
+        (["A", "B"], "output_dir: where to"),
         (["A", "B", "C", "--output", "x"], "C"),
         (["A", "B", "--wieght", "0.5"], "did you mean"),
     ],

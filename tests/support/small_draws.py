@@ -31,7 +31,7 @@ def ending_model(tokenizer, token):
 
 def draw(model, tokenizer, engine=None, *, accelerator=None, **changes):
     """Draw 4 samples of 12 tokens for each of PROMPTS, from seed 3."""
-    settings = {"samples": 4, "temperature": 1.0, "max_new_tokens": 12, "seed": 3, **changes}
+    settings = {"num_samples": 4, "temperature": 1.0, "max_new_tokens": 12, "seed": 3, **changes}
     return sample_groups(
         model, tokenizer, PROMPTS, SamplingSettings(**settings), engine=engine, accelerator=accelerator
     )

@@ -56,7 +56,7 @@ OVERRIDDEN = {
         "data_dir": "benchmarks",
         "backend": "transformers",
         "num_prompts": 2,
-        "samples": 2,
+        "num_samples": 2,
         "max_new_tokens": 12,
         "batch_size": 4,
     },

@@ -273,8 +273,8 @@ def test_measuring_without_prompts_is_refused(tokenizer, tmp_path):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps is 0, but must be at least 1"),
-        ({"samples": 1}, "samples is 1, but must be at least 2"),
-        ({"samples": 2.0}, "samples is 2.0, but must be a whole number, at least 2"),
+        ({"num_samples": 1}, "num_samples is 1, but must be at least 2"),
+        ({"samples": 2.0}, "num_samples is 2.0, but must be a whole number, at least 2"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"patience": 0}, "patience is 0"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be above 0"),

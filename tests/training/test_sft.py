@@ -138,7 +138,7 @@ def test_the_command_refuses_in_one_line(tmp_path, config):
         ({"t_scaling": 0.0}, ("t_scaling", "above 0")),
         ({"t_scaling": None}, ("t_scaling", "None", "auto")),
         ({"prefix_mode": "inclusiv"}, ("prefix_mode", "inclusive")),
-        ({"diversity_samples": 1}, ("diversity_samples", "at least 2")),
+        ({"diversity_samples": 1}, ("diversity_num_samples", "at least 2")),
         ({"loss_type": "dft"}, ("loss_type", "cold_start_loss")),
         ({"dataset_name": "trian.jsonl"}, ("dataset_name", "train.jsonl")),
         ({"reward_funcs": ["reward.py:has_digits"]}, ("reward.py", "has_digit")),

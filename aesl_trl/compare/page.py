@@ -7,7 +7,7 @@ from ..diversity.intervals import with_interval
 from ..report.parts import markdown_table
 
 
-TITLES = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "groups_mixed": "groups with signal"}
+TITLES = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "groups_mixed": "mixed groups"}
 
 
 def page(result: dict[str, Any], plots: Sequence[str]) -> str:

@@ -164,7 +164,7 @@ def solved(cells: Sequence[dict], by: str | None = None) -> dict[str, Any] | Non
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
-    """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of groups with signal."""
+    """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of mixed groups."""
     known = [set(cell[when]) for cell in cells for when in TIMES]
     shared = set.intersection(*known) if known else set()
     powers = [name for name in shared if name.startswith("pass@") and name[5:].isdigit()]

@@ -184,7 +184,7 @@ def judge(
 
 def _collapse(figures: dict, had_signal: list[int]) -> str:
     if had_signal:
-        return f"{len(had_signal)} earlier steps of the run had signal, step {had_signal[-1]} the last"
+        return f"{len(had_signal)} earlier steps of the run had enough mixed groups, step {had_signal[-1]} the last"
     alike = figures.get("mixed_if_alike")
     expected = f", where {alike:.2f} mixed ones are expected of prompts equally hard" if is_number(alike) else ""
     return (
@@ -266,7 +266,7 @@ def rank(entries: Sequence[dict]) -> tuple[dict | None, str]:
     """Return the best of the entries that are ready, and why; None where no entry is ready.
 
     Entries are compared by the reward after the short RL run where every ready one had it, with equal budget; else by
-    the share of groups with signal. Of equal entries the larger variance within groups wins, then the earlier step.
+    the share of groups that differ in reward. Of equal entries the larger variance within groups wins, then the earlier step.
     """
     ready = [entry for entry in entries if entry["verdict"] == READY]
     if not ready:
@@ -284,5 +284,5 @@ def rank(entries: Sequence[dict]) -> tuple[dict | None, str]:
     else:
         best = max(ready, key=by_signal)
         shown = with_interval(best["figures"]["signal"], best["intervals"].get("signal"))
-        why = f"largest share of groups with signal, {shown}"
+        why = f"largest share of groups that differ in reward, {shown}"
     return best, f"{why}, of {len(ready)} ready candidates"

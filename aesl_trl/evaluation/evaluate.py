@@ -2,8 +2,8 @@
 
 Each model answers every problem `num_samples` times, by vLLM or transformers, and the RL rewards grade the answers.
 The same samples give pass@k, avg@k, diversity, and on the benchmarks maj@k. The problems are those of `dataset_name`,
-or benchmarks (data/benchmarks.py). Samples are saved as they are drawn (samples.py), so the same command goes on where a
-killed one was.
+or benchmarks (data/benchmarks.py). Samples are saved as they are drawn (samples.py), so the same command goes on where
+a killed one was.
 
 `accelerate launch -m aesl_trl.cli eval` splits the problems over processes. Greedy decoding and top-p are left out:
 the samples are of the distribution that GRPO samples from.

@@ -378,7 +378,11 @@ def table(result: dict) -> str:
     keys = ("entropy", "pass@1", f"pass@{largest}", "signal", "groups_mixed", "mixed_if_alike", "variance")
     keys += ("variance_if_alike", "reward_std", "truncated", "eos_prob")
     keys += (LOST, GAINED) if result.get("reference") else ()
-    headings = {"groups_mixed": "mixed", "eos_prob": "P(eos)"}  # the others are the keys with spaces
+    headings = {
+        "groups_mixed": "mixed groups",
+        "signal": "rewards differ",
+        "eos_prob": "P(eos)",
+    }  # the others are the keys with spaces
     parts = []
     for start in range(0, len(entries), BLOCK):
         block = entries[start : start + BLOCK]

@@ -151,7 +151,7 @@ def _readiness(arms: list[Arm]) -> list[Section]:
     keys += ["reward_std", "truncated", "eos_prob"]
     probed = [entry["figures"] for arm in arms for entry in arm.runs[0].readiness]
     keys += [LOST, GAINED] if any(LOST in figures for figures in probed) else []
-    titles = {"signal": "groups with signal", "eos_prob": "P(eos)"}
+    titles = {"signal": "rewards differ", "eos_prob": "P(eos)"}
     head = [titles.get(key, key.replace("_", " ")) for key in keys]
     sentences, rows = [], []
     for arm in arms:
@@ -161,7 +161,7 @@ def _readiness(arms: list[Arm]) -> list[Section]:
             rows.append([Cell(arm.label, colour=arm.colour), Cell(name), Cell(verdict), *cells])
             sentences.append(f"{arm.label}, {name}: {verdict}. {'; '.join(entry['reasons'])}.")
     caption = (
-        "In brackets: 95% interval over prompts. Groups with signal are those whose rewards differ; variance is of "
+        "In brackets: 95% interval over prompts. Rewards differ: share of groups, those that GRPO learns from; variance is of "
         'right and wrong within a group; "if alike" is what is expected if every prompt were as hard as the mean.'
     )
     caption += " Coverage is against the probe's reference." if LOST in keys else ""

@@ -103,7 +103,7 @@ def test_bases_and_rl_runs(project, tmp_path):
     assert shared == list(found.values())[:-1]
     sft, grpo, evaluation = shared
     assert sft["model_name_or_path"] == "../../../../other" and (sft["learning_rate"], sft["max_steps"]) == (0.5, 5)
-    assert grpo["model_name_or_path"] == "../../../other" and evaluation["samples"] == 2
+    assert grpo["model_name_or_path"] == "../../../other" and evaluation["num_samples"] == 2
     assert (chain["seed"], chain["grpo"].pop("seed")) == (1, 10001)
     *_, chain_of_first = found.values()
     assert {**chain, "report": {}} == {**chain_of_first, "report": {}}

@@ -228,7 +228,11 @@ def candidate(step, verdict=READY, signal=0.5, variance=0.1, reward=None, steps=
 @pytest.mark.parametrize(
     "entries, step, part",
     [
-        ([candidate(10), candidate(20, signal=0.6), candidate(30)], 20, "largest share of groups with signal, 0.60"),
+        (
+            [candidate(10), candidate(20, signal=0.6), candidate(30)],
+            20,
+            "largest share of groups that differ in reward, 0.60",
+        ),
         ([candidate(10), candidate(20, COLLAPSED, signal=0.9)], 10, "of 1 ready candidates"),
         ([candidate(10), candidate(20, variance=0.2)], 20, "signal"),
         ([candidate(20), candidate(10)], 10, "signal"),

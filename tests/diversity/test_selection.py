@@ -273,7 +273,7 @@ def test_select_by_readiness_reads_what_the_probe_wrote(tmp_path, capsys):
     main([str(run), "--rule", "readiness", "--out", str(tmp_path / "chain")])
     assert weights(tmp_path / "chain") == "weights of step 200"
     assert capsys.readouterr().out.startswith(
-        "selected step 200 by readiness: largest share of groups with signal, 0.70"
+        "selected step 200 by readiness: largest share of groups that differ in reward, 0.70"
     )
 
 

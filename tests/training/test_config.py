@@ -1,6 +1,6 @@
 """AESLSFTConfig: its defaults, its checks, and TRL's own fields beside them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from small_runs import cpu_settings, small_config
@@ -60,6 +60,7 @@ def test_defaults_are_the_documented_ones(tmp_path):
         "hub_include": [],
         "chat_template_kwargs": None,
         "packing_unverified": False,
+        "diversity_samples": None,  # the old name of diversity_num_samples
     }
 
 
@@ -98,8 +99,19 @@ def test_every_added_field_has_help_that_argparse_takes(tmp_path, capsys):
         HfArgumentParser(AESLSFTConfig).parse_args_into_dataclasses(["--help"])
     shown = capsys.readouterr().out
     for name, field in AESLSFTConfig.__dataclass_fields__.items():
-        if name not in SFTConfig.__dataclass_fields__:
+        if name not in (*SFTConfig.__dataclass_fields__, "diversity_samples"):
             assert field.metadata["help"] and f"--{name}" in shown
+    assert "--diversity_samples" not in shown
+
+
+def test_the_old_name_of_a_setting_is_read_without_a_warning(tmp_path, recwarn):
+    config = small_config(tmp_path, diversity_samples=4)
+    assert config.diversity_num_samples == config.measurement.num_samples == 4 and not recwarn
+    assert replace(config, diversity_num_samples=2).diversity_num_samples == 2
+    (parsed,) = HfArgumentParser(AESLSFTConfig).parse_args_into_dataclasses(
+        ["--diversity_samples", "3", "--use_cpu", "--bf16", "false"]
+    )
+    assert parsed.diversity_num_samples == 3
 
 
 @pytest.mark.parametrize("loss", TOKEN_RULES)

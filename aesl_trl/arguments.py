@@ -404,7 +404,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None = None, **options):
         if command := command_of(prog):
-            options = {"usage": f"{prog} {command.usage}", "epilog": command.epilog, **options}
+            options = {"usage": f"{prog} {command.usage}".strip(), "epilog": command.epilog, **options}
         description = command.description if command else description
         super().__init__(
             prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options

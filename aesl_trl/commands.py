@@ -174,8 +174,15 @@ COMMANDS = {
     "recipes": Command(
         module="recipes.recipes",
         line="list the recipes, copy them to a folder of your own, or check them",
-        usage="list | copy | check",
+        usage="list [NAME] | copy [NAME ...] [DIR] | check [FOLDER or FILE ...] [--brief]",
         examples=("aesl recipes list", "aesl recipes check recipes/Qwen2.5-1.5B-Instruct --brief"),
+        reads_config=False,
+    ),
+    "env": Command(
+        module="environment",
+        line="print what a bug report needs: versions, platform, GPU, extras",
+        usage="",
+        examples=("aesl env", "aesl env > env.txt"),
         reads_config=False,
     ),
 }

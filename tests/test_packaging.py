@@ -183,11 +183,15 @@ def test_recipes_dir_of_a_checkout():
     assert recipes.recipes_dir() == ROOT / "recipes"
 
 
-def test_list_configs_shows_the_first_comment(tmp_path):
-    (tmp_path / "model-a").mkdir()
-    (tmp_path / "model-a" / "chain.yaml").write_text("# 1 GPU, 10 minutes\nseed: 0\n")
-    (tmp_path / "b.yaml").write_text("seed: 0\n")
-    assert recipes.list_configs(tmp_path) == ["b.yaml", "model-a/chain.yaml  1 GPU, 10 minutes"]
+def test_the_list_shows_the_first_comment(tmp_path):
+    for name, text in (
+        ("model-a/chain.yaml", "# 1 GPU, 10 minutes\n"),
+        ("b/chain_x.yaml", "seed: 0\n"),
+        ("c/eval.yaml", ""),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    assert recipes.list_recipes(tmp_path) == "b\nmodel-a  1 GPU, 10 minutes"
 
 
 def test_copied_recipes_are_whole_and_never_overwrite(tmp_path, capsys):

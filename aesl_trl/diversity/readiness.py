@@ -266,7 +266,8 @@ def rank(entries: Sequence[dict]) -> tuple[dict | None, str]:
     """Return the best of the entries that are ready, and why; None where no entry is ready.
 
     Entries are compared by the reward after the short RL run where every ready one had it, with equal budget; else by
-    the share of groups that differ in reward. Of equal entries the larger variance within groups wins, then the earlier step.
+    the share of groups that differ in reward. Of equal entries the larger variance within groups wins, then the
+    earlier step.
     """
     ready = [entry for entry in entries if entry["verdict"] == READY]
     if not ready:

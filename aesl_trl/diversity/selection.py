@@ -47,8 +47,8 @@ def select_checkpoint(
     - "best_eval": the best evaluation among the candidates, for comparison: the paper finds it too late for RL.
       Without any evaluation it falls back to "last".
     - "readiness": the best of the candidates that `aesl probe` found ready ([`~readiness.rank`]): by the reward after
-      its short RL runs where it made them, else by the share of groups that differ in reward. Where no candidate is ready it
-      falls back to "turning_point".
+      its short RL runs where it made them, else by the share of groups that differ in reward. Where no candidate is
+      ready it falls back to "turning_point".
     - "mix": the best of the averages with the base that `aesl mix` wrote ([`best_mix`]).
 
     A series without a turning point is undetermined or only falls. Then the candidate with the most mixed groups goes

@@ -4,13 +4,15 @@ In a checkout they are the folder `recipes` beside the package; a wheel carries 
 `recipe_files` (see setup.cfg).
 """
 
+import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import ArgumentParser, check_replaceable
-from ..errors import InputError, tell
-from ..estimates.facts import first_comment
+from ..errors import InputError, nearest, tell
+from ..estimates.facts import ACCELERATE_CONFIGS, first_comment
 from ..files import swapped
 from ..values import check_bound
 
@@ -24,21 +26,60 @@ def recipes_dir() -> Path:
     raise InputError(f"no recipes beside {package}; install the package with pip")
 
 
-def list_configs(folder: Path) -> list[str]:
-    """Return a line for each YAML file below `folder`: its path, and its first line if that is a comment."""
-    paths = sorted(folder.rglob("*.yaml"))
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    width = max(map(len, names), default=0)
-    return [f"{name:{width}}  {first_comment(path)}".rstrip() for name, path in zip(names, paths, strict=True)]
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the recipes in `folder`: those that have a chain."""
+    return sorted(path.name for path in folder.iterdir() if any(path.glob("chain*.yaml")))
+
+
+def list_recipes(folder: Path) -> str:
+    """Return a line for each recipe in `folder`: its name, what its chain.yaml runs and on which hardware."""
+    return _lines({name: _chains(folder / name)[0] for name in names_in(folder)})
+
+
+def list_chains(folder: Path) -> str:
+    """Return a line for each chain and comparison of the recipe in `folder`; the first is the recommended one."""
+    return _lines({path.name: path for path in [*_chains(folder), *sorted(folder.glob("compare*.yaml"))]})
+
+
+def _lines(paths: dict[str, Path]) -> str:
+    """Return a line for each config: its name, and its first line, a comment that names its hardware."""
+    width = max(map(len, paths))
+    return "\n".join(f"{name:{width}}  {first_comment(path)}".rstrip() for name, path in paths.items())
+
+
+def _chains(folder: Path) -> list[Path]:
+    return sorted(folder.glob("chain*.yaml"), key=lambda path: (path.name != "chain.yaml", path.name))
+
+
+def copy(folder: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy the recipes `names` with all that their configs name, or all recipes where there are no names."""
+    if target.exists():  # an empty one too: it may be a mounted volume, which cannot be swapped
+        raise InputError(f"DIR: {target} exists; name a new folder, e.g. {target / 'aesl-recipes'}")
+    check_replaceable("DIR", target, False)
+    texts = [path.read_text(encoding="utf-8") for name in names for path in (folder / name).rglob("*.yaml")]
+    beside = {ACCELERATE_CONFIGS} | {
+        name for text in texts for name in re.findall(r"\.\./([\w.-]+)/", text) if (folder / name).is_dir()
+    }
+    # The copies work as they are, since the paths in them are relative
+    with swapped(target) as place:
+        left_out = shutil.ignore_patterns("__pycache__", place.name)
+        for path in folder.iterdir():
+            if names and path.name not in {*names, *beside}:
+                continue
+            if path.is_dir() and path.name != place.name:
+                shutil.copytree(path, place / path.name, ignore=left_out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """List, copy or check; leave with exit code 2 where a check found a problem."""
-    parser = ArgumentParser("aesl recipes", "List, copy or check the recipes.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | copy | check")
-    commands.add_parser("list", help="show every config and its hardware")
-    copy = commands.add_parser("copy", help="copy all recipes to a folder of your own")
-    copy.add_argument("target", metavar="DIR", type=Path, help="a new folder; runs then go to DIR/../runs")
+    parser = ArgumentParser("aesl recipes")
+    commands = parser.add_subparsers(prog="aesl recipes", dest="command", required=True, metavar="list | copy | check")
+    show = commands.add_parser("list", help="show the recipes, a line each, or the chains of one recipe")
+    show.add_argument("name", metavar="NAME", nargs="?", help="a recipe")
+    copying = commands.add_parser("copy", help="copy one recipe, or all, to a folder of your own")
+    copying.add_argument(
+        "names", metavar="NAME ... DIR", nargs="+", help="recipes, and a new folder, by default recipes"
+    )
     check = commands.add_parser("check", help="check that they hold together and fit their GPUs; needs no weights")
     check.add_argument("paths", metavar="FOLDER or FILE", nargs="*", type=Path, help="by default all recipes")
     check.add_argument("--brief", action="store_true", help="show the memory's sum and the time alone where it fits")
@@ -53,13 +94,25 @@ def main(argv: list[str] | None = None) -> None:
         tell(report(cases, verbose=not given.brief))
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()
-    if given.command == "copy":
-        if given.target.exists():  # an empty one too: it may be a mounted volume, which cannot be swapped
-            raise InputError(f"DIR: {given.target} exists; name a new folder, e.g. {given.target / 'aesl-recipes'}")
-        check_replaceable("DIR", given.target, False)
-        # The copies work as they are, since the paths in them are relative
-        with swapped(given.target) as place:
-            left_out = shutil.ignore_patterns("__pycache__", place.name)
-            shutil.copytree(folder, place, ignore=left_out, dirs_exist_ok=True)
-        folder = given.target
-    tell("\n".join([f"{folder}:", *list_configs(folder)]))
+    known = names_in(folder)
+    if given.command == "list" and given.name is None:
+        tell(f"{list_recipes(folder)}\nin {folder}; next: aesl recipes list NAME, or aesl recipes copy NAME")
+    elif given.command == "list":
+        check_name(given.name, known)
+        chains = list_chains(folder / given.name)
+        tell(f"{chains}\nin {folder / given.name}; next: aesl chain {folder / given.name / 'chain.yaml'} --dry_run")
+    else:
+        *names, last = given.names
+        names, target = ([*names, last], Path("recipes")) if last in known else (names, Path(last))
+        for name in names:
+            check_name(name, known)
+        copy(folder, target, names)
+        shown = ", ".join(names) or f"{len(known)} recipes"
+        example = target / (names or known)[0]
+        tell(f"copied {shown} -> {target}; next: aesl recipes check {example}")
+
+
+def check_name(name: str, known: Sequence[str]) -> None:
+    """Refuse the name of no recipe."""
+    if name not in known:
+        raise InputError(f"NAME: there is no recipe {name}{nearest(name, known)} (one of {', '.join(known)})")

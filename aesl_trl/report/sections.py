@@ -161,7 +161,7 @@ def _readiness(arms: list[Arm]) -> list[Section]:
             rows.append([Cell(arm.label, colour=arm.colour), Cell(name), Cell(verdict), *cells])
             sentences.append(f"{arm.label}, {name}: {verdict}. {'; '.join(entry['reasons'])}.")
     caption = (
-        "In brackets: 95% interval over prompts. Rewards differ: share of groups, those that GRPO learns from; variance is of "
+        "In brackets: 95% interval over prompts. Rewards differ in the groups that GRPO learns from; variance is of "
         'right and wrong within a group; "if alike" is what is expected if every prompt were as hard as the mean.'
     )
     caption += " Coverage is against the probe's reference." if LOST in keys else ""

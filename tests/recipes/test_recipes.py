@@ -197,7 +197,8 @@ def test_a_copy_that_was_cut_off_does_not_block_the_next(tmp_path, monkeypatch, 
         recipes.main(["copy", str(target)])
     assert [path.name for path in tmp_path.iterdir()] == ["shipped"]
     recipes.main(["copy", str(target)])
-    assert capsys.readouterr().out == f"{target}:\ntiny/chain.yaml  One CPU core\n"
+    said = f"copied 1 recipes -> {target}; next: aesl recipes check {target / 'tiny'}\n"
+    assert capsys.readouterr().out == said and (target / "tiny" / "chain.yaml").read_text() == "# One CPU core\n"
     recipes.main(["copy", str(tmp_path / "shipped" / "inside")])
     assert [path.name for path in (tmp_path / "shipped" / "inside").iterdir()] == ["tiny"]
     (tmp_path / "volume").mkdir()
@@ -211,10 +212,40 @@ def test_refusals_of_the_command(argv, part):
         recipes.main(argv)
 
 
-def test_list_names_every_config(capsys):
+def test_list_shows_a_line_a_recipe_and_the_chains_of_one(capsys):
     recipes.main(["list"])
-    out = capsys.readouterr().out
-    assert all(relative(path) in out for path in CONFIGS)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(
+        {path.parent.name for path in CONFIGS if path.name == "chain.yaml"}
+    )
+    assert all(re.search("[0-9] x [0-9]+ GB|CPU core", line) for line in lines) and "aesl recipes copy NAME" in last
+    recipes.main(["list", FIRST[0]])
+    first, *others, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("chain.yaml ") and f"{FIRST[0]}/chain.yaml --dry_run" in last
+    planned = {path.name for path in PLANNED if path.parent.name == FIRST[0]}
+    assert {line.split()[0] for line in others} == planned - {"chain.yaml"}
+    with pytest.raises(InputError, match="there is no recipe skills-tinny; did you mean 'skills-tiny'?"):
+        recipes.main(["list", "skills-tinny"])
+
+
+def test_a_copy_of_one_recipe_has_what_its_configs_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes.main(["copy", "skills-chain-tiny"])
+    assert {path.name for path in Path("recipes").iterdir()} == {
+        "skills-chain-tiny",
+        "skills-tiny",
+        "accelerate_configs",
+    }
+    assert (
+        "copied skills-chain-tiny -> recipes; next: aesl recipes check recipes/skills-chain-tiny"
+        in capsys.readouterr().out
+    )
+    chain = read_config("recipes/skills-chain-tiny/chain.yaml")
+    assert chain.output_dir.startswith(f"{tmp_path}/runs/")
+    recipes.main(["copy", *FIRST[:1], "mine"])
+    assert {path.name for path in Path("mine").iterdir()} == {FIRST[0], "accelerate_configs"}
+    with pytest.raises(InputError, match="there is no recipe skills"):
+        recipes.main(["copy", "skills", "other"])
 
 
 # ---- On a stand-in
@@ -231,7 +262,7 @@ SIZES = {
         "difficulty_size",
         "num_held_out",
         "num_prompts",
-        "samples",
+        "num_samples",
         "batch_size",
     ),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "warmup_steps", "save_steps"),

@@ -183,6 +183,11 @@ DRY_RUN = {
 }
 
 
+def next_step(command: str) -> str:
+    """Return the end of a command's last line, which says what comes next; in a chain the next stage comes by itself."""
+    return "" if MARK in os.environ else f"; next: {command}"
+
+
 def check_in_child(command: str, argv: list[str]) -> None:
     """Run `aesl COMMAND ARGV --dry_run here` in a child process, and leave with its exit code where it fails.
 

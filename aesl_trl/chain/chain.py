@@ -238,4 +238,5 @@ def main(argv: list[str] | None = None) -> None:
             say(line)
         run_chain(chain, interrupts)
     tell(closing_table(chain))
-    tell(str(chain.run / files.REPORT))
+    tell(f"model after RL -> {chain.run / files.GRPO_DIR}")
+    tell(f"report -> {chain.run / files.REPORT}; open it in a browser")

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in (JSON, MARKDOWN, *(path.name for path in comparison.output.glob("compare_*.png"))):
         check_replaceable("output_dir", comparison.output / name, is_ours, is_file=True)
     if given.table_only:
-        tell(write_results(comparison))
+        _tell_results(comparison)
     elif given.dry_run:
         check(config, path, () if given.dry_run == HERE else ANYWHERE)
         chosen, _ = choose(config)
@@ -237,6 +237,11 @@ def main(argv: list[str] | None = None) -> None:
         _run_and_write(comparison, argv)
 
 
+def _tell_results(comparison: Comparison) -> None:
+    tell(write_results(comparison))
+    tell(f"tables -> {comparison.output / MARKDOWN}, figures -> {comparison.output / JSON}, plots beside them")
+
+
 def _run_and_write(comparison: Comparison, argv: list[str]) -> None:
     with lock(comparison.output / ".compare.lock", f"another comparison is at work in {comparison.output}"):
         end_orphans(comparison.output, say, "comparison")
@@ -244,6 +249,6 @@ def _run_and_write(comparison: Comparison, argv: list[str]) -> None:
         run(comparison)
         for label, code in comparison.failed.items():
             complain(f"{NAME}: {label} ended with exit code {code}: not in the table")
-        tell(write_results(comparison))
+        _tell_results(comparison)
     if comparison.failed:
         sys.exit(FAILED)

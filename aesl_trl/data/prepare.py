@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         output = prepare(args, rewards[0], benchmarks, known_rates)
         for line in write(output, args):
             tell(line)
+        sft, rl = (Path(args.output_dir) / name for name in (SFT, RL))
+        tell(f"next: dataset_name: {sft} in aesl sft's config, {rl} in aesl grpo's")
 
 
 def prepare(

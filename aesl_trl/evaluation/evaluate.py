@@ -23,11 +23,11 @@ from ..data.rows import load_rows
 from ..data.sampled import check_samples_of
 from ..diversity.figures import Group
 from ..errors import InputError, exit_on_input_error, nearest, tell
-from ..files import EVALUATION, EVALUATION_SAMPLES, check_unlinked, write_json, wrote
+from ..files import CHAIN, EVALUATION, EVALUATION_SAMPLES, OWN, RUN, check_unlinked, write_json, wrote
 from ..models.chat import template_columns
 from ..models.folder import ModelFolder
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer
-from ..processes import lock
+from ..processes import lock, next_step
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..rewards.golds import check_golds
@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     result = evaluate(models, tasks, args, samples)
     if result is not None:
         write_json(target, result)
-        tell("\n".join(summary_lines(result)))
+        is_run = any((target.parent / name).exists() for name in (CHAIN, RUN, OWN))
+        after = next_step(f"aesl report {target.parent}") if is_run else ""
+        tell("\n".join([*summary_lines(result), f"figures -> {target}, answers -> {samples}{after}"]))
 
 
 def check_model_and_tokenizer(path: str, field: str, rows: list[dict], trust_remote_code: bool = False) -> ModelFolder:

@@ -26,12 +26,12 @@ from ..diversity.coverage import GAINED, LOST
 from ..diversity.figures import Group
 from ..diversity.intervals import with_interval
 from ..diversity.passk import powers_of_two
-from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, History, entry
+from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, READY, History, entry
 from ..errors import InputError, exit_on_input_error
 from ..files import RunFolder
 from ..models.folder import ADAPTER_CONFIG
 from ..models.loading import release_memory
-from ..processes import scratch
+from ..processes import next_step, scratch
 from ..provenance import package_versions
 from ..rewards.golds import check_golds
 from ..training.grpo import (
@@ -134,7 +134,17 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.process_index == 0:
         files.write_json(target, result)
     say(table(result))
-    say(target)
+    say(f"{NAME}: judged {len(checkpoints)} -> {target}{following(result, checkpoints)}")
+
+
+def following(result: dict, checkpoints: list["Checkpoint"]) -> str:
+    """Say what comes after the verdicts: a selection among a run's candidates, or the handoff of one that is ready."""
+    runs = {each.run for each in checkpoints}
+    if len(checkpoints) > 1 and len(runs) == 1 and None not in runs:
+        return next_step(f"aesl select {runs.pop()} --rule readiness")
+    if len(checkpoints) == 1 and result["checkpoints"][0]["verdict"] == READY:
+        return next_step(f"aesl handoff {checkpoints[0].path}")
+    return ""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir is None:
         raise InputError("output_dir: where to? aesl interpolate A B --weight W --output_dir DIR")
     kind = interpolate(args.first, args.second, args.output_dir, weight=args.weight)["kind"]
-    tell(f"{args.output_dir}: {1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})")
+    parts = f"{1 - args.weight:g} of {args.first} and {args.weight:g} of {args.second} ({kind})"
+    tell(f"{parts} -> {args.output_dir}; next: aesl probe {args.output_dir} --config FILE")
 
 
 def interpolate(first: str | Path, second: str | Path, output: str | Path, *, weight: float = 0.5) -> dict:

@@ -35,7 +35,8 @@ def _report(argv: list[str] | None) -> None:
     parser.add_argument("--output_dir", metavar="DIR", help=where)
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(argv)
-    tell(str(write_report(given.runs, given.compare, output=given.output_dir, title=given.title)))
+    page = write_report(given.runs, given.compare, output=given.output_dir, title=given.title)
+    tell(f"report -> {page}; open it in a browser")
 
 
 def write_report(

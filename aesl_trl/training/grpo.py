@@ -13,12 +13,13 @@ from trl.scripts.grpo import GRPOScriptArguments as TRLScriptArguments
 
 from ..data.checks import STREAMED_ROWS, check_prompts
 from ..data.sampled import check_samples_of
-from ..errors import InputError
+from ..errors import InputError, tell
 from ..files import RUN, TRAINED_WITH, own_folder, read_object, write_json
 from ..models.chat import IMAGES
 from ..models.folder import ADAPTER_CONFIG, GENERATION_CONFIG, ModelFolder, base_of
 from ..models.loading import CHECKED_ROWS, check_model, check_tokenizer, put_adapter
 from ..models.tokens import id_list, stop_ids
+from ..processes import next_step
 from ..provenance import package_versions
 from ..rewards.functions import check_columns, load_reward_funcs
 from ..values import option
@@ -270,6 +271,8 @@ def save(trainer: Any, script_args: GRPOScriptArguments, model_args: ModelConfig
             "versions": package_versions(),
         }
         write_json(own_folder(folder) / RUN, facts)
+        steps, after = trainer.state.global_step, next_step(f"aesl eval {folder} --config FILE")
+        tell(f"{NAME}: trained {steps} steps; the weights are in {folder}{after}")
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -13,7 +13,9 @@ from ..diversity.series import check_prompts
 from ..errors import InputError, visible
 from ..files import TRAINER_STATE, own_folder, read_object
 from ..models.positions import num_positions_at
+from ..processes import next_step
 from ..values import option
+from .callback import LEFT_TO
 from .config import AESLSFTConfig
 from .rehearsal import peft_config_of, refusals_in_one_line, rehearse
 from .rows import RowsMixin, check_rows, processing_class_of, training_template
@@ -134,7 +136,9 @@ def finish(trainer, script_args: SFTScriptArguments) -> None:
         check_finished(trainer, NAME)
     trainer.save_model(args.output_dir)
     steps = trainer.state.global_step
-    trainer.accelerator.print(f"{NAME}: trained {steps} steps; the last weights are in {visible(args.output_dir)}")
+    done = f"{NAME}: trained {steps} steps; the last weights are in {visible(args.output_dir)}"
+    waits = diversity is not None and diversity.selection in LEFT_TO  # the line before has said how it is selected
+    trainer.accelerator.print(done + ("" if waits else visible(next_step(f"aesl handoff {args.output_dir}"))))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     end_trackers(trainer)

@@ -598,5 +598,6 @@ def test_command_runs_alone(tmp_path):
     run = make_run(tmp_path)
     command = [sys.executable, "-m", "aesl_trl.diversity.selection", str(run), "--rule", "last"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    chosen = f"selected step 800 by last: the last candidate, step 800 -> {run / files.SELECTED}\n"
+    chosen = f"selected step 800 by last: the last candidate, step 800 -> {run / files.SELECTED}"
+    chosen += f"; next: aesl handoff {run}\n"
     assert (result.returncode, result.stdout) == (0, chosen)

@@ -29,7 +29,7 @@ def test_figures_are_trls_own_and_nothing_changes(project, spied, capsys):
     assert (result["num_prompts"], result["num_samples"], result["temperature"]) == (64, 8, 1.0)
     assert found["path"] == "../model"
     printed = capsys.readouterr().out
-    assert "never stops: fix eos" in printed and printed.splitlines()[-1].endswith("out/readiness.json")
+    assert "never stops: fix eos" in printed and "out/readiness.json" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

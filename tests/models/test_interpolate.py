@@ -243,7 +243,8 @@ def test_integers_have_no_average():
 
 def test_the_command(models, tmp_path, capsys):
     aesl(["interpolate", str(models / "early"), str(models / "late"), "--weight", "0.25", "--output", f"{tmp_path}/a"])
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/a: 0.75 of ")
+    out = capsys.readouterr().out
+    assert out.startswith("0.75 of ") and f" -> {tmp_path}/a; next: aesl probe {tmp_path}/a --config FILE" in out
     assert read_json(tmp_path / "a" / "interpolation.json")["weight"] == 0.25
     aesl(["interpolate", str(models / "late"), str(models / "early"), "--output", f"{tmp_path}/a"])  # again, replaced
     assert read_json(tmp_path / "a" / "interpolation.json")["weight"] == 0.5

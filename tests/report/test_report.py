@@ -139,7 +139,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
 def test_main_prints_where_the_page_is(tmp_path, capsys, undrawn):
     run, other = fake_run(tmp_path / "aesl", "aesl"), fake_run(tmp_path / "base", "base")
     main([str(run), "--compare", str(other), "--output", str(tmp_path / "out"), "--title", "A & B"])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out/report.html")
+    assert capsys.readouterr().out == f"report -> {tmp_path / 'out/report.html'}; open it in a browser\n"
     assert "<h1>A &amp; B</h1>" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 

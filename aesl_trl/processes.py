@@ -184,7 +184,7 @@ DRY_RUN = {
 
 
 def next_step(command: str) -> str:
-    """Return the end of a command's last line, which says what comes next; in a chain the next stage comes by itself."""
+    """Return the end of a command's last line: what comes next. In a chain the next stage comes by itself."""
     return "" if MARK in os.environ else f"; next: {command}"
 
 

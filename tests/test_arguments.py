@@ -456,6 +456,39 @@ def test_a_config_without_its_flag_is_read(config):
         arguments.parse([Small], [str(path), "--config", str(path)], prog="aesl test")
 
 
+@dataclass
+class Renamed:
+    """A command whose settings had other names before."""
+
+    num_samples: int = field(default=8, metadata={"at_least": 1})
+    output_dir: str = "."
+
+
+@dataclass
+class Kept:
+    """A command with another `output`: its own setting beside TRL's `output_dir`."""
+
+    output: str | None = None
+    output_dir: str | None = None
+
+
+def test_old_names_are_read_in_configs_and_flags(config, tmp_path, recwarn):
+    path = config("samples: 3\noutput: there\n")
+    (read,) = arguments.parse([Renamed], [str(path)], prog="aesl test")
+    assert read == Renamed(3, str(tmp_path / "there"))
+    (given,) = arguments.parse([Renamed], [str(path), "--samples=4", "--out", str(tmp_path / "o")], prog="aesl test")
+    assert given == Renamed(4, str(tmp_path / "o")) and not recwarn
+    (kept,) = arguments.parse(
+        [Kept], [str(path.write_text("output: a\n") and path), "--output_dir", "b"], prog="aesl test"
+    )
+    assert (Path(kept.output).name, Path(kept.output_dir).name) == ("a", "b")
+    with pytest.raises(InputError, match="num_samples is 0, but must be at least 1"):
+        arguments.parse([Renamed], ["--samples", "0"], prog="aesl test")
+    parser = arguments.ArgumentParser("aesl test")
+    parser.add_argument("--output_dir")
+    assert {parser.parse_args([flag, "x"]).output_dir for flag in ("--out", "--output", "--output-dir")} == {"x"}
+
+
 def test_what_the_commands_of_others_have(config):
     assert "unknown key datasets: aesl_trl reads no mixture" in refusal("needed: x\ndatasets: []\n", config)
     for flag in ("--num_processes", "--accelerate-config"):

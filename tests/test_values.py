@@ -25,6 +25,16 @@ def test_a_file_must_hold_a_mapping(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_setting_is_read_by_its_old_name_too(tmp_path, recwarn):
+    path = tmp_path / "config.yaml"
+    path.write_text("samples: 3\ndiversity_samples: 4\nchat_template_kwargs: {samples: 5}\noutput: x\n")
+    found = {"num_samples": 3, "diversity_num_samples": 4, "chat_template_kwargs": {"samples": 5}, "output": "x"}
+    assert values.load_yaml(path) == found and not recwarn
+    path.write_text("samples: 3\nnum_samples: 4\n")
+    with pytest.raises(InputError, match="config.yaml: samples is the old name of num_samples, .* keep num_samples"):
+        values.load_yaml(path)
+
+
 def test_a_file_that_is_not_utf8(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"needed: \xff\xfe\n")

@@ -102,6 +102,17 @@ def test_another_spelling_of_the_recorded_settings_has_their_fingerprint(project
     assert inputs(project())[stage].fingerprint != recorded[stage].fingerprint
 
 
+def test_settings_recorded_by_their_old_names_are_the_same(project, tmp_path):
+    (tmp_path / "sft.yaml").write_text("dataset_name: rows.jsonl\ndiversity_steps: 5\ndiversity_num_samples: 4\n")
+    now = inputs(project())["sft"]
+    old = replace(now, settings={**now.settings, "diversity_samples": now.settings["diversity_num_samples"]})
+    old.settings.pop("diversity_num_samples")
+    record = {"inputs": old.fingerprint, "settings": old.settings}
+    assert old.fingerprint != now.fingerprint and now.as_recorded(record) == old
+    other = {**old.settings, "diversity_samples": 3}
+    assert now.as_recorded({"inputs": replace(old, settings=other).fingerprint, "settings": other}) == now
+
+
 def test_a_key_that_no_field_has_any_more_does_not_stop_the_comparison(project, tmp_path):
     """A record of another version of TRL."""
     before = inputs(project())["sft"]

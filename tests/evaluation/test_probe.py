@@ -108,6 +108,15 @@ def test_nothing_is_written_into_an_sft_folder_that_a_chain_leads_to(project):
     assert probe.find_target(None, probe.find_checkpoints(inside), [inside]) == sft / files.READINESS
 
 
+def test_where_to_write_is_output_dir_on_the_command_line_and_the_configs_is_rls(project, monkeypatch):
+    seen = []
+    monkeypatch.setattr(probe, "parse", lambda types, flags, prog: seen.append(flags) or pytest.fail("parsed"))
+    for flag in ("--output_dir", "--output-dir", "--output"):
+        with pytest.raises(pytest.fail.Exception, match="parsed"):
+            probe.main(["model", flag, "here", f"{flag}=there", "--output_dirs"])
+    assert seen == [["--output", "here", "--output=there", "--output_dirs"]] * 3
+
+
 def test_a_run_stands_for_its_candidates(project, monkeypatch):
     folder = sft_run(project)
     probe.main([str(folder), *project(output=...)])

@@ -478,9 +478,7 @@ def test_old_names_are_read_in_configs_and_flags(config, tmp_path, recwarn):
     assert read == Renamed(3, str(tmp_path / "there"))
     (given,) = arguments.parse([Renamed], [str(path), "--samples=4", "--out", str(tmp_path / "o")], prog="aesl test")
     assert given == Renamed(4, str(tmp_path / "o")) and not recwarn
-    (kept,) = arguments.parse(
-        [Kept], [str(path.write_text("output: a\n") and path), "--output_dir", "b"], prog="aesl test"
-    )
+    (kept,) = arguments.parse([Kept], [str(config("output: a\n")), "--output_dir", "b"], prog="aesl test")
     assert (Path(kept.output).name, Path(kept.output_dir).name) == ("a", "b")
     with pytest.raises(InputError, match="num_samples is 0, but must be at least 1"):
         arguments.parse([Renamed], ["--samples", "0"], prog="aesl test")

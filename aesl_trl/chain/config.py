@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..arguments import check_folder
 from ..errors import InputError, nearest_sibling
+from ..first_checks import check_kind
 from ..values import SEED_BOUNDS, check_bound, load_yaml, read_dataclass
 
 
@@ -131,6 +132,8 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
             if (value := getattr(section, key, None)) is not None:
                 setattr(section, key, absolute(value))
                 check_config_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
+                if key == "config":
+                    check_kind(name, section.config, load_yaml(section.config))
     if config.sft and config.sft.output_dir:
         config.sft.output_dir = absolute(config.sft.output_dir)
     runs = map(absolute, config.report.compare)

@@ -30,7 +30,7 @@ def test_each_help_has_a_description_a_usage_line_examples_and_exit_codes(name, 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_of_their_command_and_the_usage_names_its_positionals(name):
     command = COMMANDS[name]
-    assert all(f"aesl {name} " in line or f"aesl_trl.{name} " in line for line in command.examples)
+    assert all(f"aesl {name} " in f"{line} " or f"aesl_trl.{name} " in line for line in command.examples)
     assert all(each in command.usage for each in command.names)
     assert (CONFIG in command.usage) == command.reads_config
 

@@ -192,7 +192,7 @@ def load_config(
     config = load_yaml(path)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-    if "output" not in fields:
+    if "output_dir" in fields and "output" not in fields:
         config = with_new_names(config, str(path), OLD_OUTPUTS)
     env, found = config.pop("env", {}), {}
     if not isinstance(env, dict):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 CONFIG_FLAG = "--config"
 CONFIG = "CONFIG.yaml"  # how a usage line shows the config
-RUN = "RUN"  # the positional of a run's folder, which has to be there
+RUN = "RUN"  # the positional of a run's folder
 EXITS = (
     "0  done",
-    "1  the disk takes no more",
+    "1  the disk takes no more, or an error of the program, which has a traceback",
     "2  the input cannot be used, and nothing was changed",
 )
 TRAINING_EXITS = (
@@ -161,7 +161,7 @@ COMMANDS = {
         examples=("aesl compare compare.yaml --dry_run", "aesl compare compare.yaml --methods nll aesl --seeds 0 1"),
         needs=(("config",),),
         more="Run it again after a kill: it goes on where it was.",
-        exits=(EXITS[0], "1  a cell failed, or the disk takes no more", EXITS[2]),
+        exits=(EXITS[0], "1  a cell failed, the disk takes no more, or an error of the program", EXITS[2]),
     ),
     "report": Command(
         module="report.report",

@@ -20,7 +20,7 @@ MARKS = {
     "chain": "sft grpo handoff probe eval report mix ignore_readiness",
     "compare": "methods seeds chain settings bases rl_runs rl_from_steps tune estimate",
     "data": "num_demonstrations subsets num_rl num_held_out decontaminate ngram ngram_share pass_rate_samples "
-    "pass_rate_file pass_rate_column difficulty_bounds difficulty_size verify",
+    "pass_rate_file pass_rate_column difficulty_bounds difficulty_size",
     "sft": "cold_start_loss t_scaling prefix_mode aesl_weight diversity_steps diversity_num_prompts "
     "diversity_dataset_name diversity_num_samples diversity_temperature diversity_max_new_tokens diversity_metric "
     "diversity_patience stop_at_turning_point max_candidates assistant_only_loss completion_only_loss packing",
@@ -43,8 +43,15 @@ NOUNS = {
     "accelerate": "a config of accelerate",
 }
 HELP = {"-h", "--help", "--help_all", "--help-all"}
-# Settings that name a model: a folder, or a name on the hub.
-MODEL_FIELDS = {"model_name_or_path", "adapter_name_or_path", "reference", "start", "final", "base"}
+# The settings by which a command is given a model to load: a folder, or a name on the hub.
+MODEL_FIELDS = {
+    "data": ("model_name_or_path",),
+    "sft": ("model_name_or_path",),
+    "grpo": ("model_name_or_path", "adapter_name_or_path"),
+    "probe": ("reference",),
+    "eval": ("start", "final"),
+    "handoff": ("base",),
+}
 
 
 def check(name: str, argv: Sequence[str]) -> None:
@@ -57,11 +64,14 @@ def check(name: str, argv: Sequence[str]) -> None:
     values = load_yaml(path) if path else {}
     if path:
         check_kind(name, path, values)
-    for key, value in values.items():
-        if key not in flag_names(flags):
-            _check_path(key, resolve(key, value, path.absolute().parent))
-    for key, value in _values(flags):
-        _check_path(key, resolve(key, value, Path.cwd()))
+    of_config = {key: value for key, value in values.items() if key not in flag_names(flags)}
+    resolved = [(key, resolve(key, value, path.absolute().parent)) for key, value in of_config.items()]
+    resolved += [(key, resolve(key, value, Path.cwd())) for key, value in _values(flags)]
+    for key, value in resolved:
+        if key == "output_dir" and isinstance(value, str):
+            check_folder(key, output_folder(value))
+        elif key in MODEL_FIELDS.get(name, ()) and isinstance(value, str) and value:
+            check_model_name(key, value)
     _check_names(f"aesl {name}", command, names)
     found = {key for key, value in values.items() if value not in (None, "")} | flag_names(flags)
     found |= {OLD_OUTPUTS[key] for key in found & OLD_OUTPUTS.keys()}
@@ -92,15 +102,6 @@ def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
                 yield name, value
         elif name:
             yield name, argument
-
-
-def _check_path(key: str, value: Any) -> None:
-    if not isinstance(value, str):
-        return
-    if key == "output_dir":
-        check_folder(key, output_folder(value))
-    elif key in MODEL_FIELDS and value:
-        check_model_name(key, value)
 
 
 def check_model_name(field: str, name: str) -> None:

@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
         "grpo.yaml": {"dataset_name": "rows.jsonl", "num_generations": 8, "max_completion_length": 64},
         "chain.yaml": {"output_dir": "run", "sft": {"config": "sft.yaml"}, "grpo": {"config": "grpo.yaml"}},
         "empty.yaml": {"learning_rate": 1e-5, "model_name_or_path": None},
+        "hub.yaml": {"model_name_or_path": "org/not-here", "dataset_name": "rows.jsonl"},
         "gone.yaml": {**SFT, "dataset_name": "./rws.jsonl"},
     }
     for name, values in configs.items():
@@ -71,6 +72,7 @@ CASES = {
     "handoff run base": "unknown argument base: aesl handoff takes RUN",
     "handoff rows.jsonl": "RUN: rows.jsonl is a file, not a folder",
     "eval nowhere --dataset_name x": "model: there is no folder nowhere here, and the hub's cache does not hold it",
+    "grpo hub.yaml --reward_funcs a": "model_name_or_path: there is no folder org/not-here here",
     "probe run/x/y grpo.yaml": "model: run/x/y is not a folder",
 }
 
@@ -95,6 +97,7 @@ def test_refused(line, folder):
         "chain chain.yaml --dry-run",
         "handoff --run run",
         "eval --start base --final base --dataset_name rows.jsonl",
+        "probe run hub.yaml --reward_funcs accuracy_reward",  # the probe loads another model than RL does
         "sft sft.yaml chain.yaml --help",
         "select",
     ],

@@ -47,7 +47,7 @@ def make_prompts(args: argparse.Namespace, tokenizer) -> list[dict]:
 def bare(model, tokenizer, rows: list[dict], settings: SamplingSettings) -> list[list[int]]:
     """Return the sampled tokens of transformers' `generate`, ends included, prompt by prompt."""
     torch.manual_seed(settings.seed * 1_000_003)  # as our engine does on the first rank
-    prompts = [ids for row in rows for ids in [row_prompt_ids(tokenizer, row, None)] * settings.samples]
+    prompts = [ids for row in rows for ids in [row_prompt_ids(tokenizer, row, None)] * settings.num_samples]
     stops = stop_ids(tokenizer, model.generation_config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(

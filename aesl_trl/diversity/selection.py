@@ -425,11 +425,11 @@ def _main(argv: Sequence[str] | None) -> None:
     recorded = "also record the sha256 of the weights, for aesl handoff --verify"
     parser.add_argument("--verify", action="store_true", help=recorded)
     given = vars(parser.parse_args(argv))
-    run = given.pop("run")
-    selection = select_run(run, given.pop("output_dir"), **given)
+    run, out = given.pop("run"), given.pop("output_dir")
+    selection = select_run(run, out, **given)
     replaces = f"; replaces {selection['replaces']}" if selection["replaces"] else ""
     chosen = f"selected {files.chosen(selection)} by {selection['applied']}: {selection['reason']}{replaces}"
-    tell(f"{chosen} -> {selection['weights']}; next: aesl handoff {run}")
+    tell(f"{chosen} -> {selection['weights']}" + ("" if out else f"; next: aesl handoff {run}"))
 
 
 if __name__ == "__main__":

@@ -213,12 +213,13 @@ def test_args_file_beside_the_script_is_not_read(tmp_path, monkeypatch):
     assert small.steps == 3
 
 
-def test_help(capsys):
+@pytest.mark.parametrize(("flag", "shows_all"), [("--help", False), ("--help_all", True)])
+def test_help(flag, shows_all, capsys):
     with pytest.raises(SystemExit) as leaving:
-        arguments.parse([ScriptArguments, SFTConfig, ModelConfig], ["--help"], prog="aesl sft")
+        arguments.parse([ScriptArguments, SFTConfig, ModelConfig], [flag], prog="aesl sft")
     assert leaving.value.code == 0
     out = capsys.readouterr().out
-    assert "usage: aesl sft" in out and "--learning_rate" in out
+    assert "usage: aesl sft" in out and ("--learning_rate" in out) is shows_all
 
 
 def test_env_is_set_only_when_all_is_well(config, monkeypatch):

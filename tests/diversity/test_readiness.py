@@ -234,11 +234,12 @@ def candidate(step, verdict=READY, signal=0.5, variance=0.1, reward=None, steps=
             "largest share of groups that differ in reward, 0.60",
         ),
         ([candidate(10), candidate(20, COLLAPSED, signal=0.9)], 10, "of 1 ready candidates"),
-        ([candidate(10), candidate(20, variance=0.2)], 20, "signal"),
-        ([candidate(20), candidate(10)], 10, "signal"),
+        ([candidate(10), candidate(20, variance=0.2)], 20, "differ in reward"),
+        ([candidate(20), candidate(10)], 10, "differ in reward"),
         ([candidate(10, reward=0.3), candidate(20, signal=0.2, reward=0.5)], 20, "after 20 steps of RL, 0.500"),
-        ([candidate(10, reward=0.3), candidate(20, signal=0.6)], 20, "signal"),  # not every one was trained
-        ([candidate(10, reward=0.9, steps=5), candidate(20, signal=0.6, reward=0.1)], 20, "signal"),  # unequal budget
+        ([candidate(10, reward=0.3), candidate(20, signal=0.6)], 20, "differ in reward"),  # not every one was trained
+        # of unequal budget
+        ([candidate(10, reward=0.9, steps=5), candidate(20, signal=0.6, reward=0.1)], 20, "differ in reward"),
         (
             [candidate(10, COLLAPSED), candidate(20, COLLAPSED), candidate(30, NEVER_STOPS)],
             None,
@@ -269,7 +270,7 @@ def test_table():
     first, second, sentences = text.split("\n\n")
     assert first.splitlines()[0].split() == [f"step-{step}" for step in range(5)]
     assert second.splitlines()[0].split() == ["step-5", "step-6"]
-    signal = next(line for line in first.splitlines() if line.startswith("signal"))
+    signal = next(line for line in first.splitlines() if line.startswith("rewards differ"))
     assert signal.split("  ")[-1].strip().startswith("0.50 [") and signal.count("0.50 [") == 5
     assert "reward, RL step 20" in first and "0.62 [0.50, 0.75]" in first and "RL step" not in second
     assert sentences.count(": ready\n  - 0.50 [") == 7

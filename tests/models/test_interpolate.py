@@ -349,11 +349,12 @@ def test_output_folders_that_hold_other_files_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "which two"),
-        (["A"], "which two"),
-        (["A", "B"], "output_dir: where to"),
-        (["A", "B", "C", "--output", "x"], "C"),
-        (["A", "B", "--wieght", "0.5"], "did you mean"),
+        ([], "missing: A, B, output_dir; usage: aesl interpolate A B"),
+        (["."], "missing: B, output_dir"),
+        ([".", "."], "missing: output_dir"),
+        (["A", "."], "A: A is not a folder"),
+        ([".", ".", "C", "--output", "x"], "unknown argument C"),
+        ([".", ".", "--wieght", "0.5", "--output", "x"], "did you mean"),
     ],
 )
 def test_command_lines_that_lack_something(argv, message, capsys):

@@ -51,8 +51,9 @@ def chain_hours(chain: Chain, near: Path, to_come: Collection[str] = ()) -> dict
     found, site = {}, None
     for name in [name for name in COUNTED if name in chain.names]:
         record = chain.recorded(name)
-        if record.get("status") == "done" and record.get("seconds") is not None:
-            seconds = Span(record["seconds"], record["seconds"])
+        took = record.get("seconds")
+        if record.get("status") == "done" and isinstance(took, int | float):
+            seconds = Span(took, took)
             found[name] = StageTime(seconds, str(seconds), True)
             continue
         site = site or _site(chain, near)
@@ -73,7 +74,7 @@ def _site(chain: Chain, near: Path) -> Site:
 def _facts(near: Path, model: str) -> Facts:
     """Return the facts of `model`: of the recipe that describes it, else of its own files."""
     written = find_facts(near)
-    facts = written if written is not None and written.name == model else local_facts(model)
+    facts = written if written and model in {written.name, *written.prepared} else local_facts(model)
     if facts is None:
         raise InputError(f"{model} is not here, and no model_config.json beside {near.name} describes it")
     return facts
@@ -85,7 +86,7 @@ def _estimate(chain: Chain, name: str, site: Site, to_come: Collection[str]) -> 
     accelerate = getattr(section, "accelerate_config", None)
     launch = read_launch(Path(accelerate)) if accelerate else Launch()
     # What GRPO leaves free is for a vLLM server
-    hardware = replace(site.hardware, vllm_gpus=site.hardware.gpus - launch.processes)
+    hardware = replace(site.hardware, vllm_gpus=max(0, site.hardware.gpus - launch.processes))
     flags = () if name == "eval" else ANYWHERE
     parsed = parse(argument_types(name), ["--config", config, *flags], prog=NAME, to_come=to_come)
     return stage_time(name, replace(site, hardware=hardware, launch=launch), parsed, models=EVALUATED)

@@ -2,9 +2,9 @@
 
 Each YAML file is parsed as its stage will parse it. Its launch and global batch must agree with its first line, its
 lengths with the rows that `aesl data` will write and with the model's context, and the end of a sample with the end of
-a turn. The memory of one GPU is summed item by item (estimates/memory.py), and the time by
-arithmetic (estimates/hours.py). The model is built on the meta device from
-model_config.json, or from its own files where this machine has them.
+a turn. The memory of one GPU is summed item by item (estimates/memory.py), and the time by arithmetic
+(estimates/hours.py). The model is built on the meta device from model_config.json, or from its own files where this
+machine has them.
 """
 
 import os

@@ -138,13 +138,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def following(result: dict, checkpoints: list["Checkpoint"]) -> str:
-    """Say what comes after the verdicts: a selection among a run's candidates, or the handoff of one that is ready."""
+    """Say what comes after the verdicts: a selection among a run's candidates; the handoff of a ready one, or RL."""
     runs = {each.run for each in checkpoints}
     if len(checkpoints) > 1 and len(runs) == 1 and None not in runs:
         return next_step(f"aesl select {runs.pop()} --rule readiness")
-    if len(checkpoints) == 1 and result["checkpoints"][0]["verdict"] == READY:
-        return next_step(f"aesl handoff {checkpoints[0].path}")
-    return ""
+    if len(checkpoints) > 1 or result["checkpoints"][0]["verdict"] != READY:
+        return ""
+    path = Path(checkpoints[0].path)
+    if not (path / files.HANDOFF).is_file():
+        return next_step(f"aesl handoff {path}")
+    kind = "adapter" if (path / ADAPTER_CONFIG).is_file() else "model"
+    return next_step(f"aesl grpo --config FILE --{kind}_name_or_path {path}")
 
 
 @dataclass(frozen=True)

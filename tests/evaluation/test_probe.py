@@ -117,6 +117,26 @@ def test_where_to_write_is_output_dir_on_the_command_line_and_the_configs_is_rls
     assert seen == [["--output", "here", "--output=there", "--output_dirs"]] * 3
 
 
+@pytest.mark.parametrize(
+    ("num", "verdict", "file", "following"),
+    [
+        (1, "ready", None, "; next: aesl handoff {0}"),
+        (1, "ready", files.HANDOFF, "; next: aesl grpo --config FILE --model_name_or_path {0}"),
+        (1, "not yet able", None, ""),
+        (2, "ready", None, "; next: aesl select run --rule readiness"),
+    ],
+)
+def test_the_last_line_says_what_comes_next(num, verdict, file, following, tmp_path, monkeypatch):
+    if file:
+        (tmp_path / file).write_text("{}")
+    run = Path("run") if num > 1 else None
+    checkpoints = [probe.Checkpoint(str(tmp_path), f"step-{step}", run, step) for step in range(num)]
+    result = {"checkpoints": [{"verdict": verdict}] * num}
+    assert probe.following(result, checkpoints) == following.format(tmp_path)
+    monkeypatch.setenv("AESL_STAGE_FOLDER", "a chain's")
+    assert probe.following(result, checkpoints) == ""
+
+
 def test_a_run_stands_for_its_candidates(project, monkeypatch):
     folder = sft_run(project)
     probe.main([str(folder), *project(output=...)])

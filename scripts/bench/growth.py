@@ -309,7 +309,7 @@ def with_recorded(found: dict[str, list[dict]], path: Path | None) -> list[dict]
     """Return the curves of all topics in order: those just `found`, and of other topics those recorded in `path`."""
     recorded = json.loads(path.read_text(encoding="utf-8"))["tables"][0]["raw"] if path and path.is_file() else []
     of_topic = {topic: found.get(topic) or [each for each in recorded if each["topic"] == topic] for topic in CURVES}
-    return [{"topic": topic} | curve for topic, curves in of_topic.items() for curve in curves]
+    return [curve | {"topic": topic} for topic, curves in of_topic.items() for curve in curves]
 
 
 def in_own_process(topic: str, quick: bool) -> list[dict]:

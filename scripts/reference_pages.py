@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Write the page that repeats what the code says: every key of a config, docs/reference/config.md.
+"""Write the pages that repeat what the code says: every key of a config, and how each command is called.
 
     python scripts/reference_pages.py
 
-A test fails where the page is not what this script would write.
+docs/reference/config.md is written whole. In docs/commands/NAME.md what stands between the two marks is written, from
+the command's entry in aesl_trl/commands.py. A test fails where a page is not what this script would write.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from aesl_trl.training.sft import SFTScriptArguments
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIG = DOCS / "reference" / "config.md"
+BEGIN, END = "<!-- begin: scripts/reference_pages.py -->", "<!-- end -->"
 
 # A heading, the command, the dataclasses whose fields are keys, and those whose fields are TRL's own
 TABLES = (
@@ -126,9 +128,34 @@ def config_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def call_of(name: str) -> str:
+    """Return how a command is called, with examples and exit codes, from its entry."""
+    from aesl_trl.commands import COMMANDS
+
+    command = COMMANDS[name]
+    rows = [line.split("  ", 1) for line in command.exits if "  " in line]
+    others = [line for line in command.exits if "  " not in line]
+    lines = ["## Usage", "", f"    aesl {name} {command.usage}".rstrip(), "", "## Examples", ""]
+    lines += [f"    {example}" for example in command.examples]
+    lines += ["", "## Exit codes", "", "| code | meaning |", "| --- | --- |"]
+    lines += [f"| {code} | {escaped(meaning)} |" for code, meaning in rows]
+    lines += [f"| other | {escaped(line)} |" for line in others]
+    return "\n".join(lines)
+
+
+def with_call(page: str, call: str) -> str:
+    """Return a command's page with what stands between the marks replaced."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{call}\n\n{END}{rest.split(END, 1)[1]}"
+
+
 def written() -> dict[Path, str]:
     """Return what each page should hold."""
-    return {CONFIG: config_page()}
+    pages = {CONFIG: config_page()}
+    for path in sorted((DOCS / "commands").glob("*.md")):
+        if BEGIN in (text := path.read_text(encoding="utf-8")):
+            pages[path] = with_call(text, call_of(path.stem))
+    return pages
 
 
 if __name__ == "__main__":

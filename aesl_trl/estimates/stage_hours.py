@@ -80,7 +80,7 @@ def _sft(site: Site, script: Any, args: Any, model_args: Any) -> dict[str, Span]
 def measurement_s(run: Training, args: Any, prompt: int, gpu_gb: float, end: End) -> float:
     """Return the time of one measurement. `auto` is vLLM at the fast end, and generate at the slow one."""
     backend = _engine(args.diversity_backend, end, "vllm_colocate", "generate")
-    asked = Size(args.diversity_num_prompts, args.diversity_samples, args.diversity_max_new_tokens)
+    asked = Size(args.diversity_num_prompts, args.diversity_num_samples, args.diversity_max_new_tokens)
     size = fit(asked, budget_of(backend, args.diversity_token_budget))
     count, limit = math.ceil(size.num_prompts / run.processes) * size.num_samples, size.max_new_tokens
     figures = size.num_prompts * size.num_samples * end.expected.figures_s
@@ -160,15 +160,15 @@ def _probe(site: Site, script: Any, args: Any, model_args: Any) -> dict[str, Spa
 def _eval(site: Site, args: Any, models: int) -> dict[str, Span]:
     gpu_gb, problems = site.hardware.gpu_gb, _problems(site, args)
     prompt = PROMPT if args.benchmarks else site.prompt(args.dataset_name)
-    count = math.ceil(problems / site.launch.processes) * args.samples
+    count = math.ceil(problems / site.launch.processes) * args.num_samples
 
     def sample(end: End) -> float:
-        figures = problems * args.samples * end.expected.figures_s
+        figures = problems * args.num_samples * end.expected.figures_s
         if _engine(args.backend, end, "vllm", "transformers") == "transformers":
             return generate_s(site.shape, end, Draw(count, args.batch_size, prompt, args.max_new_tokens)) + figures
         batch = vllm_batch(site.shape, gpu_gb * args.gpu_memory_utilization, prompt + args.max_new_tokens)
         drawn = math.ceil(count / args.tensor_parallel_size)
-        return vllm_s(site.shape, end, Draw(drawn, batch, prompt, args.max_new_tokens, args.samples)) + figures
+        return vllm_s(site.shape, end, Draw(drawn, batch, prompt, args.max_new_tokens, args.num_samples)) + figures
 
     return {SAMPLING: between(gpu_gb, sample) * models}
 

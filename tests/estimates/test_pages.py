@@ -105,7 +105,7 @@ def test_what_monitoring_costs():
     between = [1.6e6 * flops / end.training for end in ends]
 
     def costs(backend):
-        sizes = {"num_prompts": 64, "samples": 8, "max_new_tokens": 512, "token_budget": None, "batch_size": 128}
+        sizes = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 512, "token_budget": None, "batch_size": 128}
         given = {f"diversity_{name}": value for name, value in sizes.items()}
         args = SimpleNamespace(diversity_backend=backend, diversity_vllm_gpu_memory_utilization=0.3, **given)
         return [measurement_s(run, args, 200, 24, end) for end in ends]

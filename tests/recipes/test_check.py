@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import preloaded
 import pytest
 from stand_ins import MODELS, RECIPES
 
@@ -191,6 +192,19 @@ def test_gpus_that_cannot_share_the_work_are_one_line(recipe, name, gpus, parts)
     of = "Qwen2.5-7B-Instruct" if "server" in name else "Qwen2.5-1.5B-Instruct"
     (problem,) = check_config(recipe(name, "learning_rate", "learning_rate", of=of), gpus).problems
     assert all(part in problem for part in parts) and "\n" not in problem
+
+
+def test_the_command_on_four_gpus_and_on_too_few(recipe):
+    """In a process of its own: brief lines where it fits, and exit code 2 with one line where it does not."""
+    path = recipe("sft/config_aesl.yaml", "cosine", "cosine", of="Qwen2.5-7B-Instruct")
+    command = ["-m", "aesl_trl.cli", "recipes", "check", "--brief", path, "--gpus"]
+    four, one = (preloaded.run([*command, gpus], timeout=120) for gpus in (4, 1))
+    assert not four.stderr, four.stderr[-800:]
+    first, launch, peak, time, last = four.stdout.splitlines()
+    assert four.returncode == 0 and first.startswith("ok ") and last == "1 files checked, 0 with problems"
+    assert launch == "  on 4 GPUs: fsdp2.yaml with --num_processes 4" and "fits" in peak
+    assert re.fullmatch(r"  time [^:]+: [^,]+ training, [^,]+ measuring \(estimated\)", time)
+    assert one.returncode == 2 and "FAIL: needs" in one.stdout
 
 
 # ---- What the READMEs say

@@ -10,11 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 
 OTHER_RANK_S = 10.0  # a launcher looks several times a second, but a process of torch may take seconds to end
 CLOSE = 0.65  # of difflib's ratio: `gtp` and `gpt` share 0.67, `num_processes` and `num_train_epochs` 0.61
 UNFINISHED = 3  # exit code: stopped before the last step; no stage may follow
+# transformers warns so at every start, because TRL and accelerate call it by old names, whatever a user's config says.
+DEPRECATED = r"`(is_)?gradient_checkpointing\w*` is deprecated"
 # The disk takes no more.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # A path of the user's cannot be used. Any other file error may be a mistake in the code, and keeps its traceback.
@@ -63,7 +66,9 @@ def exit_on_input_error(command: str, main: Callable[[], None]) -> None:
     form = warnings.formatwarning
     warnings.formatwarning = lambda *given, **options: visible(form(*given, **options))
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=DEPRECATED, category=FutureWarning)
+            main()
     except Exception as error:
         if (code := _exit_code(error)) is None:
             raise
@@ -110,13 +115,17 @@ def visible(text: str) -> str:
 
 def say(line: str) -> None:
     """Print a line of its own to stderr, also where a progress bar stands there."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(visible(line), file=sys.stderr)
-    else:
-        print(visible(line), file=sys.stderr)
-    sys.stderr.flush()
+    _print_above_bars(line, sys.stderr)
 
 
 def tell(text: str) -> None:
-    """Print what a command found to stdout, at once."""
-    print(visible(text), flush=True)
+    """Print what a command found to stdout, at once, also where a progress bar stands on the terminal."""
+    _print_above_bars(text, sys.stdout)
+
+
+def _print_above_bars(text: str, stream: TextIO) -> None:
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(visible(text), file=stream)
+    else:
+        print(visible(text), file=stream)
+    stream.flush()

@@ -117,3 +117,16 @@ def test_a_full_disk_under_safetensors_is_one_line(capsys):
 def test_a_file_that_is_missing_in_our_own_code_rises():
     with pytest.raises(FileNotFoundError):
         errors.exit_on_input_error("aesl sft", refusing(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+
+
+def test_what_transformers_says_of_its_own_calls_is_left_out():
+    def main():
+        for name in ("gradient_checkpointing", "is_gradient_checkpointing", "gradient_checkpointing_enable", "other"):
+            warnings.warn(f"`{name}` is deprecated and will be removed in v6. Use `x`.", FutureWarning, stacklevel=1)
+
+    filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        errors.exit_on_input_error("aesl sft", main)
+    assert [str(each.message).split("`")[1] for each in said] == ["other"]
+    assert warnings.filters == filters

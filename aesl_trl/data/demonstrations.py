@@ -12,6 +12,7 @@ from typing import Any
 from ..diversity.figures import Group
 from ..errors import InputError
 from ..models.chat import ChatWriter
+from ..progress import bar
 from ..rewards.functions import score_groups
 from ..rewards.golds import rewards_of_golds, say_lost
 from .config import DataArguments
@@ -27,7 +28,7 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
         InputError: a reward of maths can give nothing for more than half of the solutions.
     """
     solutions = [problem.solution for problem in problems]
-    rewards = rewards_of_golds(solutions, partial(grade, reward=reward), right=threshold)
+    rewards = rewards_of_golds(solutions, partial(grade, reward=reward, title="solutions"), right=threshold)
     kept = []
     for problem in problems:
         if rewards[problem.solution] >= threshold:  # false for nan, which stands where the reward does not apply
@@ -39,12 +40,18 @@ def keep_gradable(problems: list[Problem], reward: Callable, threshold: float, d
     return kept
 
 
-def grade(solutions: list[str], answers: list[str], reward: Callable) -> list[float]:
-    """Return the reward of each answer, nan where it does not apply."""
+def grade(solutions: list[str], answers: list[str], reward: Callable, title: str = "") -> list[float]:
+    """Return the reward of each answer, nan where it does not apply; a bar with the `title` counts the answers."""
     prompt = [{"role": "user", "content": ""}]
     groups = [Group(prompt, [answer], [0], [False], [math.nan]) for answer in answers]
-    rows = [{"prompt": prompt, "solution": solution} for solution in solutions]
-    return [group.rewards[0][0] for group in score_groups(groups, rows, [reward])]
+    rows, rewards = [{"prompt": prompt, "solution": solution} for solution in solutions], []
+    with bar(len(groups), title, unit="answer", shown=bool(title)) as shown:
+        for start in range(0, len(groups), BATCH):
+            end = start + BATCH
+            graded = score_groups(groups[start:end], rows[start:end], [reward])
+            rewards += [group.rewards[0][0] for group in graded]
+            shown.update(len(graded))
+    return rewards
 
 
 def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
@@ -100,15 +107,18 @@ def choose_demonstrations(
     """Return the first `num` problems whose demonstration can serve, with it. RL keeps the problems passed over."""
     chosen: list[tuple[Problem, str]] = []
     place = 0
-    while len(chosen) < num and place < len(problems):
-        batch = problems[place : place + min(BATCH, max(64, num - len(chosen)))]
-        place += len(batch)
-        for problem, (text, reason, detail) in zip(batch, judge(batch), strict=True):
-            if len(chosen) == num:
-                break
-            if reason:
-                drops.add(problem.row, problem.id, reason, detail, of="sft")
-            else:
-                chosen.append((problem, text))
-        progress(f"{len(chosen)} of {num} demonstrations")
+    with bar(num, "demonstrations", unit="row") as shown:
+        while len(chosen) < num and place < len(problems):
+            batch = problems[place : place + min(BATCH, max(64, num - len(chosen)))]
+            place += len(batch)
+            for problem, (text, reason, detail) in zip(batch, judge(batch), strict=True):
+                if len(chosen) == num:
+                    break
+                if reason:
+                    drops.add(problem.row, problem.id, reason, detail, of="sft")
+                else:
+                    chosen.append((problem, text))
+            shown.update(len(chosen) - shown.n)
+            if shown.disable:
+                progress(f"{len(chosen)} of {num} demonstrations")
     return chosen

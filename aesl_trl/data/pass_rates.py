@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import append_jsonl, read_jsonl
 from ..models.folder import ModelFolder
+from ..progress import bar
 from ..rewards.functions import reward_name, score_groups
 from ..sampling.backends import choose_engine
 from ..sampling.draws import Piece, SamplingSettings
@@ -77,12 +78,13 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
             max_model_len=args.max_prompt_length and args.max_prompt_length + args.max_new_tokens,
             trust_remote_code=args.trust_remote_code,
         )
-        engine = open_engine(backend, args.model_name_or_path, settings, accelerator)
+        engine, samples = open_engine(backend, args.model_name_or_path, settings, accelerator), args.pass_rate_samples
+        shown = bar(len(problems) * samples, "pass rates", done=len(rates) * samples, unit="answer")
         for start in range(0, len(unknown), CHUNK[backend]):
             chunk, rows = zip(*unknown[start : start + CHUNK[backend]], strict=True)
             # The chunk's seed comes from its first problem: chunks differ, and a chunk that is redrawn repeats
             first = int(hashlib.sha256(chunk[0].id.encode()).hexdigest()[:8], 16)
-            groups = engine.sample(list(rows), Piece(first, len(rows), 0, args.pass_rate_samples))
+            groups = engine.sample(list(rows), Piece(first, len(rows), 0, samples))
             for problem, group in zip(chunk, score_groups(groups, list(rows), [reward]), strict=True):
                 graded = [values[0] for values in group.rewards if not math.isnan(values[0])]
                 right = sum(value >= args.success_threshold for value in graded)
@@ -90,7 +92,10 @@ def sample_rates(problems: list[Problem], args: DataArguments, reward: Callable)
                 counts = {"right": right, "graded": len(graded), "truncated": sum(group.truncated)}
                 line = {"id": problem.id, "pass_rate": rates[problem.id], **counts, "key": keys[problem.id]}
                 append_jsonl(path, line)
-            progress(f"pass rates: {start + len(chunk)} of {len(unknown)} sampled")
+            shown.update(len(chunk) * samples)
+            if shown.disable:
+                progress(f"pass rates: {start + len(chunk)} of {len(unknown)} sampled")
+        shown.close()
         engine.close()
     return {problem.id: rates[problem.id] for problem in problems}
 

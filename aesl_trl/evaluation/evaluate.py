@@ -221,6 +221,7 @@ def evaluate(models: dict[str, ModelFolder], tasks: list[Task], args: EvalArgume
             groups = samples.draw(tasks)
             if is_main:
                 for task in tasks:
+                    tell(f"{name}: {task.name}: grading {len(task.rows) * args.num_samples} answers")
                     graded = grade_task(task, groups[task.name], args.success_threshold, samples.folder)
                     figures[task.name][name] = graded
         accelerator.wait_for_everyone()
@@ -275,7 +276,7 @@ class ModelSamples:
                 self._engine = open_engine(self._backend, weights, self._sampling, self._accelerator)
             return self._engine.sample(task.rows[piece.first : piece.first + piece.num], piece)
 
-        draw_missing(file, wanted, found, draw, is_main)
+        draw_missing(file, wanted, found, draw, is_main, f"{self._name}: {task.name}")
         return assemble(file.read(wanted), wanted) if is_main else []
 
 

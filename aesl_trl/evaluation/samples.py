@@ -16,6 +16,7 @@ from typing import Any
 from ..diversity.figures import Group
 from ..errors import InputError, say
 from ..files import append_jsonl, in_place, read_jsonl, write_json
+from ..progress import bar
 from ..sampling.draws import Piece
 
 
@@ -88,14 +89,25 @@ class SamplesFile:
 
 
 def draw_missing(
-    file: SamplesFile, wanted: list[Piece], found: set[Piece], draw: Callable[[Piece], list[Group]], is_main: bool
+    file: SamplesFile,
+    wanted: list[Piece],
+    found: set[Piece],
+    draw: Callable[[Piece], list[Group]],
+    is_main: bool,
+    title: str = "",
 ) -> None:
-    """Draw each piece that is not in `found`, all processes together, and save it from the first process."""
-    for piece in wanted:
-        if piece not in found:
-            groups = draw(piece)
-            if is_main:
-                file.add(piece, groups)
+    """Draw each piece that is not in `found`, all processes together, and save it from the first process.
+
+    A bar over all answers, with `title` before it, stands at those that are in `found`.
+    """
+    done, total = (sum(piece.num * piece.samples for piece in pieces) for pieces in (found, wanted))
+    with bar(total, title, done=done, unit="answer", shown=is_main) as shown:
+        for piece in wanted:
+            if piece not in found:
+                groups = draw(piece)
+                if is_main:
+                    file.add(piece, groups)
+                shown.update(piece.num * piece.samples)
 
 
 def assemble(drawn: dict[Piece, list[Group]], wanted: list[Piece]) -> list[Group]:

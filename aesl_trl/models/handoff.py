@@ -34,6 +34,7 @@ from ..files import (
     write_json,
     wrote,
 )
+from ..progress import bar, step_on
 from ..values import check_choice
 from .folder import ADAPTER_CONFIG, CONFIG, ModelFolder, adapter_config
 from .handoff_checks import check_differences, check_own_samples, check_stops, compare, encode, log_probs
@@ -196,14 +197,17 @@ def _write_and_check(source: Source, mode: str, folder: Path) -> dict:
     num_rows = num_embeddings(source, **trust)
     stops = agree_on_stops(tokenizer, declared, num_rows)
     texts = encode(processing_class, source.samples, num_rows)
-    reference, effect, quantized = WRITERS[mode](source, folder, texts)
-    own_samples = check_own_samples(quantized or reference, source)
-    write_stops(folder, processing_class, declared, stops)
-    model = _load_adapter(source, folder, as_trained=True) if mode == "continue" else load_model(folder, **trust)
-    scores = log_probs(model, texts)
-    differences = compare(reference, scores)
-    check_differences(differences, effect, mode, model.dtype)
-    stopped = check_stops(model, load_processing_class(folder, **trust), source, stops)
+    with bar(3, "scoring and writing", unit="step", leave=False) as shown:
+        reference, effect, quantized = WRITERS[mode](source, folder, texts)
+        own_samples = check_own_samples(quantized or reference, source)
+        write_stops(folder, processing_class, declared, stops)
+        step_on(shown, "scoring what was written")
+        model = _load_adapter(source, folder, as_trained=True) if mode == "continue" else load_model(folder, **trust)
+        scores = log_probs(model, texts)
+        differences = compare(reference, scores)
+        check_differences(differences, effect, mode, model.dtype)
+        step_on(shown, "sampling from it")
+        stopped = check_stops(model, load_processing_class(folder, **trust), source, stops)
     return {
         "mode": mode,
         "step": source.step,

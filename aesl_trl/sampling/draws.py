@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from ..errors import InputError
+from ..errors import InputError, tell
 
 
 # Tokens of the prompts that transformers reads at once, and of one prompt: 128 prompts of 1,024 tokens
@@ -57,6 +57,7 @@ class Request:
     tokenizer: Any
     accelerator: Any = None  # None in a single process without one
     gradient_checkpointing_kwargs: dict | None = None  # with which it is turned on again, where it was on
+    bar: Any = None  # a progress bar over this rank's samples
 
     @property
     def rank_seed(self) -> int:
@@ -76,7 +77,13 @@ class Request:
 
     def say(self, line: str) -> None:
         """Print `line` on the first rank."""
-        (print if self.accelerator is None else self.accelerator.print)(line)
+        if self.accelerator is None or self.accelerator.is_main_process:
+            tell(line)
+
+    def show(self, num: int) -> None:
+        """Let the bar stand at `num` samples; an attempt that begins anew moves it back."""
+        if self.bar is not None:
+            self.bar.update(num - self.bar.n)
 
 
 class Draw(NamedTuple):

@@ -131,8 +131,11 @@ def _draw_in_batches(model, request: Request, batch_size: int, prompt_tokens: in
         eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    batches = batches_of(request.prompt_of_each_sample, batch_size, prompt_tokens)
-    return [draw for batch in batches for draw in _generate(model, batch, generation_config)]
+    drawn = []
+    for batch in batches_of(request.prompt_of_each_sample, batch_size, prompt_tokens):
+        drawn += _generate(model, batch, generation_config)
+        request.show(len(drawn))
+    return drawn
 
 
 def _generate(model, prompts: list[list[int]], generation_config: GenerationConfig) -> list[Draw]:

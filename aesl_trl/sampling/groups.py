@@ -6,6 +6,7 @@ fails. The draw depends on the seed and the prompts' order, not on what the trai
 
 import random
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,11 +59,13 @@ def sample_groups(
     piece: Piece | None = None,
     accelerator=None,
     gradient_checkpointing_kwargs: dict | None = None,
+    bar: Any = None,
 ) -> list[Group]:
     """Sample completions of each row's `"prompt"`, and return one group a row, without rewards, on every process.
 
     The prompts, texts or lists of messages, are split over the accelerator's processes. `piece` is the part of all
-    samples that `rows` are, by default all of them. See [`Request`] for `model` and `gradient_checkpointing_kwargs`.
+    samples that `rows` are, by default all of them. See [`Request`] for `model`, `gradient_checkpointing_kwargs` and
+    `bar`.
     When nothing could be drawn, every process raises SamplingFailed; FSDP1 is refused, and what an engine refuses.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -76,6 +79,7 @@ def sample_groups(
         model=model,
         tokenizer=tokenizer,
         gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
+        bar=bar,
     )
     with nullcontext() if model is None else _undisturbed(model, tokenizer):
         try:

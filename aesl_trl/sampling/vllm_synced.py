@@ -164,18 +164,22 @@ class SyncedVLLM:
                 prompts=prompts, images=None, num_generations=request.piece.samples
             )
         answers = list(zip(completion_ids, logprobs, strict=True))
+        request.show(len(request.prompt_of_each_sample))
         return answers[: len(request.prompt_of_each_sample)]
 
     def _from_server(self, request: Request) -> list[tuple]:
         """Return the same; the first rank asks for the prompts of all ranks and hands the answers out."""
         accelerator, own = request.accelerator, list(zip(request.indices, request.prompts, strict=True))
         of_all_ranks = gather_object(own) if accelerator.num_processes > 1 else own
-        answers = None
+        answers, num = None, len(request.prompt_of_each_sample)
         with self._failing_together(request):
             if accelerator.is_main_process:
+                answers = {}
                 with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-                    found = list(pool.map(lambda item: self._ask(*item, request), of_all_ranks))
-                answers = {index: answer for (index, _), answer in zip(of_all_ranks, found, strict=True)}
+                    found = pool.map(lambda item: self._ask(*item, request), of_all_ranks)
+                    for (index, _), answer in zip(of_all_ranks, found, strict=True):
+                        answers[index] = answer
+                        request.show(num * len(answers) // len(of_all_ranks))
         if accelerator.num_processes > 1:
             answers = broadcast_object_list([answers])[0]
         return [sample for index in request.indices for sample in answers[index]]

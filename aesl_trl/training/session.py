@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 from ..data.checks import checked_when_read
 from ..data.rows import load_rows
-from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say
+from ..errors import UNFINISHED, InputError, in_one_line, is_write_error, say, tell
 from ..files import OWN, TRAINING_LOCK, check_unlinked
 from ..processes import is_stage_of, lock, lock_beside
+from ..progress import time_left
 from ..sampling.draws import failure_on_any_rank
 from .checkpoints import find_checkpoint, last_whole_checkpoint
 from .resuming import CheckpointCallback
@@ -148,13 +149,13 @@ def guarded_training(args: Any, signals: StopSignals) -> Iterator[None]:
 def train(trainer: Any, checkpoint: Path | None, signals: StopSignals, diversity: Any = None) -> None:
     """Train to the end, from `checkpoint` if there is one; a signal ends in a checkpoint and SystemExit."""
     saving = CheckpointCallback(trainer, checkpoint)
-    for callback in (saving, StopCallback(trainer, signals, saving, diversity), HoursLeft(signals.command)):
+    for callback in (saving, StopCallback(trainer, signals, saving, diversity), TimeLeft(signals.command)):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-class HoursLeft(TrainerCallback):
-    """Print `aesl sft: step 3 of 252, 12.1 s a step, 0.8 h left` on the first process.
+class TimeLeft(TrainerCallback):
+    """Print `aesl sft: step 3 of 252, 12.1 s a step, 50 min left` on the first process.
 
     The pace is the mean since the first step of this process, so a resumed run has a pace of its own. Time between the
     steps (measurements, evaluation, checkpoints) counts as far as it has passed.
@@ -175,8 +176,8 @@ class HoursLeft(TrainerCallback):
         if timed not in SAID_AFTER or left <= 0 or not state.is_world_process_zero:
             return
         step_s = (time.monotonic() - self.first[1]) / timed
-        pace = f"{step_s:.2g} s a step, {step_s * left / 3600:.2g} h left"
-        print(f"{self.command}: step {state.global_step} of {state.max_steps}, {pace}", flush=True)
+        pace = f"{step_s:.2g} s a step, {time_left(step_s * left)} left"
+        tell(f"{self.command}: step {state.global_step} of {state.max_steps}, {pace}")
 
 
 def check_finished(trainer: Any, command: str) -> None:

@@ -15,7 +15,7 @@ from aesl_trl import DiversityCallback, files
 from aesl_trl.errors import InputError
 from aesl_trl.processes import MARK, lock, lock_beside
 from aesl_trl.training import session
-from aesl_trl.training.session import HoursLeft
+from aesl_trl.training.session import TimeLeft
 
 
 @pytest.fixture
@@ -32,35 +32,35 @@ def steps(callback, first, last, *, max_steps, main=True):
 
 
 def test_the_pace_is_said_after_the_first_steps(clock, capsys):
-    steps(HoursLeft("aesl sft"), 1, 12, max_steps=252)
+    steps(TimeLeft("aesl sft"), 1, 12, max_steps=252)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("aesl sft: step 3 of 252, ")
     assert lines[1].startswith("aesl sft: step 11 of 252, ")
-    assert lines[1].endswith(" h left")
+    assert lines[1].endswith(", 6 s a step, 24 min left")
 
 
 def test_the_arithmetic(monkeypatch, capsys):
     now = {"s": 0.0}
     monkeypatch.setattr(session.time, "monotonic", lambda: now["s"])
-    callback = HoursLeft("aesl grpo")
+    callback = TimeLeft("aesl grpo")
     for step, time_s in ((101, 50.0), (102, 100.0), (103, 170.0)):  # resumed: 60 s a step since step 101
         now["s"] = time_s
         state = TrainerState(global_step=step, max_steps=403, is_world_process_zero=True)
         callback.on_step_end(None, state, None)
-    assert capsys.readouterr().out == "aesl grpo: step 103 of 403, 60 s a step, 5 h left\n"
+    assert capsys.readouterr().out == "aesl grpo: step 103 of 403, 60 s a step, 5.0 h left\n"
 
 
 def test_other_processes_and_the_last_step_are_silent(clock, capsys):
-    steps(HoursLeft("x"), 1, 12, max_steps=252, main=False)
-    steps(HoursLeft("x"), 1, 3, max_steps=3)
+    steps(TimeLeft("x"), 1, 12, max_steps=252, main=False)
+    steps(TimeLeft("x"), 1, 3, max_steps=3)
     assert capsys.readouterr().out == ""
 
 
 def test_a_real_training_without_a_progress_bar_says_it(tokenizer, tmp_path, capsys):
     trainer = trainer_for(tokenizer, tmp_path, max_steps=4, disable_tqdm=True)
-    trainer.add_callback(HoursLeft("aesl sft"))
+    trainer.add_callback(TimeLeft("aesl sft"))
     trainer.train()
-    assert re.search(r"^aesl sft: step 3 of 4, \S+ s a step, \S+ h left$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^aesl sft: step 3 of 4, \S+ s a step, \S+ s left$", capsys.readouterr().out, re.MULTILINE)
 
 
 # ---- One training at a time in a folder

@@ -41,6 +41,7 @@ IDENTITY = "identity.json"  # in `selected`: which weights lie there
 HANDOFF = "handoff.json"
 HANDOFF_DIR = "handoff"
 READINESS = "readiness.json"
+PROBED = "readiness.part.jsonl"  # of a probe that has not ended
 MIXES = "mix.json"  # averages of the base and a candidate; in the SFT's own part
 GRPO_DIR = "grpo"
 EVALUATION = "evaluation.json"

@@ -2,7 +2,8 @@
 
 The config is GRPO's with a few keys more, so an RL run's own config serves. `rl_steps` adds a short RL run from each
 checkpoint, of equal budget. `reference` names the base, against which coverage lost and gained are measured. Whatever
-can be refused is refused before the first model loads.
+can be refused is refused before the first model loads. What a checkpoint gave is kept until readiness.json is written,
+so the same command goes on where a killed one was (probed.py).
 """
 
 import copy
@@ -16,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from accelerate.utils import broadcast_object_list
+from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, ModelConfig
 
 from .. import files
@@ -27,7 +29,7 @@ from ..diversity.figures import Group
 from ..diversity.intervals import with_interval
 from ..diversity.passk import powers_of_two
 from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, READY, History, entry
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, tell
 from ..files import RunFolder
 from ..models.folder import ADAPTER_CONFIG
 from ..models.loading import release_memory
@@ -47,6 +49,7 @@ from ..values import option
 from .evaluate import check_model_and_tokenizer
 from .figures import aligned
 from .probe_trainer import probe_class, sample, short_rl
+from .probed import Probed, ProbedFile, settings_of
 
 
 NAME = "aesl probe"
@@ -119,20 +122,33 @@ def main(argv: list[str] | None = None) -> None:
         unearnable.append(check_rl_samples(model, rows, reward_funcs, training_args, **how))
     for setting, prompts in ((measured, rows), ("dataset_name", train or [])):
         check_golds(reward_funcs, prompts, where=setting)
-    say = print if training_args.process_index == 0 else lambda *_, **__: None
+    say = tell if training_args.process_index == 0 else lambda _: None
     if len(rows) < script_args.num_prompts:
         say(f"{NAME}: only {len(rows)} prompts, {script_args.num_prompts} were asked for: the intervals are wide")
-    entries, base = [], None
-    if reference:
-        say(f"{NAME}: {reference.name}, the reference", flush=True)
-        base = base_samples(base_settings, reward_funcs, rows)
+    file = ProbedFile(target, settings_of((script_args, training_args, model_args), rows, train))
+    (finished,) = broadcast_object_list([file.read() if training_args.process_index == 0 else None])
+
+    def probed(checkpoint: Checkpoint, its_settings: tuple, train: Any | None, place: str) -> Probed:
+        key = file.key(checkpoint.path, its_settings[0].rl_steps)
+        if key in finished:
+            say(f"{NAME}: {checkpoint.name}, {place}: sampled already ({file.path})")
+            return finished[key]
+        say(f"{NAME}: {checkpoint.name}, {place}")
+        found = probe(its_settings, reward_funcs, rows, train)
+        if training_args.process_index == 0:
+            file.add(key, found)
+        return found
+
+    entries = []
+    base = probed(reference, base_settings, None, "the reference").groups if reference else None
     for number, (checkpoint, its_settings) in enumerate(zip(checkpoints, settings, strict=True), 1):
-        say(f"{NAME}: {checkpoint.name}, {number} of {len(checkpoints)}", flush=True)
+        found = probed(checkpoint, its_settings, train, f"{number} of {len(checkpoints)}")
         how = {"unearnable": unearnable[number - 1], "base": base}
-        entries.append(probe(checkpoint, its_settings, reward_funcs, rows, train, **how))
+        entries.append(entry_of(checkpoint, found, script_args, training_args, rows, **how))
     result = describe(entries, len(rows), script_args, training_args, target)
     if training_args.process_index == 0:
         files.write_json(target, result)
+        file.remove()
     say(table(result))
     say(f"{NAME}: judged {len(checkpoints)} -> {target}{following(result, checkpoints)}")
 
@@ -263,7 +279,8 @@ def settings_for(
     training_args.num_generations_eval = script_args.num_samples
     training_args.per_device_eval_batch_size = script_args.batch_size
     training_args.save_strategy = training_args.eval_strategy = training_args.logging_strategy = "no"
-    training_args.report_to, training_args.disable_tqdm, training_args.push_to_hub = [], True, False
+    training_args.report_to, training_args.push_to_hub = [], False
+    training_args.disable_tqdm = training_args.disable_tqdm or not sys.stderr.isatty()
     training_args.log_completions = training_args.load_best_model_at_end = training_args.eval_on_start = False
     training_args.resume_from_checkpoint = None
     if script_args.rl_steps:
@@ -275,43 +292,53 @@ def settings_for(
     return script_args, training_args, model_args
 
 
-def probe(
+def probe(settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None) -> Probed:
+    """Sample the checkpoint of `settings`, and train it for a short while where `train` holds prompts to train on.
+
+    The model is freed at the end.
+    """
+    script_args, began, rl = settings[0], time.perf_counter(), None
+    with scratch("probe") as place:
+        trainer = trainer_in(str(place), settings, reward_funcs, rows, train)
+        groups = sample(trainer, rows, script_args.num_samples)
+        if train is not None:
+            sizes = {"num_samples": script_args.num_samples, "success_threshold": script_args.success_threshold}
+            rl = short_rl(trainer, groups, rows, **sizes)
+    del trainer
+    release_memory()
+    return Probed(groups, rl, round(time.perf_counter() - began, 1))
+
+
+def entry_of(
     checkpoint: Checkpoint,
-    settings: tuple,
-    reward_funcs: list,
+    probed: Probed,
+    script_args: ProbeArguments,
+    training_args: GRPOConfig,
     rows: list[dict],
-    train: Any | None,
     *,
     unearnable: list[str],
     base: list[Group] | None,
 ) -> dict:
-    """Measure a checkpoint and return its entry in readiness.json; its model is freed at the end.
+    """Return a checkpoint's entry in readiness.json.
 
     `base` holds the samples of the reference, `unearnable` why rewards cannot be earned (see [`~readiness.judge`]).
     """
-    script_args, training_args, _ = settings
-    threshold, began = script_args.success_threshold, time.perf_counter()
-    with scratch("probe") as place:
-        trainer = trainer_in(str(place), settings, reward_funcs, rows, train)
-        groups = sample(trainer, rows, script_args.num_samples)
-        how = {
-            "success_threshold": threshold,
-            "reward_weights": training_args.reward_weights,
-            "temperature": training_args.temperature,
-            "unearnable": unearnable,
-        }
-        found = entry(checkpoint.name, groups, step=checkpoint.step, history=history_of(checkpoint), base=base, **how)
-        found["path"] = checkpoint.path
-        for task, places in places_by_task(rows).items():
-            part, of_base = [groups[i] for i in places], base and [base[i] for i in places]
-            its = {**entry(task, part, base=of_base, **how), "num_prompts": len(places)}
-            found.setdefault("tasks", []).append(its)
-        if train is not None:
-            sizes = {"num_samples": script_args.num_samples, "success_threshold": threshold}
-            found["rl"] = short_rl(trainer, groups, rows, **sizes)
-    found["seconds"] = round(time.perf_counter() - began, 1)
-    del trainer
-    release_memory()
+    how = {
+        "success_threshold": script_args.success_threshold,
+        "reward_weights": training_args.reward_weights,
+        "temperature": training_args.temperature,
+        "unearnable": unearnable,
+    }
+    history, groups = history_of(checkpoint), probed.groups
+    found = entry(checkpoint.name, groups, step=checkpoint.step, history=history, base=base, **how)
+    found["path"] = checkpoint.path
+    for task, places in places_by_task(rows).items():
+        part, of_base = [groups[i] for i in places], base and [base[i] for i in places]
+        its = {**entry(task, part, base=of_base, **how), "num_prompts": len(places)}
+        found.setdefault("tasks", []).append(its)
+    if probed.rl is not None:
+        found["rl"] = probed.rl
+    found["seconds"] = probed.seconds
     return found
 
 
@@ -324,14 +351,6 @@ def places_by_task(rows: list[dict]) -> dict[str, list[int]]:
     return places if len(places) > 1 and min(map(len, places.values())) >= MIN_SAMPLES else {}
 
 
-def base_samples(settings: tuple, reward_funcs: list, rows: list[dict]) -> list[Group]:
-    """Return the samples of the reference; its model is freed at the end."""
-    with scratch("probe") as place:
-        groups = sample(trainer_in(str(place), settings, reward_funcs, rows), rows, settings[0].num_samples)
-    release_memory()
-    return groups
-
-
 def trainer_in(folder: str, settings: tuple, reward_funcs: list, rows: list[dict], train: Any | None = None) -> Any:
     """Build the trainer that samples the checkpoint of `settings`; what it writes goes to `folder`."""
     from datasets import Dataset
@@ -340,8 +359,18 @@ def trainer_in(folder: str, settings: tuple, reward_funcs: list, rows: list[dict
     # GRPOTrainer insists on a training set: without RL it gets the prompts, and never reads them.
     train_dataset = train or Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
     trainer = build_trainer(*settings, reward_funcs, train_dataset, kind=probe_class())
-    trainer.remove_callback(PrinterCallback)
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    if not settings[1].disable_tqdm:
+        trainer.add_callback(BarsAlone)
     return trainer
+
+
+class BarsAlone(ProgressCallback):
+    """Shows transformers' bars of a training and of an evaluation, and prints no logs: the probe's table has them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
 
 
 def find_target(output: str | None, checkpoints: list[Checkpoint], names: Sequence[str] = ()) -> Path:

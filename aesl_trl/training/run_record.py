@@ -89,8 +89,8 @@ def forget_after(output_dir: str | Path, step: int) -> None:
     if step == 0 or (own / files.SELECTION).exists():  # without it nothing would show that selected/ is ours
         shutil.rmtree(own / files.SELECTED, ignore_errors=True)
     (own / files.SELECTION).unlink(missing_ok=True)
-    (own / files.READINESS).unlink(missing_ok=True)
-    (own / files.MIXES).unlink(missing_ok=True)
+    for name in (files.READINESS, files.PROBED, files.MIXES):
+        (own / name).unlink(missing_ok=True)
     for samples in (own / files.SAMPLES).glob("step-*.jsonl"):
         if step == 0 or int(samples.stem.removeprefix("step-")) > step:
             samples.unlink()

@@ -1,9 +1,12 @@
 """probe: which checkpoints are probed, what readiness.json holds of them, and what is refused."""
 
+import copy
 import json
 import shutil
+import signal
 from pathlib import Path
 
+import preloaded
 import pytest
 from small_probe import probe_tokenizer, run
 from tiny_models import build_model
@@ -14,6 +17,7 @@ from aesl_trl.diversity.readiness import READY
 from aesl_trl.diversity.selection import select_run
 from aesl_trl.errors import InputError
 from aesl_trl.evaluation import probe
+from aesl_trl.evaluation.probed import ProbedFile, settings_of
 from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 
 
@@ -75,6 +79,64 @@ def test_a_column_task_of_another_kind_is_not_about_tasks():
     for tasks in (["a"] * 16, [f"row {i}" for i in range(16)], [["a"], ["b"]] * 8, [None, "a"] * 8, "ab" * 7):
         assert probe.places_by_task([{"task": task} for task in tasks]) == {}
     assert probe.places_by_task([{}] * 16) == {}
+
+
+DEADLY = """
+import os, signal
+def length(completions, **kwargs):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write("x")
+    if os.path.getsize(os.environ["CALLS"]) == int(os.environ["DIE_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(completion) % 2) for completion in completions]
+"""
+
+
+def test_a_killed_probe_goes_on_where_it_was(project, monkeypatch):
+    (project.folder / "rewards.py").write_text(DEADLY)
+    sft = sft_run(project)
+    candidates = [str(sft / files.CANDIDATES / f"step-{step}") for step in (10, 20)]
+    undisturbed, calls = project.folder / "undisturbed", project.folder / "calls"
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("DIE_AT", "0")
+    probe.main([*candidates, *project(output="undisturbed/readiness.json")])
+    assert calls.read_text() == "xx"  # a batch holds all samples of a checkpoint
+    calls.unlink()
+    argv = [*candidates, *project()]
+    died = preloaded.run(["-m", "aesl_trl.evaluation.probe", *argv], timeout=120, CALLS=calls, DIE_AT=2)
+    part = project.folder / "out" / files.PROBED
+    assert died.returncode == -signal.SIGKILL and len(part.read_text().splitlines()) == 1, died.stderr
+    assert not (project.folder / "out" / files.READINESS).exists()
+    calls.unlink()
+    probe.main(argv)
+    assert calls.read_text() == "x" and not part.exists()
+    found = [json.loads((folder / files.READINESS).read_text()) for folder in (project.folder / "out", undisturbed)]
+    for result in found:
+        for checkpoint in result["checkpoints"]:
+            del checkpoint["seconds"]
+    assert found[0] == found[1]
+
+
+def test_what_a_probe_kept_is_of_its_own_settings_alone(project):
+    """Other rewards, prompts, seeds and weights are other samples; where they go and how they are shown is not."""
+    arguments = probe.parse(probe.ARGUMENT_TYPES, project(), prog="aesl probe")
+    settings = settings_of(arguments, [{"prompt": "1"}], None)
+
+    def key(changed: dict | None = None, rl_steps: int = 0) -> str:
+        return ProbedFile(project.folder / "readiness.json", changed or settings).key(project.model, rl_steps)
+
+    now = key()
+    assert now == key() and now != key(rl_steps=1)
+    assert now != key(settings_of(arguments, [{"prompt": "2"}], None))
+    for name, value, same in (("seed", 7, False), ("temperature", 0.5, False), ("output_dir", "x", True)):
+        changed = copy.copy(arguments[1])
+        setattr(changed, name, value)
+        assert (key(settings_of((arguments[0], changed, arguments[2]), [{"prompt": "1"}], None)) == now) is same, name
+    with open(project.folder / "rewards.py", "a") as file:
+        file.write("# edited")
+    assert key(settings_of(arguments, [{"prompt": "1"}], None)) != now
+    build_model(probe_tokenizer(project), seed=7).save_pretrained(project.model)
+    assert key() != now
 
 
 # ---- Runs and their candidates

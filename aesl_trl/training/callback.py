@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 from trl import SFTTrainer
 
 from .. import files
@@ -16,7 +17,7 @@ from ..data.prompts import prompt_rows
 from ..data.rendered import check_rendered
 from ..diversity.selection import LEFT_TO, RULES, select_run
 from ..diversity.series import NOT_FIGURES, turning_point_of
-from ..errors import InputError, tell, visible
+from ..errors import InputError, tell
 from ..models.chat import IMAGES
 from ..models.vocabulary import let_head_run
 from ..rewards.functions import load_reward_funcs
@@ -24,9 +25,10 @@ from ..sampling.backends import VLLMSettings
 from ..values import check_bound, check_choice
 from .candidates import Candidates
 from .hub import check_parts, push_parts
-from .measurement import Measurement, MeasurementSettings
+from .measurement import Measurement, MeasurementSettings, summary
 from .run_record import forget_after, write_log, write_record
 from .session import training_lock
+from .tracked import logged_figures, track
 from .trained_with import refuse_other_training
 
 
@@ -37,8 +39,9 @@ class DiversityCallback(TrainerCallback):
     """Measures the diversity of a model's samples during SFT, finds its turning point, keeps and selects candidates.
 
     Before step 1 and every `steps` steps the model completes a fixed set of held-out prompts. Each measurement adds a
-    line to `diversity.jsonl` and a file `samples/step-N.jsonl`, and its figures go through `Trainer.log` as
-    `diversity/...`. The files lie in the output folder's `_aesl`, which `push_to_hub` leaves out. The training stays
+    line to `diversity.jsonl` and a file `samples/step-N.jsonl`. Its figures go through `Trainer.log` as
+    `diversity/...`, the entropy as `diversity/own_entropy`; trackers get four summary charts and the samples besides
+    (tracked.py). The files lie in the output folder's `_aesl`, which `push_to_hub` leaves out. The training stays
     bit for bit as it would be without measurements. The samples are the model's own: TRL's `entropy` is that of the
     demonstrations under teacher forcing, which can fall while diversity rises.
 
@@ -178,8 +181,8 @@ class DiversityCallback(TrainerCallback):
                 self.candidates.keep(state.global_step, rows)
             found = turning_point_of(rows, self.settings.metric, self.settings.patience) if self.stop else None
             if found and found.step is not None:
-                turned = f"diversity turned at step {found.step} ({found.reason})"
-                self.trainer.accelerator.print(f"aesl_trl: {turned}; stopping")
+                if state.is_world_process_zero:
+                    tell(f"aesl_trl: diversity turned at step {found.step} ({found.reason}); stopping")
                 self.stopped = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -197,11 +200,12 @@ class DiversityCallback(TrainerCallback):
             return
         write_log(trainer)  # select_run reads log_history from the file
         if command := LEFT_TO.get(self.selection):  # a process of its own measures, once this one is gone
-            folder = visible(args.output_dir)
-            trainer.accelerator.print(
-                f"aesl_trl: candidates kept for selection by {self.selection}: "
-                f"{command} {folder} --config FILE, then aesl select {folder} (or aesl chain)"
-            )
+            if args.should_save:
+                folder = args.output_dir
+                tell(
+                    f"aesl_trl: candidates kept for selection by {self.selection}: "
+                    f"{command} {folder} --config FILE, then aesl select {folder} (or aesl chain)"
+                )
         elif args.should_save:
             chosen = select_run(
                 args.output_dir,
@@ -221,11 +225,17 @@ class DiversityCallback(TrainerCallback):
         series = broadcast_object_list([series])[0]
         self.seconds += time.perf_counter() - start
         self._measured += 1
-        figures = {name: value for name, value in series[-1].items() if name not in NOT_FIGURES and value is not None}
+        row = series[-1]
+        figures = {name: value for name, value in row.items() if name not in NOT_FIGURES and value is not None}
         should_log = trainer.control.should_log
-        # TRL's own log would hand out, and forget, the metrics of the steps since the last log
-        Trainer.log(trainer, {f"diversity/{name}": value for name, value in figures.items()})
+        with unprinted(trainer.callback_handler):
+            # TRL's own log would hand out, and forget, the metrics of the steps since the last log
+            Trainer.log(trainer, logged_figures(figures, row.get("intervals") or {}))
         trainer.control.should_log = should_log  # a log clears it, and this step's own is still to come
+        if trainer.accelerator.is_main_process:
+            track(trainer, row, groups)
+            if "gap" not in row:
+                tell(f"aesl_trl: {summary(row)}")
         return series
 
     def _write(self, row: dict, groups: list | None, start: float) -> list[dict]:
@@ -239,18 +249,29 @@ class DiversityCallback(TrainerCallback):
         row["seconds"] = now - start
         row["time_share"] = (self.seconds + row["seconds"]) / (now - self._began)
         if self._measured == 2 and row["time_share"] > FAIR_SHARE:
-            print(_cost(row["time_share"], self.settings.steps))
+            tell(_cost(row["time_share"], self.settings.steps, self.trainer.state.max_steps))
         files.append_jsonl(self._folder / files.DIVERSITY, row)
         return files.read_jsonl(self._folder / files.DIVERSITY)
 
 
-def _cost(share: float, steps: int) -> str:
+def _cost(share: float, steps: int, last_step: int) -> str:
     """Return the line that follows the third measurement; the first measurement stood before any training."""
     needed = math.ceil(steps * share / (1 - share) * (1 - FAIR_SHARE) / FAIR_SHARE)
-    return (
-        f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {needed} would make it "
-        f"{FAIR_SHARE:.0%}"
-    )
+    remedy = f"diversity_steps {needed} would make it {FAIR_SHARE:.0%}"
+    if needed >= last_step:
+        remedy = f"in {last_step} steps only a smaller diversity_token_budget makes it less"
+    return f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; {remedy}"
+
+
+@contextmanager
+def unprinted(handler: CallbackHandler) -> Iterator[None]:
+    """Keep what is logged inside the block off the terminal: the trackers and the log get it all the same."""
+    everyone = handler.callbacks
+    handler.callbacks = [each for each in everyone if not isinstance(each, ProgressCallback | PrinterCallback)]
+    try:
+        yield
+    finally:
+        handler.callbacks = everyone
 
 
 def held_out_rows(prompts, num: int | None = None) -> list[dict]:

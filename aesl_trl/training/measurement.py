@@ -5,17 +5,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from accelerate.utils import is_peft_model
+from tqdm.auto import tqdm
 
 from .. import files
 from ..diversity.coverage import coverage_sums
 from ..diversity.figures import Group, by_prompt, entropy_estimator, intervals, measure, prompt_sums
+from ..diversity.intervals import with_interval
 from ..diversity.selection import METRICS
 from ..diversity.series import base_groups, check_prompts, check_settings, prompts_digest
-from ..errors import InputError, visible
+from ..errors import InputError, tell
 from ..losses.scoring import has_fused_head
 from ..models.chat import template_columns
 from ..models.positions import check_prompt_tokens, check_room, num_positions
 from ..models.tokens import row_prompt_ids
+from ..progress import bar
 from ..rewards.functions import score_groups
 from ..sampling.backends import TRAINING_BACKENDS, VLLMSettings, choose_backend
 from ..sampling.draws import PROMPT_TOKENS, SamplingFailed, SamplingSettings, failure_on_any_rank
@@ -107,10 +110,11 @@ class Measurement:
 
     def announce(self) -> None:
         """Say which engine samples, and what the budget has changed."""
-        say = self.trainer.accelerator.print
-        say(f"aesl_trl: diversity samples come from {self.backend} ({self._why})")
+        if not self.trainer.accelerator.is_main_process:
+            return
+        tell(f"aesl_trl: diversity samples come from {self.backend} ({self._why})")
         if self.size != self.asked:
-            say(
+            tell(
                 f"aesl_trl: {self.asked} exceed the budget of {self.token_budget} completion tokens a measurement: "
                 f"measuring {self.size} (set diversity_token_budget, 0 is no limit)"
             )
@@ -157,15 +161,17 @@ class Measurement:
         """
         trainer = self.trainer
         try:
-            groups = sample_groups(
-                trainer.model_wrapped,
-                trainer.processing_class,
-                self.rows,
-                self.sampling,
-                engine=self.engine,
-                accelerator=trainer.accelerator,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            )
+            with self._bar(step) as shown:
+                groups = sample_groups(
+                    trainer.model_wrapped,
+                    trainer.processing_class,
+                    self.rows,
+                    self.sampling,
+                    engine=self.engine,
+                    accelerator=trainer.accelerator,
+                    gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                    bar=shown,
+                )
         except SamplingFailed as error:
             groups, figures = None, {**dict.fromkeys(METRICS, math.nan), "gap": str(error)}
         else:
@@ -175,12 +181,25 @@ class Measurement:
                 groups = score_groups(groups, self.rows, self.reward_funcs, trainer_state=trainer.state)
             base = base_groups(folder, [group.prompt for group in groups]) if step > 0 else None
             figures = _figures(groups, base)
-        if "gap" in figures:
-            trainer.accelerator.print(
-                f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {visible(figures['gap'])}"
-            )
+        if "gap" in figures and trainer.accelerator.is_main_process:
+            tell(f"aesl_trl: step {step} is a gap in {files.DIVERSITY}: {figures['gap']}")
         row = {"step": step, **self.recorded_settings(), "batch_size": self.engine.batch_size, **figures}
         return row, groups
+
+    def _bar(self, step: int) -> tqdm:
+        """Open the bar over the first process's share of the samples; it vanishes once they are drawn."""
+        accelerator = self.trainer.accelerator
+        num = -(-self.size.num_prompts // accelerator.num_processes) * self.size.num_samples
+        shown = accelerator.is_main_process and not self.trainer.args.disable_tqdm
+        return bar(num, f"step {step}: own samples", shown=shown, leave=False)
+
+
+def summary(row: dict) -> str:
+    """Say a row of diversity.jsonl in one short line: its entropy, and what the rewards give, else self-BLEU."""
+    others = {"pass@1": "pass@1", "groups_mixed": "mixed groups"} if "pass@1" in row else {"self_bleu": "self-BLEU"}
+    parts = [f"entropy {with_interval(row['entropy'], row['intervals'].get('entropy'))}"]
+    parts += [f"{name} {with_interval(row.get(key), None)}" for key, name in others.items()]
+    return f"step {row['step']}: {', '.join(parts)}"
 
 
 def _figures(groups: list[Group], base: list[Group] | None) -> dict:

@@ -127,7 +127,7 @@ def train(
         trainer.train()
     parameters = trainer.model.state_dict(keep_vars=True)  # puts back the shards of what FSDP2 left whole
     keys = ("loss", "nll", "weight_mean", "temperature_mean", "eval_nll")
-    keys += ("diversity/entropy", "diversity/self_bleu", "diversity/pass@1") if measured else ()
+    keys += ("diversity/own_entropy", "diversity/self_bleu", "diversity/pass@1") if measured else ()
     return {
         "distributed_type": trainer.accelerator.distributed_type.value,
         "num_processes": trainer.accelerator.num_processes,

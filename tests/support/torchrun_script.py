@@ -53,7 +53,7 @@ def train(folder: Path, cold_start_loss: str, batch: int, **changes) -> dict:
         "weight_effective",
         "nll_learnt",
         "t_scaling_found",
-        "diversity/entropy",
+        "diversity/own_entropy",
         "diversity/self_bleu",
         "diversity/pass@1",
     )

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import time
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -130,11 +131,15 @@ def strict_json(line):
     return json.loads(line, parse_constant=refuse)
 
 
-def test_files_and_logs(tokenizer, tmp_path):
+def test_files_and_logs(tokenizer, tmp_path, capsys):
     trainer = monitored_trainer(
-        tokenizer, tmp_path, diversity_max_new_tokens=1
+        tokenizer, tmp_path, diversity_max_new_tokens=1, disable_tqdm=False
     )  # one token: no word pair, so no distinct_2
     trainer.train()
+    said = "".join(capsys.readouterr())
+    line = r"^aesl_trl: step (\d+): entropy \d\.\d\d \[\S+ \S+\], self-BLEU \d\.\d\d$"
+    assert re.findall(line, said, re.MULTILINE) == ["0", "2", "4"]
+    assert "diversity/" not in said and "'loss'" in said  # Trainer's own logs are printed as ever
     rows = [strict_json(line) for line in (tmp_path / files.OWN / files.DIVERSITY).read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
@@ -153,11 +158,12 @@ def test_files_and_logs(tokenizer, tmp_path):
             for key in ("completions", "num_tokens", "truncated", "entropy", "token_ids")
         )
         assert all(sample["rewards"] is None for sample in samples)
-    logged = [row for row in trainer.state.log_history if "diversity/entropy" in row]
-    assert [(row["step"], row["diversity/entropy"]) for row in logged] == [
+    logged = [row for row in trainer.state.log_history if "diversity/own_entropy" in row]
+    assert [(row["step"], row["diversity/own_entropy"]) for row in logged] == [
         (row["step"], row["entropy"]) for row in rows
     ]
     assert "diversity/distinct_4" not in logged[0] and "diversity/step" not in logged[0]
+    assert logged[0]["diversity/intervals/own_entropy_low"] == rows[0]["intervals"]["entropy"][0]
     assert all(
         "nll" not in row and "weight_mean" not in row for row in logged
     )  # not handed out with the samples' figures
@@ -173,7 +179,7 @@ def rewarding(prompts, completions, answer, **kwargs):
     return [1.0 if len(completion) % 2 else 0.0 for completion in completions]
 
 
-def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
+def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path, capsys):
     prompts = [{**row, "answer": "x"} for row in PROMPTS]
     trainer = monitored_trainer(tokenizer, tmp_path, prompts=prompts, reward_funcs=[rewarding], diversity_samples=4)
     trainer.train()
@@ -194,6 +200,8 @@ def test_rewards_are_scored_on_the_same_samples(tokenizer, tmp_path):
         assert row["groups_all_right"] + row["groups_all_wrong"] + row["groups_mixed"] == pytest.approx(1)
         assert row["pass@1"] <= row["pass@2"] <= row["pass@4"] and "pass@8" not in row
     assert "diversity/pass@4" in trainer.state.log_history[0]
+    line = r"^aesl_trl: step 2: entropy \S+ \[.*\], pass@1 \S+, mixed groups \S+$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 
 def broken_reward(completions, **kwargs):
@@ -309,7 +317,7 @@ def test_plain_sft_trainer(tokenizer, tmp_path):
         trainer.train()
         runs.append(trainer)
     assert [row["step"] for row in series(tmp_path / "True")] == [0, 2, 4]
-    assert len(steps_of(runs[1], "diversity/entropy")) == 3
+    assert len(steps_of(runs[1], "diversity/own_entropy")) == 3
     rows = [[row for row in run.state.log_history if "loss" in row] for run in runs]
     assert rows[0] == rows[1]  # TRL's own figures too, which its log hands out once
     weights = trained_weights(runs[0])
@@ -536,7 +544,7 @@ def test_share_of_the_time_is_logged_and_printed(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 190), (0.1, 22), (0.2, 48)])
 def test_the_interval_that_would_cost_less(share, expected):
     """With it a measurement of the same length takes 5%: share / (1 - share) of an interval, now spread wider."""
-    line = callback._cost(share, 10)
+    line = callback._cost(share, 10, last_step=1000)
     assert line == (
         f"aesl_trl: diversity monitoring takes {share:.0%} of the time so far; diversity_steps {expected} would make "
         "it 5%"
@@ -544,6 +552,10 @@ def test_the_interval_that_would_cost_less(share, expected):
     measurement, step = share, (1 - share) / 10
     assert measurement / (measurement + expected * step) <= 0.05
     assert measurement / (measurement + (expected - 1) * step) > 0.05
+    short = callback._cost(share, 10, last_step=expected)  # no interval of a training so short would do
+    assert short.endswith(
+        f"of the time so far; in {expected} steps only a smaller diversity_token_budget makes it less"
+    )
 
 
 def test_rows_say_how_they_were_measured(tokenizer, tmp_path):

@@ -62,7 +62,7 @@ def test_measurement_under_two_processes(runs):
     folder = runs["two_dir"] / "measured"
     rows = files.read_jsonl(folder / files.OWN / files.DIVERSITY)
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert runs["rank1"]["measured"]["diversity/entropy"] == [row["entropy"] for row in rows]
+    assert runs["rank1"]["measured"]["diversity/own_entropy"] == [row["entropy"] for row in rows]
     assert runs["rank1"]["measured"]["diversity/pass@1"] == [row["pass@1"] for row in rows]
     for step in (0, 2, 4):
         samples = files.read_jsonl(folder / files.OWN / files.SAMPLES / f"step-{step}.jsonl")

@@ -109,10 +109,10 @@ def test_head_is_found_where_it_was_put(name, ranks):
 def test_a_sharded_model_is_measured_and_selected_as_one(name, ranks, one):
     """The ranks hold the same figures, within the one process's intervals: the draw depends on the rank's prompts."""
     (found, other), expected = ranks, one(name)
-    for key in ("diversity/entropy", "diversity/self_bleu", "diversity/pass@1"):
+    for key in ("diversity/own_entropy", "diversity/self_bleu", "diversity/pass@1"):
         assert found[key] == other[key] and len(found[key]) == 3, key
     series = files.read_jsonl(found["folder"] / files.OWN / files.DIVERSITY)
-    assert [row["entropy"] for row in series] == found["diversity/entropy"]
+    assert [row["entropy"] for row in series] == found["diversity/own_entropy"]
     for row in series:
         samples = files.read_jsonl(expected["folder"] / files.OWN / files.SAMPLES / f"step-{row['step']}.jsonl")
         assert len(samples) == row["num_prompts"] == 8

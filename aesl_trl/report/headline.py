@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from .. import files
 from ..diversity.coverage import lost_sentence
+from ..diversity.readiness import READY
 from ..diversity.turning_point import TURNED
 from .parts import Cell, Section, Table, figure_cell, mean
 from .plots import headline_panels
@@ -12,6 +13,28 @@ from .runs import Arm, Run, turning_point, values_of
 
 
 SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of an evaluation
+
+
+def advice(arms: list[Arm]) -> str:
+    """Say in one sentence where RL should start, by a probe's verdict, else the selection, else the turning point."""
+    run, whose = arms[0].runs[0], f"{arms[0].label}: " if len(arms) > 1 else ""
+    start = files.chosen(run.selection)
+    if not run.has_sft:
+        return ""
+    probed = next((each for each in run.readiness if start and each.get("step") == run.selected_step), {})
+    reason = f"{run.selection.get('rule') or ''}: {run.selection.get('reason') or 'as asked'}"
+    if probed.get("verdict") == READY:
+        return f"{whose}Start RL from {start}, which the probe finds ready: {'; '.join(probed['reasons'])}."
+    if probed:
+        return f"{whose}Do not start RL from {start}, which the probe finds {probed.get('text')}."
+    if start:
+        return f"{whose}Start RL from {start}, chosen by {reason.replace('_', ' ')}."
+    if len(run.diversity) < 2:
+        return f"{whose}Nothing says yet where RL should start: SFT did not measure diversity (diversity_steps)."
+    found = turning_point(run)
+    if found.step is None:
+        return f"{whose}No step stands out as the start of RL: {found.reason}; aesl probe judges checkpoints."
+    return f"{whose}Start RL from step {found.step}: {found.reason}."
 
 
 def story(arms: list[Arm]) -> str:
@@ -64,21 +87,34 @@ def headline(arms: list[Arm], k: int) -> Section:
             "Evaluated on {num_prompts} prompts with {num_samples} samples each, temperature {temperature}, at most "
             "{max_new_tokens} new tokens."
         ).format_map(evaluation)
+    title, see = (
+        "Before and after RL",
+        "Look for the start that RL takes furthest, and whether it scored best before RL.",
+    )
+    if len(unfinished) == len(arms):
+        title, see = "Before RL", "This is what RL would start from."
+    tables = [("Benchmarks", _benchmark_table(arms), True)]
+    is_measured = any(run.start or run.final for arm in arms for run in arm.runs)
+    if is_measured:
+        tables.append(("Each seed", _headline_table(seeds, k), False))
+    else:
+        title, see = "Evaluation", "These are the models that were evaluated."
     return Section(
         "headline",
-        "Before and after RL",
-        "Look for the start that RL takes furthest, and whether it is the one that scored best before RL.",
+        title,
+        see,
         gap=f"No evaluation after RL yet: {', '.join(unfinished)}." if unfinished else "",
-        first_table=_headline_table(arms, k, caption),
+        first_table=_headline_table(arms, k, caption) if is_measured else None,
         panels=[panel for key in ("pass@1", f"pass@{k}") for panel in headline_panels(arms, key)],
         reading="Small dots: seeds. Whisker: a single run's 95% interval over its problems.",
-        tables=[("Benchmarks", _benchmark_table(arms), True), ("Each seed", _headline_table(seeds, k), False)],
+        tables=[(name, table, is_open) for name, table, is_open in tables if table.rows],
     )
 
 
 def _headline_table(arms: list[Arm], k: int, caption: str = "") -> Table:
-    after = {"pass@1": "pass@1", f"pass@{k}": f"pass@{k}"}
-    before = after | {"entropy": "entropy", "self_bleu": "self-BLEU", "groups_mixed": "mixed groups"}
+    scores = {"pass@1": "pass@1", f"pass@{k}": f"pass@{k}"}
+    after = scores if any(run.final for arm in arms for run in arm.runs) else {}
+    before = scores | {"entropy": "entropy", "self_bleu": "self-BLEU", "groups_mixed": "mixed groups"}
     rows = []
     for arm in arms:
         many, seed = len(arm.runs) > 1, arm.runs[0].seed
@@ -89,7 +125,8 @@ def _headline_table(arms: list[Arm], k: int, caption: str = "") -> Table:
         name = Cell(arm.label, note, pill, arm.colour)
         rows.append([name, _cold_start(arm.runs[0]), _selected(arm), *start, *final])
     head = ["run", "cold start", "to RL", *before.values(), *after.values()]
-    return Table(head, rows, texts=3, groups=[("", 3), ("start of RL", 5), ("after RL", 2)], caption=caption)
+    groups = [("", 3), ("start of RL", len(before)), *([("after RL", len(after))] if after else [])]
+    return Table(head, rows, texts=3, groups=groups, caption=caption)
 
 
 def _cold_start(run: Run) -> Cell:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..diversity.intervals import with_interval
@@ -58,9 +58,10 @@ STYLE = {
     "svg.fonttype": "none",
 }
 
-PANEL_INCHES = (4.4, 3.0)
-WIDE = (0.105, 0.15, 0.865, 0.72)  # left, bottom, width and height of the axes in a panel
-LABELLED = (0.105, 0.15, 0.665, 0.72)  # leaves room on the right for the curves' names
+# A README shows a picture some 800 pixels wide: on a sheet of 8 inches, letters of 9 points are 12 pixels high there
+SHEET_INCHES, PANEL_INCHES = 8.0, (4.4, 3.1)
+LABELLED, UNLABELLED = (0.58, 0.98), (0.58, 0.22)  # inches left and right of the axes, with and without curves' names
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,22 @@ class Table:
     groups: list[tuple[str, int]] = field(default_factory=list)  # (heading, columns that it stands over)
     caption: str = ""
 
+    @property
+    def full_head(self) -> list[str]:
+        """The columns' headings, each with the heading that stands over it."""
+        over = [name for name, span in self.groups for _ in range(span)] or [""] * len(self.head)
+        return [f"{group}: {name}" if group else name for group, name in zip(over, self.head, strict=True)]
+
 
 @dataclass
 class Panel:
     title: str
     draw: Callable[[Axes], None]
-    labelled: bool = True  # whether curves carry their names on the right
+    margins: tuple[float, float] = LABELLED
+    note: str = ""  # under the title: which direction is good
     see: str = ""  # alternative text
+    height: float = 2.8  # inches on a sheet
+    wide: bool = False  # whether it takes a sheet's whole width
 
 
 @dataclass
@@ -102,6 +112,11 @@ class Section:
     legend: list[dict] = field(default_factory=list)
     prompts: list[dict] = field(default_factory=list)
     tables: list[tuple[str, Table, bool]] = field(default_factory=list)  # (name, table, whether it is open)
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether the chapter has nothing to show."""
+        return not (self.first_table or self.panels or self.prompts or self.tables)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -133,7 +148,7 @@ def svg(panel: Panel, name: str) -> str:
     """Draw the panel as an SVG element without declaration and namespace, its colours as the page's variables."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=PANEL_INCHES)
-        _draw(panel, figure)
+        _draw(panel, figure, PANEL_INCHES)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -145,29 +160,64 @@ def svg(panel: Panel, name: str) -> str:
     return re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1var(--sans)"', text).strip()
 
 
-def png(panels: list[Panel]) -> bytes:
-    """Draw all panels of a section on one sheet."""
-    columns = min(3, len(panels)) if len(panels) != 4 else 2
-    rows = math.ceil(len(panels) / columns)
+@dataclass(frozen=True)
+class Look:
+    """An entry of a sheet's legend: a name, and the colour, mark and line that stand for it."""
+
+    name: str
+    colour: str
+    mark: str = "o"
+    line: str = ""
+
+    def handle(self) -> Line2D:
+        return Line2D([], [], color=self.colour, marker=self.mark, linestyle=self.line, label=self.name, markersize=5)
+
+
+def png(panels: list[Panel], legend: Sequence[Look] = ()) -> bytes:
+    """Draw all panels of a section on one sheet, two a row or a wide one alone, and the `legend` below them."""
+    rows: list[list[Panel]] = []
+    for panel in panels:
+        if panel.wide or not rows or rows[-1][0].wide or len(rows[-1]) == 2:
+            rows.append([])
+        rows[-1].append(panel)
+    heights = [max(panel.height for panel in row) for row in rows]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), facecolor="white")
-        cells = np.array(figure.subfigures(rows, columns, squeeze=False)).flat
-        for panel, cell in zip(panels, cells, strict=False):
-            _draw(panel, cell)
+        strip = [0.24 * math.ceil(len(legend) / LEGEND_COLUMNS) + 0.1] if legend else []
+        figure = Figure(figsize=(SHEET_INCHES, sum(heights + strip)), facecolor="white")
+        bands = figure.subfigures(len(heights + strip), 1, squeeze=False, height_ratios=heights + strip)[:, 0]
+        for row, height, band in zip(rows, heights, bands, strict=False):
+            columns = 1 if row[0].wide else 2
+            for panel, cell in zip(row, band.subfigures(1, columns, squeeze=False)[0], strict=False):
+                _draw(panel, cell, (SHEET_INCHES / columns, height))
+        if legend:
+            look = {"loc": "upper left", "frameon": False, "fontsize": 9, "handletextpad": 0.4, "columnspacing": 1.6}
+            bands[-1].legend(handles=[each.handle() for each in legend], ncols=LEGEND_COLUMNS, **look)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def _draw(panel: Panel, figure: Figure | SubFigure) -> None:
-    ax = figure.add_axes(LABELLED if panel.labelled else WIDE)
+def _draw(panel: Panel, figure: Figure | SubFigure, size: tuple[float, float]) -> None:
+    """Draw the panel into a figure of `size` inches: title and note on top, the axes within the panel's margins."""
+    width, height = size
+    left, right = panel.margins
+    title = textwrap.wrap(panel.title, int(width / 0.084))
+    top = 0.12 + 0.17 * len(title) + (0.2 if panel.note else 0.05)
+    bottom = 0.46
+    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    ax = figure.add_axes(box)
     panel.draw(ax)
-    figure.text(0.012, 0.965, panel.title, ha="left", va="top", size=10.5, weight="bold")
+    place = {"x": 0.06 / width, "ha": "left", "va": "top"}
+    figure.text(y=1 - 0.08 / height, s="\n".join(title), size=10, weight="bold", **place)
+    if panel.note:
+        y = 1 - (0.11 + 0.17 * len(title)) / height
+        figure.text(y=y, s=panel.note, size=9, color=LIGHT["muted"], **place)
 
 
 def y_axis(ax: Axes) -> None:
     """Give the y axis few ticks, and let it begin at 0 where no value is negative."""
     ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     if ax.dataLim.y0 >= 0:
         ax.set_ylim(0, max(ax.dataLim.y1 * 1.05, 1e-9))
 
@@ -175,14 +225,15 @@ def y_axis(ax: Axes) -> None:
 def name_ends(ax: Axes, ends: list[tuple]) -> None:
     """Write the curves' names beside their `ends` (x, y, name, colour), in three lines at most and without overlap."""
     low, high = ax.get_ylim()
-    line = (high - low) * 0.068
+    height = ax.bbox.height / ax.get_figure(root=True).dpi * 72  # points
+    line = (high - low) * 11.5 / height  # of letters of 9.5 points
     texts = []
     for _, y, name, colour in sorted(ends, key=lambda end: end[1]):
         parts = textwrap.wrap(name, 13, break_long_words=False, break_on_hyphens=False)
         lines = [shorten(part, 14) for part in parts[:3]]
         texts.append((y, "\n".join(lines) + "…" * (len(parts) > 3), colour))
     heights = [line * (text.count("\n") + 1) for _, text, _ in texts]
-    places = spread([y for y, *_ in texts], heights, low, high)
+    places = spread([y for y, *_ in texts], heights, low + line / 2, high)  # above the last step's number
     for (_, text, colour), y in zip(texts, places, strict=True):
         where = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "xytext": (6, 0)}
         ax.annotate(text, (1, y), va="center", size=9.5, color=colour, weight="bold", annotation_clip=False, **where)
@@ -205,7 +256,7 @@ def spread(wanted: list[float], heights: list[float], low: float, high: float) -
 class Row:
     """A row of [`ring_dot_whisker`]."""
 
-    name: str
+    name: str  # on one or two lines
     colour: str  # as matplotlib takes it
     before: Sequence[float] = ()  # one value a seed; the ring stands at their mean
     after: Sequence[float] = ()  # likewise of the dot
@@ -213,31 +264,38 @@ class Row:
     text: str = ""  # on the right
 
 
-def ring_dot_whisker(ax: Axes, rows: Sequence[Row], dense: bool = False) -> None:
-    """Draw a line for each row: a ring before RL, a dot with a whisker after it, small dots for seeds, the name above.
+def margins_of(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the inches on the left and on the right that the names and the texts of the rows need."""
+    names, texts = ([line for row in rows for line in getattr(row, part).splitlines()] for part in ("name", "text"))
+    left, right = (max(map(len, lines), default=0) for lines in (names, texts))
+    return 0.2 + 0.078 * left, 0.2 + 0.078 * right
 
-    `dense` rows leave each other little room: their marks are smaller, and no bar joins ring and dot.
+
+def ring_dot_whisker(ax: Axes, rows: Sequence[Row], names: bool = True) -> None:
+    """Draw a line for each row: a ring before RL, a dot with a whisker after it, small dots for seeds.
+
+    The row's name stands on its left, unless another plot's names stand there, and its text on its right.
     """
-    mark, seed, whisker, size, above = (6.5, 2.5, 1.6, 7.5, 8) if dense else (8.5, 3, 1, 9.5, 14)
     text = {"textcoords": "offset points", "xycoords": ax.get_yaxis_transform(), "annotation_clip": False}
-    text |= {"size": size, "va": "center"}
+    text |= {"size": 9, "va": "center", "linespacing": 1.05}
     for place, row in enumerate(rows):
         ring, dot = mean(row.before), mean(row.after)
-        if row.before and row.after and not dense:
-            ax.plot([ring, dot], [place, place], color=row.colour, linewidth=2.2, alpha=0.45, zorder=2)
+        if row.before and row.after:
+            ax.plot([ring, dot], [place, place], color=row.colour, linewidth=2, alpha=0.35, zorder=2)
         look = {"color": row.colour, "zorder": 3}
         if row.interval and None not in row.interval:
-            ax.plot(row.interval, [place, place], marker="|", markersize=7, linewidth=whisker, **look)
+            ax.plot(row.interval, [place, place], marker="|", markersize=7, linewidth=1.4, **look)
         for values, middle, fill in ((row.before, ring, LIGHT["paper"]), (row.after, dot, row.colour)):
             if len(values) > 1:
-                ax.plot(values, [place + 0.22] * len(values), "o", markersize=seed, alpha=0.6, **look)
-            ax.plot([middle], [place], "o", color=row.colour, markerfacecolor=fill, markersize=mark, zorder=4)
-        weight = "normal" if dense else "bold"
-        ax.annotate(row.name, (0, place), xytext=(0, above), weight=weight, color=row.colour, **text)
+                ax.plot(values, [place + 0.27] * len(values), "o", markersize=2.6, alpha=0.6, **look)
+            ax.plot([middle], [place], "o", color=row.colour, markerfacecolor=fill, markersize=7, zorder=4)
+        if names:
+            name = {"xytext": (-8, 0), "ha": "right", "weight": "bold", "color": row.colour}
+            ax.annotate(row.name, (0, place), **name, **text)
         if row.text:
-            ax.annotate(row.text, (1, place), xytext=(0, above), ha="right", color=row.colour, **text)
-    ax.set_ylim(len(rows) - 0.5, -0.85)
+            ax.annotate(row.text, (1, place), xytext=(8, 0), color=row.colour, **text)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_yticks([])
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)

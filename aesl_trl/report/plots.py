@@ -1,15 +1,17 @@
 """The report's plots: arms -> panels. A panel is a small drawing of one thing, so that it stays legible on a phone."""
 
 import math
+import textwrap
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import takewhile
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..diversity.coverage import GAINED, LOST
-from .parts import LIGHT, Panel, Row, mean, name_ends, ring_dot_whisker, shorten, y_axis
+from .parts import LIGHT, UNLABELLED, Panel, Row, margins_of, mean, name_ends, ring_dot_whisker, shorten, y_axis
 from .runs import Arm, series, values_of
 
 
@@ -38,7 +40,8 @@ def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
         after = values_of((run.final for run in arm.runs), key)
         if before or after:
             interval = arm.runs[0].final.get(f"{key}_interval") if len(arm.runs) == 1 else None  # not one over seeds
-            name = shorten(arm.label) + (" (recorded)" if arm.recorded else "")
+            lines = textwrap.wrap(shorten(arm.label, 34), 18) + (["(recorded)"] if arm.recorded else [])
+            name = "\n".join(lines)
             text = " → ".join(f"{mean(values):.2f}" if values else "?" for values in (before, after))
             rows.append(Row(name, LIGHT[arm.colour], before, after, interval, text))
 
@@ -48,36 +51,39 @@ def headline_panels(arms: list[Arm], key: str) -> list[Panel]:
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
 
     title = f"{key}: start of RL (ring) and after RL (dot)"
-    return [Panel(title, draw, labelled=False)] if any(row.after for row in rows) else []
+    shape = {"margins": margins_of(rows), "height": 1 + 0.42 * len(rows), "wide": True}
+    panel = Panel(title, draw, note="→ further right is better", **shape)
+    return [panel] if any(row.after for row in rows) else []
 
 
-# Rows of a run -> the figures that are drawn and their titles; {k} is the largest k of pass@k
+# Rows of a run -> the figures that are drawn, their titles and which direction is good; {k}: the largest k of pass@k
+DIVERSE, BETTER, WORSE = "↑ higher is more diverse", "↑ higher is better", "↓ lower is better"
 TITLES = {
     "diversity": {
-        "entropy": "Entropy of own samples (nats per token)",
-        "self_bleu": "Self-BLEU of own samples (lower: more diverse)",
-        "distinct_2": "Distinct 2-grams (share)",
-        "pass@1": "pass@1",
-        "pass@{k}": "pass@{k}",
-        LOST: "Coverage lost against step 0",
-        GAINED: "Coverage gained against step 0",
+        "entropy": ("Entropy of own samples (nats per token)", DIVERSE),
+        "self_bleu": ("Self-BLEU of own samples", "↓ lower is more diverse"),
+        "distinct_2": ("Distinct 2-grams (share)", DIVERSE),
+        "pass@1": ("pass@1", BETTER),
+        "pass@{k}": ("pass@{k}", BETTER),
+        LOST: ("Coverage lost against step 0", WORSE),
+        GAINED: ("Coverage gained against step 0", BETTER),
     },
     "sft_log": {
-        "nll": "Plain nll (nats per token)",
-        "loss": "Loss as trained (weighted for AESL)",
-        "eval_nll": "Held-out nll (nats per token)",
-        "weight_effective": "Effective weight (loss / nll)",
-        "weight_mean": "Mean weight",
-        "weight_low_share": "Share of weights under 0.1",
-        "temperature_mean": "Mean temperature",
-        "weight_eos": "Weight at the end-of-sequence token",
+        "nll": ("Plain nll (nats per token)", "↓ lower fits the demonstrations better"),
+        "loss": ("Loss as trained", "only runs of one loss compare"),
+        "eval_nll": ("Held-out nll (nats per token)", WORSE),
+        "weight_effective": ("Effective weight (loss / nll)", "1 is plain nll, 0 trains nothing"),
+        "weight_mean": ("Mean weight", "1 is plain nll, 0 trains nothing"),
+        "weight_low_share": ("Share of weights under 0.1", "↑ higher: more tokens have stopped"),
+        "temperature_mean": ("Mean temperature", "the lower, the earlier a token stops"),
+        "weight_eos": ("Weight at the end-of-sequence token", "0: the end is learnt"),
     },
     "grpo_log": {
-        "reward": "Reward",
-        "reward_std": "Standard deviation of the reward in a group",
-        "frac_reward_zero_std": "Share of groups with equal rewards (no signal)",
-        "entropy": "Entropy (nats per token)",
-        "completions/clipped_ratio": "Share of completions cut at the length limit",
+        "reward": ("Reward", BETTER),
+        "reward_std": ("Standard deviation of the reward in a group", "↑ higher: more to learn from"),
+        "frac_reward_zero_std": ("Share of groups with equal rewards", "↓ lower: more to learn from"),
+        "entropy": ("Entropy (nats per token)", "↑ higher: more is left to explore"),
+        "completions/clipped_ratio": ("Share of completions cut at the length limit", WORSE),
     },
 }
 
@@ -95,8 +101,8 @@ class Curve:
     @property
     def label(self) -> str:
         """The words that the names of all its arms begin with, else all names."""
-        names = [arm.label.split() for arm in self.arms]
-        shared = [words[0] for words in zip(*names, strict=False) if len(set(words)) == 1]
+        names = zip(*(arm.label.split() for arm in self.arms), strict=False)
+        shared = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, names)]
         return " ".join(shared) if shared else ", ".join(arm.label for arm in self.arms)
 
     @cached_property
@@ -130,7 +136,7 @@ def _numbers(seeds: list[tuple[list[int], list[float]]]) -> tuple:
 def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | None = None, k: int = 1) -> list[Panel]:
     """Return a panel of all arms' curves for each of the [`TITLES`] that some run has."""
     panels = []
-    for key, title in TITLES[rows].items():
+    for key, (title, note) in TITLES[rows].items():
         if found := curves(arms, rows, key.format(k=k)):
             see = "; ".join(f"{curve.label} ends at {curve.mean[1][-1]:.3g}" for curve in found if curve.mean[1])
 
@@ -143,11 +149,11 @@ def curve_panels(arms: list[Arm], rows: str, xlabel: str, turning_point: int | N
                 if turning_point is not None:
                     ax.axvline(turning_point, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
                     where = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "xytext": (4, 0)}
-                    look = {"color": LIGHT["muted"], "va": "top", "size": 8.5}
-                    ax.annotate("turning point", (turning_point, 1.0), **where, **look)
+                    look = {"color": LIGHT["muted"], "va": "bottom", "size": 9}
+                    ax.annotate("turning point", (turning_point, 0.03), **where, **look)
                 name_ends(ax, [end for end in ends if end])
 
-            panels.append(Panel(title.format(k=k), draw, see=see))
+            panels.append(Panel(title.format(k=k), draw, note=note, see=see))
     return panels
 
 
@@ -226,7 +232,7 @@ def outcome_panels(arms: list[Arm], turning_point: int | None) -> list[Panel]:
             means, colour = [(steps, [by_step[step] for step in steps]) for by_step in known], mixed.arms[0].colour
             draw = partial(_stack, shares=means, colour=colour, turning_point=turning_point)
             title, see = f"Prompts by outcome: {shorten(mixed.label)}", f"mixed share ends at {means[1][1][-1]:.2f}"
-            panels.append(Panel(title, draw, labelled=False, see=see))
+            panels.append(Panel(title, draw, UNLABELLED, "↑ a larger middle is more to learn from", see=see))
     return panels
 
 
@@ -244,12 +250,12 @@ def _stack(ax: Axes, shares: list[tuple[list[int], list[float]]], colour: str, t
         top = bottom + np.nan_to_num(values)
         ax.fill_between(steps, bottom, top, color=LIGHT[fill], linewidth=0.6, edgecolor=LIGHT["paper"])
         low, high = np.interp(places, steps, bottom), np.interp(places, steps, top)
-        half = len(name)  # about half the name, in hundredths of the axis
+        half = round(1.2 * len(name)) + 1  # about half the name, in hundredths of the axis
         room = {i: (high - low)[i - half : i + half + 1].min() for i in range(half, 101 - half)}
         place = max(room, key=room.get, default=None)
         if place is not None and room[place] > 0.075:
             middle = (low[place] + high[place]) / 2
-            ax.text(places[place], middle, name, ha="center", va="center", color=LIGHT[ink], size=9.5)
+            ax.text(places[place], middle, name, ha="center", va="center", color=LIGHT[ink], size=9)
         bottom = top
     ax.set_ylim(0, 1)
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -264,7 +270,8 @@ def position_panels(rows: list[dict], colour: str) -> list[Panel]:
         picked = [kept[i] for i in sorted({0, len(kept) // 2, len(kept) - 1})] if kept else []
         if picked:
             draw = partial(_position_lines, rows=picked, key=key, colour=colour)
-            panels.append(Panel(f"Mean {key} by position", draw))
+            note = "1 is plain nll, 0 trains nothing" if key == "weight" else "the lower, the earlier a token stops"
+            panels.append(Panel(f"Mean {key} by position", draw, note=note))
     return panels
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..arguments import ArgumentParser, check_replaceable
 from ..errors import exit_on_input_error, tell, visible
 from ..files import OWN, REPORT, RunFolder, write_bytes
-from .headline import story, warnings
+from .headline import advice, story, warnings
 from .parts import PALETTE, Section, Table, markdown_table, png, svg
 from .runs import Arm, read_arms
 from .sections import sections_of
@@ -73,12 +73,17 @@ def write_report(
 def _html(title: str, arms: list[Arm], sections: list[Section]) -> str:
     # The loader reads the folder of this file, so that an installed package finds its template
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    texts = {"title": title, "story": story(arms), "warnings": warnings(arms)}
+    texts = {"title": title, "advice": advice(arms), "story": story(arms), "warnings": warnings(arms)}
     return pages.get_template("report.html.jinja").render(sections=sections, svg=svg, palette=PALETTE, **texts)
 
 
 def _markdown(title: str, arms: list[Arm], sections: list[Section]) -> str:
-    parts = [f"# {_plain(title)}", _plain(story(arms)), *(f"> {_plain(line)}" for line in warnings(arms))]
+    parts = [
+        f"# {_plain(title)}",
+        _plain(advice(arms)),
+        _plain(story(arms)),
+        *(f"> {_plain(line)}" for line in warnings(arms)),
+    ]
     for section in sections:
         parts += [f"## {section.title}", _plain(section.see)]
         parts += [f"*{_plain(section.gap)}*"] if section.gap else []
@@ -86,12 +91,11 @@ def _markdown(title: str, arms: list[Arm], sections: list[Section]) -> str:
         parts += [f"![{section.title}](report_{section.id}.png)"] if section.panels else []
         for name, table, _ in section.tables:
             parts += [f"### {name}", _table(table)] if table.rows else []
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _table(table: Table) -> str:
-    over = [name for name, span in table.groups for _ in range(span)] or [""] * len(table.head)
-    head = [_plain(f"{group}: {name}" if group else name) for group, name in zip(over, table.head, strict=True)]
+    head = [_plain(name) for name in table.full_head]
     lines = [[_plain(f"{c.text} {c.pill and f'({c.pill})'} {c.note}") for c in row] for row in table.rows]
     return markdown_table(head, lines, texts=len(head)) + (f"\n\n{_plain(table.caption)}" if table.caption else "")
 

@@ -15,10 +15,14 @@ from .runs import Arm, series, turning_point
 from .samples import samples
 
 
+STOPPED = 0.05  # mean weight below which hardly anything is learnt
+
+
 def sections_of(arms: list[Arm]) -> list[Section]:
     arms, k = coloured(arms), _largest_k(arms)
     start = [headline(arms, k), _diversity(arms, k), _loss(arms), _positions(arms[0])]
-    return [*start, *_readiness(arms), _rl(arms), samples(arms[0]), evidence(arms)]
+    every = [*start, *_readiness(arms), _rl(arms), samples(arms[0]), evidence(arms)]
+    return [section for section in every if not section.is_empty]  # the last one names what is missing
 
 
 def _largest_k(arms: list[Arm]) -> int:
@@ -101,7 +105,9 @@ def _change(before: dict, after: dict, key: str) -> Cell:
 
 
 def _loss(arms: list[Arm]) -> Section:
-    see = "Plain nll is comparable between losses; the loss as trained is not."
+    see = "Look at where the loss stops falling."
+    if any(map(math.isfinite, series(_rows(arms[0], "sft_log"), "nll")[1])):
+        see += " Plain nll is comparable between losses; the loss as trained is not."
     weights, effective = (
         [value for value in series(_rows(arms[0], "sft_log"), key)[1] if math.isfinite(value)]
         for key in ("weight_mean", "weight_effective")
@@ -133,10 +139,15 @@ def _positions(arm: Arm) -> Section:
     if weighted := [row for row in rows if any(weight is not None for weight in row["weight"])]:
         last = weighted[-1]
         known = [(p, weight) for p, weight in zip(last["position"], last["weight"], strict=True) if weight is not None]
+        place, most = max(known, key=lambda pair: pair[1])
         see = (
             f"At step {last['step']} the mean weight is {known[0][1]:.2f} at position {known[0][0]} and "
-            f"{known[-1][1]:.2f} at positions up to {known[-1][0]}: what still has weight is what is still learnt."
+            f"{known[-1][1]:.2f} at positions up to {known[-1][0]}. "
         )
+        if most < STOPPED:
+            see += f"The largest is {most:.3f}: the loss has stopped nearly everywhere, and little is still learnt."
+        else:
+            see += f"It is largest at positions up to {place}, where the model still learns most."
         if all(weight > 0.995 for _, weight in known):
             see = "Every token weighs 1: this loss has no early stop."
     panels = position_panels(rows, arm.colour)
@@ -147,26 +158,34 @@ def _positions(arm: Arm) -> Section:
 
 def _readiness(arms: list[Arm]) -> list[Section]:
     """Return the chapter on what aesl probe found; none where nothing was probed."""
-    keys = ["entropy", "pass@1", "signal", "mixed_if_alike", "variance", "variance_if_alike"]
-    keys += ["reward_std", "truncated", "eos_prob"]
-    probed = [entry["figures"] for arm in arms for entry in arm.runs[0].readiness]
-    keys += [LOST, GAINED] if any(LOST in figures for figures in probed) else []
-    titles = {"signal": "rewards differ", "eos_prob": "P(eos)"}
-    head = [titles.get(key, key.replace("_", " ")) for key in keys]
-    sentences, rows = [], []
-    for arm in arms:
-        for entry in arm.runs[0].readiness:
-            name, verdict = (str(entry.get(key, "?")) for key in ("name", "text"))
-            cells = [figure_cell(entry["figures"].get(key), entry["intervals"].get(key)) for key in keys]
-            rows.append([Cell(arm.label, colour=arm.colour), Cell(name), Cell(verdict), *cells])
-            sentences.append(f"{arm.label}, {name}: {verdict}. {'; '.join(entry['reasons'])}.")
+    probed = [(arm, entry) for arm in arms for entry in arm.runs[0].readiness]
+    if not probed:
+        return []
+    more = ["mixed_if_alike", "variance", "variance_if_alike", "reward_std"]
+    more += [LOST, GAINED] if any(LOST in entry["figures"] for _, entry in probed) else []
+    caption = "In brackets: 95% interval over prompts. Rewards differ in the groups that GRPO learns from."
+    first = _readiness_table(probed, ["pass@1", "signal", "entropy", "truncated", "eos_prob"], caption)
     caption = (
-        "In brackets: 95% interval over prompts. Rewards differ in the groups that GRPO learns from; variance is of "
-        'right and wrong within a group; "if alike" is what is expected if every prompt were as hard as the mean.'
+        'Variance is of right and wrong within a group; "if alike" is what to expect if every prompt were as hard as '
+        "the mean."
     )
-    caption += " Coverage is against the probe's reference." if LOST in keys else ""
-    table = Table(["run", "checkpoint", "verdict", *head], rows, texts=3, caption=caption)
-    return [Section("readiness", "Readiness for RL", sentences[0], first_table=table)] if rows else []
+    caption += " Coverage is against the probe's reference." if LOST in more else ""
+    arm, entry = probed[0]
+    see = f"{arm.label}, {entry.get('name', '?')}: {entry.get('text', '?')}. {'; '.join(entry['reasons'])}."
+    tables = [("More figures of the probe", _readiness_table(probed, more, caption, verdict=False), False)]
+    return [Section("readiness", "Readiness for RL", see, first_table=first, tables=tables)]
+
+
+def _readiness_table(probed: list, keys: list[str], caption: str, verdict: bool = True) -> Table:
+    """Return a row for each checkpoint that was probed."""
+    titles, rows = {"signal": "rewards differ", "eos_prob": "P(eos)"}, []
+    for arm, entry in probed:
+        name, text = (str(entry.get(key, "?")) for key in ("name", "text"))
+        cells = [figure_cell(entry["figures"].get(key), entry["intervals"].get(key)) for key in keys]
+        rows.append([Cell(arm.label, colour=arm.colour), Cell(name), *([Cell(text)] if verdict else []), *cells])
+    head = ["run", "checkpoint", *(["verdict"] if verdict else [])]
+    head += [titles.get(key, key.replace("_", " ")) for key in keys]
+    return Table(head, rows, texts=3 if verdict else 2, caption=caption)
 
 
 def _rl(arms: list[Arm]) -> Section:

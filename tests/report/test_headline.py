@@ -2,10 +2,11 @@
 
 import json
 
-from report_runs import Page, fake_run, written_page
+from report_runs import Page, fake_run, readiness, written_page
 
 from aesl_trl.diversity.coverage import LOST
 from aesl_trl.files import read_json, read_jsonl, write_json, write_jsonl
+from aesl_trl.report.report import write_report
 from aesl_trl.report.runs import Run
 
 
@@ -78,3 +79,26 @@ def test_an_average_with_the_base_is_no_step_of_the_series(tmp_path, undrawn):
     assert "mix-0.7 mix" in words and "Why mix-0.7 went to RL" in words and "step 800 mix" not in words
     (run / "evaluation.json").unlink()
     assert (Run(run).selected_step, Run(run).start) == (None, own)
+
+
+def test_the_page_opens_with_where_rl_should_start(tmp_path, undrawn):
+    run = fake_run(tmp_path / "nll", "nll_turning_point", weights=True)
+
+    def opening() -> str:
+        write_report([run])
+        return (run / "report.md").read_text(encoding="utf-8").split("\n\n")[1]
+
+    assert opening().startswith("Start RL from step 20, chosen by turning point: ")
+    write_json(run / "readiness.json", {"checkpoints": [readiness(20, 0.5)]})
+    assert opening().startswith("Start RL from step 20, which the probe finds ready: 0.5 of the groups differ")
+    late = "collapsed: go back to step 10"
+    write_json(run / "readiness.json", {"checkpoints": [readiness(20, 0.04, late)]})
+    assert opening() == f"Do not start RL from step 20, which the probe finds {late}."
+    for path in run.rglob("selection.json"):
+        path.unlink()
+    assert opening().startswith("Start RL from step 20: peak of diversity")
+    rows = read_jsonl(run / "sft/diversity.jsonl")
+    write_jsonl(run / "sft/diversity.jsonl", [{**row, "entropy": 0.2} for row in rows])
+    assert opening().startswith("No step stands out as the start of RL: ")
+    write_jsonl(run / "sft/diversity.jsonl", rows[:1])
+    assert "SFT did not measure diversity" in opening()

@@ -9,7 +9,7 @@ from counted_work import bytecodes
 from matplotlib.figure import Figure
 
 from aesl_trl.report import plots
-from aesl_trl.report.plots import MAX_POINTS, running_mean, thinned
+from aesl_trl.report.plots import MAX_POINTS, Curve, running_mean, thinned
 from aesl_trl.report.runs import Arm
 
 
@@ -59,6 +59,14 @@ def test_the_work_for_curves_grows_with_the_arms_and_no_faster():
         return lambda: plots.curves(arms, "log", "x")
 
     assert bytecodes(work(60)) < 2.1 * bytecodes(work(30))
+
+
+def test_a_shared_curve_has_the_words_that_its_names_begin_with():
+    def label(*names):
+        return Curve([Arm(name, False, []) for name in names], []).label
+
+    assert label("nll last", "nll turning point") == "nll"
+    assert label("aesl last", "nll last") == "aesl last, nll last"
 
 
 def test_outcomes_are_stacked_at_the_steps_that_have_all_three():

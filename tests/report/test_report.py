@@ -20,15 +20,15 @@ def test_every_plot_of_the_story_is_drawn_in_the_page_and_beside_it(chain):
     assert [label.split(":")[0] for label in labels] == [
         *("pass@1", "pass@8"),
         "Entropy of own samples (nats per token)",
-        "Self-BLEU of own samples (lower",
+        "Self-BLEU of own samples",
         "Distinct 2-grams (share)",
         *("pass@1", "pass@8"),
         *("Prompts by outcome", "Prompts by outcome"),  # AESL, and the one nll run that two arms selected from
-        *("Plain nll (nats per token)", "Loss as trained (weighted for AESL)", "Held-out nll (nats per token)"),
+        *("Plain nll (nats per token)", "Loss as trained", "Held-out nll (nats per token)"),
         "Effective weight (loss / nll)",
         *("Mean weight", "Share of weights under 0.1", "Mean temperature", "Weight at the end-of-sequence token"),
         *("Mean weight by position", "Mean temperature by position"),
-        *("Reward", "Standard deviation of the reward in a group", "Share of groups with equal rewards (no signal)"),
+        *("Reward", "Standard deviation of the reward in a group", "Share of groups with equal rewards"),
         *("Entropy (nats per token)", "Share of completions cut at the length limit"),
     ]
     roots = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "viewbox")]
@@ -94,14 +94,15 @@ def test_a_run_that_has_only_begun_gets_a_page(tmp_path):
     (run / "sft/diversity.jsonl").write_text(first + "\n")
     page = written_page([run])
     assert "aesl has not been evaluated after RL" in page.words
-    assert "No evaluation after RL yet: aesl." in page.words
+    assert "Before and after RL" not in page.words  # nothing is known of it
     assert "figure" in page.tags
 
 
 def test_a_base_arm_alone_says_that_it_has_no_cold_start(tmp_path, undrawn):
     words = written_page([fake_run(tmp_path / "base", "base", weights=True)]).words
     assert "RL from the base model" in words
-    assert "base has no diversity measurements (it starts RL from the base model)." in words
+    assert "Missing in base: an SFT stage (RL from the base model, or not started)" in words
+    assert "Diversity during SFT" not in words
 
 
 def test_an_sft_folder_is_a_run(tmp_path, undrawn):

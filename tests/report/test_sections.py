@@ -1,5 +1,8 @@
 """The chapters between the first and the last two: changes of diversity with their intervals, readiness."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 from report_runs import STEPS, Page, fake_run, readiness, written_page
 
@@ -7,7 +10,8 @@ from aesl_trl.diversity.coverage import GAINED, LOST
 from aesl_trl.diversity.intervals import paired_interval
 from aesl_trl.files import read_json, write_json, write_jsonl
 from aesl_trl.report.parts import Cell
-from aesl_trl.report.sections import changes
+from aesl_trl.report.runs import Arm
+from aesl_trl.report.sections import _positions, changes
 
 
 def row(step, entropy, by_prompt=None, **more):
@@ -77,12 +81,14 @@ def test_readiness_of_the_start_and_of_the_candidates(tmp_path, undrawn):
     lines = (run / "report.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "step-" in line and "|" in line]
     rows = [row for row in rows if row[1].startswith("step-")]
+    rows, more = rows[:3], rows[3:]  # the verdicts, and the figures behind them
+    assert [row[1] for row in more] == ["step-800", "step-20", "step-800"]
     assert [row[1:3] for row in rows] == [
         ["step-800", "ready"],
         ["step-20", "ready"],
         ["step-800", "collapsed: go back to step 20"],
     ]
-    assert rows[1][5] == r"0.50 \[0.40, 0.60\]" and rows[1][-1] == "–"
+    assert rows[1][4] == r"0.50 \[0.40, 0.60\]" and rows[1][-1] == "–"
     with_reference = readiness(800, 0.3)
     with_reference["figures"] |= {LOST: 0.25, GAINED: 0.0}
     write_json(run / "readiness.json", {"checkpoints": [with_reference], "reference": "base"})
@@ -105,3 +111,31 @@ def test_what_aesl_was_set_to_and_whether_it_acted(tmp_path, undrawn):
     assert "AESL, 800 steps t_scaling 0.178" in words
     assert "loss / nll, counts each token by its nll; at 1 the step is that of plain nll. It is 0.94 at first" in words
     assert "effective weight" not in written_page([fake_run(tmp_path / "nll", "nll_last")]).words
+
+
+def test_what_a_plain_sft_run_has_nothing_of_is_left_out(tmp_path, undrawn):
+    run = fake_run(tmp_path / "mine", "nll_last")
+    names = ("positions.jsonl", "evaluation.json", "chain.json", "handoff.json", "selection.json")
+    for path in [path for path in run.rglob("*.json*") if path.name in names]:
+        path.unlink()
+    for name in ("grpo", "sft/samples"):
+        shutil.rmtree(run / name)
+    state = read_json(run / "sft/trainer_state.json")  # TRL's own trainer logs the loss alone
+    plain = [{key: row[key] for key in ("step", "loss") if key in row} for row in state["log_history"]]
+    write_json(run / "sft/trainer_state.json", {**state, "log_history": plain})
+    page = written_page([run / "sft"])
+    sections = [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")]
+    assert sections == ["diversity", "loss", "evidence"]
+    assert "Plain nll" not in page.words and "Missing in mine: weights by position" in page.words
+
+
+def test_positions_without_weight_say_that_the_loss_has_stopped():
+    def see(weights) -> str:
+        row = {"step": 400, "position": [1, 2, 8], "weight": weights, "temperature": [None] * 3}
+        return _positions(Arm("aesl", False, [SimpleNamespace(positions=[row])], "aesl")).see
+
+    assert see([0.004, 0.001, 0.002]).endswith(
+        "The largest is 0.004: the loss has stopped nearly everywhere, and little is still learnt."
+    )
+    assert see([0.3, 0.7, None]).endswith("It is largest at positions up to 2, where the model still learns most.")
+    assert see([1.0, 1.0, 1.0]) == "Every token weighs 1: this loss has no early stop."

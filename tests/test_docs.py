@@ -236,7 +236,13 @@ def test_every_block_of_the_newcomers_pages_is_run():
     folders = ("getting_started", "concepts", "howto", "commands", "reference")
     candidates = [*DOCS.glob("*.md"), *(path for name in folders for path in (DOCS / name).glob("*.md"))]
     older = {"compare", "data", "entropy", "evaluation", "handoff", "losses", "readiness", "recipes", "security"}
-    older |= {"monitoring_cost", "turning_point", "benchmarks", "several_gpus"}  # they have tests of their own
+    older |= {
+        "monitoring_cost",
+        "turning_point",
+        "benchmarks",
+        "several_gpus",
+        "trackers",
+    }  # they have tests of their own
     with_code = {
         path.relative_to(DOCS).as_posix()
         for path in candidates

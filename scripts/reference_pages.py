@@ -10,6 +10,7 @@ the command's entry in aesl_trl/commands.py. A test fails where a page is not wh
 import dataclasses
 import json
 import types
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -83,6 +84,8 @@ def table(fields: list[dataclasses.Field]) -> list[str]:
     """Return the rows of a table: key, default, what it says, and the choices where it has some."""
     lines = ["| key | default | what |", "| --- | --- | --- |"]
     for field in fields:
+        if field.metadata.get("help") == SUPPRESS:  # an old name, which is read for good
+            continue
         what = escaped(str(field.metadata.get("help") or ""))
         if choices := field.metadata.get("choices"):
             what += " One of " + ", ".join(f"`{choice}`" for choice in choices) + "."

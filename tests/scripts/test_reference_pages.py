@@ -1,5 +1,6 @@
 """The pages that repeat what the code says are what the script writes."""
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,12 +39,13 @@ class Ours(Theirs):
     part: Part = field(default_factory=Part)
     parts: dict[str, Part] = field(default_factory=dict)
     on: bool = False
+    old: int | None = field(default=None, metadata={"help": SUPPRESS})
 
 
 def test_tables_by_hand():
     fields = own_fields((Ours,), (Theirs,))
-    assert [each.name for each in fields] == ["name", "part", "parts", "on"]
-    assert table(fields[:1])[2:] == ["| `name` |  | A \\| b. One of `x`, `y`. |"]
+    assert [each.name for each in fields] == ["name", "part", "parts", "on", "old"]
+    assert table([fields[0], fields[-1]])[2:] == ["| `name` |  | A \\| b. One of `x`, `y`. |"]
     assert tree(Ours) == [
         "| `seed` | `0` | whole number |",
         "| `name` |  | text |",
@@ -52,6 +54,7 @@ def test_tables_by_hand():
         "| `parts.NAME.rule` |  | `a`, `b` |",
         "| `parts.NAME.shares` |  | list of number |",
         "| `on` | `false` | `true` or `false` |",
+        "| `old` |  | whole number |",
     ]
 
 

@@ -35,8 +35,9 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a busy machine reads the GGUF for minutes
 def test_the_real_weights_are_trained_handed_over_and_sampled(model, tmp_path):
-    """Four steps of LoRA on one row, as the handoff refuses what moves it less than merging in bfloat16 does."""
+    """Train an adapter for four steps on one row; it is handed over unmerged, too small to merge in bfloat16."""
     origin = files.read_json(model / "origin.json")
     assert (origin["license"], origin["model"]) == ("Apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
     prompt = [{"role": "user", "content": "What is 3 + 4?"}]
@@ -48,8 +49,9 @@ def test_the_real_weights_are_trained_handed_over_and_sampled(model, tmp_path):
     aesl("sft", *sft, "--per_device_train_batch_size", 1, "--diversity_steps", 0, "--logging_steps", 1)
     losses = [logged["loss"] for logged in files.RunFolder(run).log if "loss" in logged]
     assert losses[-1] < losses[0] < 6  # untrained weights would give log(49152), which is 10.8
-    aesl("handoff", run, "--mode", "merge", "--output", tmp_path / "merged")
+    aesl("handoff", run, "--mode", "continue", "--output", tmp_path / "continued")
     evaluation = ["--dataset_name", tmp_path / "rows.jsonl", "--samples", 2, "--max_new_tokens", 4]
     evaluation += ["--use_cpu", "true", "--backend", "transformers", "--output", tmp_path / "evaluation.json"]
-    aesl("eval", tmp_path / "merged", *evaluation)
-    assert files.read_json(tmp_path / "evaluation.json")["models"]
+    aesl("eval", tmp_path / "continued", *evaluation)
+    (figures,) = files.read_json(tmp_path / "evaluation.json")["models"].values()
+    assert figures["entropy"] < 1  # 0.36 when measured; what was not trained has 2 on such prompts

@@ -22,16 +22,17 @@ README = Path(__file__).parents[2] / "README.md"
 PEAK_AT_2 = (1.0, 3.0, 5.0, 3.0, 2.0, 1.0, 0.5)
 
 
-def readme_step(number: int) -> str:
-    """Return what README says of a step of its list for people whose groups are all equal."""
-    _, rest = README.read_text(encoding="utf-8").split("advantages are zero", 1)
-    return re.search(rf"^{number}\. (.*?)^{number + 1}\. ", rest, re.MULTILINE | re.DOTALL)[1]
+def section(name: str) -> str:
+    """Return README's section of that heading."""
+    return re.search(
+        rf"^## {re.escape(name)}\n(.*?)^## ", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )[1]
 
 
-def command(number: int, name: str, run: Path) -> list[str]:
-    """Return the first command of that name in a step of README's list, for the run `run`."""
-    words = re.search(rf"`aesl ({name} RUN)`", readme_step(number))[1].split()
-    return [str(run) if word == "RUN" else word for word in words]
+def command(name: str, run: Path) -> list[str]:
+    """Return the command of that name from README's section on the way to RL, for the run `run`."""
+    words = re.search(rf"^aesl ({name} [^#\n]*)", section("From checkpoint to RL"), re.MULTILINE)[1].split()
+    return [word.replace("cold-start", str(run)) for word in words]
 
 
 def right(completions, **kwargs):
@@ -40,8 +41,8 @@ def right(completions, **kwargs):
 
 def run_snippet(trainer, monkeypatch) -> None:
     """Run README's snippet with short samples, a measurement at every step and a reward that needs no gold answers."""
-    snippet = re.search(r"```python\n(.*?)```", readme_step(1), re.DOTALL)[1]
-    snippet = "\n".join(line.strip() for line in snippet.split("\n")).replace("steps=50", "steps=1")
+    snippet = re.search(r"```python\n(.*?)```", section("Already have a trainer?"), re.DOTALL)[1]
+    snippet = snippet.replace("steps=50", "steps=1")
     snippet = re.sub(r"reward_funcs=\[.*?\]", "reward_funcs=[right]", snippet)
     assert all(words in snippet for words in ('selection="turning_point"', "steps=1", "right"))
     monkeypatch.setattr(aesl_trl, "DiversityCallback", partial(DiversityCallback, samples=2, max_new_tokens=4))
@@ -70,11 +71,11 @@ def test_the_callbacks_choice_reaches_grpos_first_step(kind, tokenizer, tmp_path
     trainer.save_model()
     assert "selected step 2 (" in capsys.readouterr().out
 
-    main(command(2, "select", run))  # by the rule that the callback recorded
+    main(command("select", run))
     out = capsys.readouterr().out
     assert "selected step 2 by turning_point" in out and "replaces" not in out
     assert files.read_json(run / files.OWN / files.SELECTION)["rule"] == "turning_point"
-    main(command(4, "handoff", run))
+    main(command("handoff", run))
     assert str(run / files.OWN / "handoff") in capsys.readouterr().out
 
     first = FirstStep()
@@ -118,7 +119,7 @@ def test_another_rule_says_what_it_replaces_and_the_card_agrees(tokenizer, tmp_p
     main(["select", str(tmp_path), "--rule", "last"])
     out = capsys.readouterr().out
     assert "selected step 6 by last" in out and "; replaces step 2, chosen by turning_point -> " in out
-    assert out.endswith(f" -> {tmp_path / files.OWN / files.SELECTED}\n")
+    assert f" -> {tmp_path / files.OWN / files.SELECTED}; next: aesl handoff " in out
     main(["select", str(tmp_path)])  # the recorded rule, and its metric
     out = capsys.readouterr().out
     assert "selected step 2 by turning_point: self_bleu" in out and "; replaces step 6, chosen by last -> " in out

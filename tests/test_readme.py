@@ -1,0 +1,81 @@
+"""README: short enough to read, each block of it run as it is printed, each figure of it as recorded."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import yaml
+from printed import blocks, run_printed, shrink, swapped
+
+from aesl_trl import files
+from aesl_trl.cli import main
+from aesl_trl.commands import COMMANDS
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+ROWS = [
+    {"prompt": f"What is {n} + 1?", "completion": f" \\boxed{{{n + 1}}}", "solution": str(n + 1)} for n in range(8)
+]
+
+
+def test_it_is_read_in_some_minutes():
+    assert len(TEXT.splitlines()) <= 150 and len(TEXT.split()) <= 1500
+
+
+def test_from_the_quick_start_to_grpo(tmp_path, tiny_model_dir, monkeypatch, capsys):
+    """Run its blocks in their order: the trainer, the three commands, and GRPO from the folder that they made."""
+    quick_start, _, rl = blocks(README)
+    for name in ("train", "test"):
+        files.write_text(tmp_path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    grpo = {
+        "dataset_name": "test.jsonl",
+        "reward_funcs": ["math_reward"],
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "num_prompts": 64,
+        "num_samples": 8,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(grpo))
+    monkeypatch.chdir(tmp_path)
+    load_dataset = datasets.load_dataset
+    with monkeypatch.context() as small:
+        shrink(small, ROWS)
+        small.setattr(datasets, "load_dataset", load_dataset)  # the block's own files
+        found = run_printed(swapped(quick_start, {"Qwen/Qwen2.5-1.5B-Instruct": tiny_model_dir}), README)
+    assert found["trainer"].state.global_step == 4
+    out = capsys.readouterr().out
+    assert all(
+        re.search(line, out) for line in (r"step 0: entropy \S+ \[.*\], pass@1 .*, mixed groups", "selected step")
+    )
+    (_, commands) = blocks(README, "bash")
+    for line in commands.splitlines():
+        main(line.split("#")[0].split()[1:])
+    out = capsys.readouterr().out
+    assert "-> cold-start/_aesl/selected; next: aesl handoff cold-start" in out
+    assert re.search(
+        r"^handoff: step \d+, copied, checked .* -> \S*cold-start/_aesl/handoff; next: GRPOTrainer", out, re.M
+    )
+    shrink(monkeypatch, ROWS)
+    given = {
+        "reward": lambda completions, **_: [float(len(text)) for text in completions],
+        "problems": datasets.Dataset.from_list(ROWS).select_columns("prompt"),
+    }
+    assert run_printed(rl, README, given)["trainer"].state.global_step == 1
+
+
+def test_every_command_has_its_row():
+    table = TEXT.split("## Commands")[1].split("## ")[0]
+    assert set(re.findall(r"`aesl (\w+)`", table)) == set(COMMANDS)
+
+
+def test_the_table_is_that_of_the_results():
+    table = TEXT.split("## Does it help?")[1].split("**Which")[0]
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("*", "")
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "[" in line]
+    assert len(rows) == 4 and [row for row in rows if row not in results] == []

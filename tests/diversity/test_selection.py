@@ -157,7 +157,11 @@ def test_the_step_is_always_a_candidate(columns, evals, candidates, rule):
     ("place", "out", "command"),
     [
         ("run", None, "aesl probe {sft} --config FILE, then aesl select {run} --rule readiness\n"),
-        ("run", "chain", "aesl probe {sft} --config FILE, then aesl select {run} --rule readiness --output_dir {out}\n"),
+        (
+            "run",
+            "chain",
+            "aesl probe {sft} --config FILE, then aesl select {run} --rule readiness --output_dir {out}\n",
+        ),
     ],
 )
 def test_the_last_for_want_of_a_reason_names_the_next_command(tmp_path, capsys, place, out, command):

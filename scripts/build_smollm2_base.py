@@ -6,9 +6,11 @@
 SmolLM2-135M-Instruct answers hardly any of these problems as it is: a base without ability has nothing to forget, and
 RL nothing to begin with. So stage 0 trains it, by `aesl sft` and the recipe's own config, on problems that no later
 stage uses. Then `aesl probe` asks for each family, at temperature 1: is pass@1 between 0.15 and 0.40, and pass@16 at
-least 0.6? Where a family fails, the exit code is 1: change its settings in the recipe's task.py.
+least 0.6? Where a family fails, the exit code is 1: change its settings in the recipe's task.py. What the gate found
+is recorded in the recipe's results/stage_0.json, one entry for each attempt.
 
-A command that was cut off goes on at its last checkpoint, and a finished training is not run again.
+A command that was cut off goes on at its last checkpoint, and a finished training is not run again. A base of another
+task.py, config or model is refused: OUTPUT_DIR.json, beside the base, has the digest of what it was trained with.
 """
 
 import argparse
@@ -16,13 +18,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipe_task import RECIPES
+from recipe_task import RECIPES, digest_of_files, recipe_task
 
-from aesl_trl.files import READINESS, TRAINER_STATE, own_folder, read_json
+from aesl_trl.errors import InputError, exit_on_input_error
+from aesl_trl.files import READINESS, TRAINER_STATE, own_folder, read_json, read_object, write_json
 
 
 RECIPE = RECIPES / "SmolLM2-135M-Instruct"
 RUNS = RECIPES.parent / "runs" / RECIPE.name
+CONFIG = RECIPE / "sft/config_stage_0.yaml"
+RECORD = RECIPE / "results/stage_0.json"
 PASS_1, PASS_16 = (0.15, 0.40), 0.6
 
 
@@ -30,12 +35,28 @@ def aesl(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "aesl_trl.cli", *map(str, arguments)], check=True)
 
 
-def train(model: Path, out: Path, seed: int) -> None:
-    """Train stage 0 into `out`, or go on where it was cut off."""
-    if (own_folder(out) / TRAINER_STATE).exists():  # written at the end
-        return
-    given = ["--config", RECIPE / "sft/config_stage_0.yaml", "--model_name_or_path", model, "--output_dir", out]
-    aesl("sft", *given, "--seed", seed, *(["--resume_from_checkpoint", "true"] if out.exists() else []))
+def digest_of(model: Path) -> str:
+    """Return a digest of all that a base depends on but its seed: the model's files, stage 0's config and the task."""
+    return digest_of_files([CONFIG, RECIPE / "task.py", *(path for path in model.iterdir() if path.is_file())])
+
+
+def train(model: Path, out: Path, seed: int) -> str:
+    """Train stage 0 into `out`, or go on where it was cut off. Return the digest of what it is trained with.
+
+    Raises:
+        InputError: `model` is no folder, or what lies in `out` was trained with something else.
+    """
+    if not model.is_dir():
+        raise InputError(f"model: {model} is not a folder; the recipe's README says how to get the model")
+    beside, given = out.with_name(f"{out.name}.json"), {"digest": digest_of(model), "seed": seed}
+    if out.exists() and read_object(beside) != given:
+        cause = f"another model, seed, {CONFIG.name} or task.py"
+        raise InputError(f"output_dir: {out} was trained with {cause}: remove that folder, or name another")
+    if not (own_folder(out) / TRAINER_STATE).exists():  # written at the end
+        write_json(beside, given)
+        flags = ["--config", CONFIG, "--model_name_or_path", model, "--output_dir", out, "--seed", seed]
+        aesl("sft", *flags, *(["--resume_from_checkpoint", "true"] if out.exists() else []))
+    return given["digest"]
 
 
 def gate(readiness: dict) -> list[dict]:
@@ -48,6 +69,22 @@ def gate(readiness: dict) -> list[dict]:
         row = {name: figures[name] for name in ("pass@1", "pass@16", "entropy", "truncated")}
         found.append({"family": family["name"], "prompts": family["num_prompts"], **row, "passes": passes})
     return found
+
+
+def record(model: Path, seed: int, digest: str, rows: list[dict], path: Path) -> None:
+    """Record what the gate found of a base. Other attempts stay: settings that failed are a result too."""
+    task = recipe_task(RECIPE.name)
+    entry = {
+        "digest": digest,
+        "seed": seed,
+        "model": read_object(model / "origin.json") or {"model": "as downloaded, without origin.json"},
+        "rows": task.SIZES["base"],
+        "settings": task.TASKS,
+        "gate": rows,
+    }
+    attempts = read_json(path) if path.exists() else []
+    others = [each for each in attempts if (each["digest"], each["seed"]) != (digest, seed)]
+    write_json(path, [*others, entry])
 
 
 def table(rows: list[dict]) -> str:
@@ -67,12 +104,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and of the answers' forms")
     given = parser.parse_args()
     out = given.output_dir or RUNS / "base" / f"seed-{given.seed}"
-    train(given.model, out, given.seed)
+    digest = train(given.model, out, given.seed)
     aesl("probe", out, "--config", RECIPE / "probe.yaml", "--output", out / READINESS)
     rows = gate(read_json(out / READINESS))
+    record(given.model, given.seed, digest, rows, RECORD)
     print(table(rows))
     sys.exit(0 if all(row["passes"] for row in rows) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_input_error("build_smollm2_base.py", main)

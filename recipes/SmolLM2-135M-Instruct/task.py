@@ -22,7 +22,7 @@ from collections.abc import Callable
 from aesl_trl.data.gym import gym_rows
 
 
-# Set by measurement: results/stage_0.json. The sizes are those of RL's problems.
+# Chosen by us, and not yet measured: build_smollm2_base.py writes what its gate finds to results/stage_0.json
 TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "products": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},

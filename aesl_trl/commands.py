@@ -16,7 +16,12 @@ TRAINING_EXITS = (
     "3  the training ended before its last step",
     "130, 143  Ctrl-C or SIGTERM ended it; `--resume_from_checkpoint true` goes on",
 )
-CHAIN_EXITS = (*TRAINING_EXITS, "otherwise that of the stage that failed")
+CHAIN_EXITS = (
+    *EXITS,
+    "3  a training ended before its last step, or the start is not ready for RL",
+    "130, 143  Ctrl-C or SIGTERM ended it; the same command goes on",
+    "otherwise that of the stage that failed",
+)
 MODEL = "model_name_or_path"
 REWARD = ("reward_funcs", "reward_model_name_or_path")
 

@@ -49,6 +49,7 @@ def chat(text):
     return [*user(text), {"role": "assistant", "content": "yes"}]
 
 
+PROBE = {"dataset_name": "train.jsonl", "reward_funcs": ["accuracy_reward"], "use_cpu": True}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -422,7 +423,7 @@ RUNS = {
     ),
     "probe over somebody's rows": (
         lambda p: [
-            *("probe", str(p.out), "--config", p.config("probe.yaml", {"use_cpu": True})),
+            *("probe", str(p.out), "--config", p.config("probe.yaml", PROBE)),
             *("--output", p.write("rows.json", '{"checkpoints": 1}\n{}\n')),
         ],
         "output_dir: ",
@@ -446,7 +447,7 @@ CHAINS = {
         "lies in sft.output_dir, which push_to_hub uploads",
     ),
     "chain, torn chain.json": (run_chain(write={"out/chain.json": '{"stages'}), "chain.json is not valid JSON"),
-    "chain, output a file": (run_chain(output_dir="train.jsonl"), "chain.yaml: output_dir", "train.jsonl is a file"),
+    "chain, output a file": (run_chain(output_dir="train.jsonl"), "output_dir: ", "train.jsonl is a file"),
 }
 TABLE = {**CONFIGS, **DATA, **MODELS, **REWARD_FUNCTIONS, **RUNS, **CHAINS}
 # Seen when the model is there: in what TRL made of the data, in the weights, or in the first samples

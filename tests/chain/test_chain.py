@@ -541,14 +541,17 @@ def aesl_chain(*argv):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+SKILLS = ROOT / "recipes/skills-tiny/chain.yaml"
+
+
 @pytest.mark.parametrize(
     "argv, part",
     [
         (["--config"], "--config"),
-        ([], "--config"),
+        ([], "missing: CONFIG.yaml"),
         (["--config", "none.yaml"], "none.yaml does not exist"),
-        (["--confg", "none.yaml"], "--config"),
-        (["--config", "x", "--seed", "a"], "--seed"),
+        (["--config", str(SKILLS), "--confg", "none"], "--confg"),
+        (["--config", str(SKILLS), "--seed", "a"], "--seed"),
     ],
 )
 def test_refusals_are_one_line(argv, part):

@@ -6,8 +6,9 @@ Each curve of CURVES runs made-up work at a few sizes (growth_work.py). The time
 its children, since a shared machine takes turns; a size that takes less than a second is run three times, and the
 median counts. The memory is how far the resident memory rises above what was there before the work.
 
-The exponent is the slope of a straight line through the logarithms of the upper half of the sizes, by least squares:
-2 where twice the size costs four times as much. Beside it stands the bound, the exponent that the work itself needs.
+The exponent is the slope of a straight line through the logarithms of the upper half of the sizes, at least three of
+them, by least squares: 2 where twice the size costs four times as much. Beside it stands the bound, the exponent that
+the work itself needs.
 A constant part (starting, drawing a page) lowers the exponent of small sizes. An exponent above its bound, by more
 than the noise of a shared machine, is a fault of ours. Costs that are too small to be told from noise are not judged.
 
@@ -53,11 +54,13 @@ class Curve:
 
 
 def _in_cells(start: Callable[[Path], work.Work]) -> Callable[[int, Path], work.Work]:
-    """Give ten rows as many seeds as make up the cells; the curves of one size share a folder."""
-    return lambda cells, folder: start(work.comparison(cells // 10, 5, folder.parent / f"comparison-{cells}"))
+    """Take as many methods as make up the cells; the curves of one size share a folder."""
+    return lambda cells, folder: start(
+        work.comparison(cells // work.METHOD_CELLS, folder.parent / f"comparison-{cells}")
+    )
 
 
-CELLS, FEW_CELLS = (50, 200, 1000), (20, 40)
+CELLS, FEW_CELLS = (60, 120, 240, 480), (20, 40)
 CURVES: dict[str, list[Curve]] = {
     "head": [
         Curve(
@@ -86,63 +89,67 @@ CURVES: dict[str, list[Curve]] = {
         Curve(
             "measurement",
             "prompts",
-            (8, 64, 512),
+            (8, 32, 128, 512),
             (4, 8, 16),
             lambda n, folder: work.measurement(n, 4, 16, folder),
         ),
         Curve(
             "measurement",
             "samples",
-            (4, 32, 256),
+            (4, 16, 64, 256),
             (4, 8, 16),
             lambda n, folder: work.measurement(8, n, 16, folder),
         ),
         Curve(
             "measurement",
             "tokens a sample",
-            (16, 128, 1024),
+            (16, 64, 256, 1024),
             (8, 16, 32),
             lambda n, folder: work.measurement(4, 4, n, folder),
             2.0,
             "each token attends to all before it",
         ),
-        Curve("figures of given samples", "prompts", (32, 128, 512), (4, 8, 16), lambda n, _: work.figures(n, 8, 50)),
-        Curve("figures of given samples", "samples", (16, 64, 256), (4, 8, 16), lambda n, _: work.figures(8, n, 50)),
+        Curve(
+            "figures of given samples", "prompts", (8, 32, 128, 512), (4, 8, 16), lambda n, _: work.figures(n, 8, 50)
+        ),
+        Curve(
+            "figures of given samples", "samples", (4, 16, 64, 256), (4, 8, 16), lambda n, _: work.figures(8, n, 50)
+        ),
         Curve(
             "figures of given samples",
             "words a sample",
-            (50, 400, 3200),
+            (50, 200, 800, 3200),
             (8, 16, 32),
             lambda n, _: work.figures(8, 8, n),
         ),
     ],
     "data": [
-        Curve("aesl data", "rows", (1000, 7000, 46000), (200, 400), work.data),
+        Curve("aesl data", "rows", (1500, 3000, 6000, 12000), (200, 400), work.data),
         Curve(
             "finding benchmarks by share",
             "benchmark problems",
-            (250, 1000, 4000),
+            (500, 1000, 2000, 4000),
             (50, 100, 200),
             lambda n, _: work.decontamination(n),
         ),
     ],
     "report": [
-        Curve("aesl report", "runs", (1, 20, 200), (1, 2), work.report_of_runs),
-        Curve("aesl report", "seeds of a run", (1, 20, 200), (1, 2), work.report_of_seeds),
-        Curve("aesl report", "lines of a log", (100, 10000, 100000), (100, 200), work.report_of_lines),
+        Curve("aesl report", "runs", (1, 8, 40, 200), (1, 2), work.report_of_runs),
+        Curve("aesl report", "seeds of a run", (1, 8, 40, 200), (1, 2), work.report_of_seeds),
+        Curve("aesl report", "lines of a log", (100, 1000, 10000, 100000), (100, 200), work.report_of_lines),
     ],
     "compare": [
         Curve("aesl compare, the plan", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_plan)),
         Curve("aesl compare, nothing left to run", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_resume)),
         Curve("aesl compare, the table", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_table)),
-        Curve("a comparison's statistics", "rows", (50, 200, 800), (5, 10, 20), lambda n, _: work.statistics(n)),
+        Curve("a comparison's statistics", "rows", (100, 200, 400, 800), (5, 10, 20), lambda n, _: work.statistics(n)),
     ],
     "selection": [
-        Curve("aesl select", "measurements", (100, 1000, 10000), (20, 40, 80), work.selection),
+        Curve("aesl select", "measurements", (100, 500, 2000, 10000), (20, 40, 80), work.selection),
         Curve(
             "asking after every measurement",
             "measurements",
-            (50, 200, 800),
+            (100, 200, 400, 800),
             (10, 20, 40),
             lambda n, _: work.asking(n),
             2.0,
@@ -155,20 +162,22 @@ CURVES: dict[str, list[Curve]] = {
 # ---- The exponent
 
 
-def upper_half(sizes: list[int]) -> int:
-    """Return how many sizes an exponent is fitted to: the upper half, at least two."""
-    return max(2, math.ceil(len(sizes) / 2))
+def num_fitted(sizes: list[int]) -> int:
+    """Return how many of the largest sizes an exponent is fitted to: the upper half, and at least three."""
+    return min(len(sizes), max(3, math.ceil(len(sizes) / 2)))
 
 
 def exponent(sizes: list[int], costs: list[float], least: float) -> float | None:
-    """Return the slope of log(cost) over log(size) in the upper half, by least squares.
+    """Return the slope of log(cost) over log(size) at the largest sizes, by least squares.
 
     The exponent is None where one of these costs is below `least`.
     """
-    half = range(len(sizes) - upper_half(sizes), len(sizes))
-    if any(costs[place] < least for place in half):
+    first = len(sizes) - num_fitted(sizes)
+    if min(costs[first:]) < least:
         return None
-    return statistics.linear_regression(*([math.log(each[place]) for place in half] for each in (sizes, costs))).slope
+    return statistics.linear_regression(
+        *([math.log(each) for each in values[first:]] for values in (sizes, costs))
+    ).slope
 
 
 # ---- One topic, in a process of its own
@@ -306,9 +315,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_recorded(found: dict[str, list[dict]], path: Path | None) -> list[dict]:
-    """Return the curves of all topics in order: those just `found`, and of other topics those recorded in `path`."""
+    """Return the curves of all topics in order: those just `found`, and of other topics those recorded in `path`.
+
+    Recorded curves are judged again, so that one rule gives all exponents of the table.
+    """
     recorded = json.loads(path.read_text(encoding="utf-8"))["tables"][0]["raw"] if path and path.is_file() else []
-    of_topic = {topic: found.get(topic) or [each for each in recorded if each["topic"] == topic] for topic in CURVES}
+    of_topic = {
+        topic: found.get(topic) or [judged(each) for each in recorded if each["topic"] == topic] for topic in CURVES
+    }
     return [curve | {"topic": topic} for topic, curves in of_topic.items() for curve in curves]
 
 

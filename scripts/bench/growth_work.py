@@ -65,7 +65,7 @@ def measurement(num_prompts: int, num_samples: int, length: int, folder: Path) -
     )
     settings = MeasurementSettings(
         steps=1,
-        samples=num_samples,
+        num_samples=num_samples,
         temperature=1.0,
         max_new_tokens=length,
         backend="generate",
@@ -142,13 +142,16 @@ def figures(num_prompts: int, num_samples: int, length: int) -> Work:
 
 
 def data(num_rows: int, folder: Path) -> Work:
-    """Return `aesl data` on rows of OpenR1's schema: a benchmark taken out, solutions and demonstrations verified."""
+    """Return `aesl data` on rows of OpenR1's schema: a benchmark taken out, solutions and demonstrations verified.
+
+    Each answer is that of two rows, however many rows there are: `aesl data` verifies an answer once.
+    """
     from aesl_trl.data.prepare import main
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for number in range(num_rows):
-            file.write(json.dumps(openr1_row(number)) + "\n")
+            file.write(json.dumps(openr1_row(number, number % (num_rows // 2))) + "\n")
     # Every hundredth problem is in the benchmark, however many rows there are
     files.write_jsonl(folder / "benchmark.jsonl", [{"problem": problem(100 * number)} for number in range(500)])
     values = {
@@ -170,9 +173,8 @@ def problem(number: int) -> str:
     return f"Let $x$ be ${number}$ less $\\frac{{{number + 2}}}{{2}}$. {words}. What is $x + {number % 7}$?"
 
 
-def openr1_row(number: int) -> dict:
+def openr1_row(number: int, answer: int) -> dict:
     """Return a row as Elliott/Openr1-Math-46k-8192 has it; the demonstration has about 150 words."""
-    answer = number % 4000  # real answers repeat too
     draw = random.Random(-number)
     thought = " ".join("".join(draw.choices(LETTERS, k=5)) for _ in range(150))
     return {
@@ -266,13 +268,18 @@ def done() -> dict:
 # ---- aesl compare
 
 
-def comparison(seeds: int, methods: int, folder: Path) -> Path:
+METHOD_CELLS = 10  # of a method's two rows: three seeds of each, and two points of tuning's grid on one seed of each
+
+
+def comparison(methods: int, folder: Path) -> Path:
     """Write a comparison whose every cell has ended, as `aesl compare` would leave it; return its compare.yaml.
 
-    A comparison that is there already is taken as it is.
+    The number of rows rises with the methods; each row has been tuned. A comparison that is there already is taken as
+    it is.
     """
     from aesl_trl.compare.cells import table_cells
     from aesl_trl.compare.config import read_config
+    from aesl_trl.compare.tuning import choose, planned
 
     path = folder / "compare.yaml"
     if path.exists():
@@ -286,19 +293,22 @@ def comparison(seeds: int, methods: int, folder: Path) -> Path:
     }
     for name, values in configs.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    rates = [round(1e-5 * (number + 1), 7) for number in range(methods)]
     values = {
         "output_dir": "runs",
-        "seeds": list(range(seeds)),
+        "seeds": [0, 1, 2],
         "reference": ["method-0/last"],
         "chain": {name: {"config": f"{name}.yaml"} for name in configs},
         "methods": {
-            f"method-{number}": {"sft": {"learning_rate": rate}, "selections": ["turning_point", "last"]}
-            for number, rate in enumerate(rates)
+            f"method-{number}": {"sft": {"warmup_steps": number}, "selections": ["turning_point", "last"]}
+            for number in range(methods)
         },
+        "tune": {"seeds": [1000], "grid": {"learning_rate": [1.0e-5, 3.0e-5]}},
     }
     path.write_text(yaml.safe_dump(values))
-    for cell in table_cells(read_config(path), {}):
+    config = read_config(path)
+    for cell in planned(config):
+        end(cell)
+    for cell in table_cells(config, choose(config)[0]):
         end(cell)
     return path
 

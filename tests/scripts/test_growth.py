@@ -16,13 +16,17 @@ def test_the_exponent_of_a_power_law_is_its_power(power):
     assert growth.exponent(sizes, [3 * size**power for size in sizes], 0.1) == pytest.approx(power)
 
 
-def test_the_exponent_is_that_of_the_upper_half():
-    # A constant part of 5 hides nothing of the upper half, in which the cost rises from 100 to 10,000 by a square
-    assert growth.exponent([1, 10, 100, 1000], [5, 5, 100, 10_000], 0.1) == pytest.approx(2.0)
+def test_the_exponent_is_that_of_the_upper_half_and_of_three_sizes_at_least():
+    # A constant part of 5 hides nothing of the three largest, among which the cost rises from 1 to 10,000 by a square
+    assert growth.exponent([1, 10, 100, 1000], [5, 1, 100, 10_000], 0.1) == pytest.approx(2.0)
     # By hand: log2 of 8 / 2 over log2 of 16 / 4, and a middle size on the line
     assert growth.exponent([1, 2, 4, 8, 16], [9, 9, 2, 4, 8], 0.1) == pytest.approx(1.0)
-    assert growth.exponent([1, 2, 4, 8], [1, 1, 0.01, 8], 0.1) is None  # too small to be told from noise
-    assert growth.upper_half([1, 2, 3]) == 2 and growth.upper_half([1, 2, 3, 4, 5]) == 3
+    assert growth.exponent([1, 2, 4, 8], [1, 0.01, 1, 8], 0.1) is None  # too small to be told from noise
+    assert [growth.num_fitted(list(range(count))) for count in (2, 3, 4, 5, 7)] == [2, 3, 3, 3, 4]
+
+
+def test_every_curve_is_fitted_to_three_sizes_and_one_more_shows_its_beginning():
+    assert all(len(curve.sizes) >= 4 for curves in growth.CURVES.values() for curve in curves)
 
 
 def curve(seconds, bound=1.0, topic="head") -> dict:
@@ -31,7 +35,9 @@ def curve(seconds, bound=1.0, topic="head") -> dict:
 
 
 def test_the_table_judges_each_curve_by_its_bound():
-    curves = [growth.judged(each) for each in (curve([1, 10, 100]), curve([1, 10, 1000]), curve([1, 10, 1000], 2.0))]
+    curves = [
+        growth.judged(each) for each in (curve([1, 10, 100]), curve([1, 100, 10_000]), curve([1, 100, 10_000], 2.0))
+    ]
     rows = growth.table_of([*curves, growth.judged(curve([0.001, 0.001, 0.002]))])["rows"]
     assert [row[3] for row in rows] == ["1.00", "2.00", "2.00", None]
     assert [row[5] for row in rows] == ["yes", "no", "yes", None]
@@ -69,12 +75,15 @@ def test_the_work_runs(start, tmp_path):
 
 def test_the_made_up_comparison_has_ended(tmp_path, monkeypatch):
     """Else its second start would run cells, and the table would lack them."""
-    path = work.comparison(2, 1, tmp_path / "comparison")
+    path = work.comparison(1, tmp_path / "comparison")
     monkeypatch.setattr("aesl_trl.compare.workers.Workers.run", lambda self, groups: pytest.fail("a cell was run"))
     work.compare_resume(path)()
     work.compare_table(path)()
     found = files.read_json(tmp_path / "comparison/runs/compare.json")
-    assert len(found["cells"]) == 4 and not found["missing"] and not any(each["outdated"] for each in found["cells"])
+    assert len(found["cells"]) == 6 and not found["missing"] and not any(each["outdated"] for each in found["cells"])
+    tuned = found["tuning"]["rows"]
+    assert len(tuned) == 2 and all(row["chosen"] and row["finished"] == row["cells"] == 2 for row in tuned)
+    assert len(found["cells"]) + sum(row["cells"] for row in tuned) == work.METHOD_CELLS
 
 
 def test_the_made_up_run_is_whole_to_the_report(tmp_path):

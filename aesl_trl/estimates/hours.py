@@ -142,10 +142,11 @@ def training_flops(run: Training, length: float) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """GB that a card sends, and receives, for each micro-batch and for each optimizer step."""
+    """GB that a card sends, and receives: for each micro-batch, each optimizer step, each pass without gradients."""
 
     micro_gb: float
     step_gb: float
+    forward_gb: float  # of a micro-batch's rows
 
 
 def traffic(run: Training) -> Traffic:
@@ -153,25 +154,31 @@ def traffic(run: Training) -> Traffic:
 
     DDP sums what is trained once a step, which a ring sends twice. DeepSpeed reduces bf16 gradients after every
     micro-batch. FSDP2 and ZeRO-3 gather bf16 weights for the forward pass and again for the backward pass. FSDP2
-    reduces gradients at the last micro-batch of a step, since accelerate holds them whole until then.
+    reduces gradients at the last micro-batch of a step, since accelerate holds them whole until then. Both gather the
+    weights once for a pass without gradients; under DDP and ZeRO-2 each card holds them.
     """
     share = (run.processes - 1) / run.processes
     weights, trained = share * 2 * run.shape.parameters / GB, share * 2 * run.trained / GB
     if run.sharding == "none":
-        return Traffic(0.0, 2 * share * run.trained * run.trained_bytes / GB)
+        return Traffic(0.0, 2 * share * run.trained * run.trained_bytes / GB, 0.0)
     if run.sharding == "zero2":
-        return Traffic(trained, trained)
-    return Traffic(2 * weights + trained, 0.0) if run.sharding == "zero3" else Traffic(2 * weights, trained)
+        return Traffic(trained, trained, 0.0)
+    if run.sharding == "zero3":
+        return Traffic(2 * weights + trained, 0.0, weights)
+    return Traffic(2 * weights, trained, weights)
 
 
-def step_s(run: Training, end: End, *, forwards: int = 0) -> float:
-    """Return the time of an optimizer step, with `forwards` more passes without gradients for each micro-batch."""
+def step_s(run: Training, end: End, *, forwards: float = 0) -> float:
+    """Return the time of an optimizer step, with `forwards` more passes without gradients for each micro-batch.
+
+    `forwards` is a mean: 0.5 where every second step has one.
+    """
     length = run.length * end.expected.filled
     flops = training_flops(run, length) + forwards * forward_flops(run.shape, length)
     products = run.micro_batches * run.rows * length * flops / end.training
     products *= end.expected.quantized if run.bits < 16 else 1.0
     sent = traffic(run)
-    travel = GB * (run.micro_batches * (1 + forwards / 2) * sent.micro_gb + sent.step_gb) / end.link
+    travel = GB * (run.micro_batches * (sent.micro_gb + forwards * sent.forward_gb) + sent.step_gb) / end.link
     return max(products, travel) if end.expected.overlaps else products + travel
 
 

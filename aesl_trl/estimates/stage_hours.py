@@ -115,7 +115,7 @@ def _grpo(site: Site, script: Any, args: Any, model_args: Any) -> dict[str, Span
     steps = _steps(args, site.rows(script.dataset_name), prompts)
     # TRL scores the samples before it trains on them where vLLM drew them, or where they outlive the step
     scored = (args.use_vllm and args.vllm_importance_sampling_correction) or run.micro_batches % updates != 0
-    forwards = int(scored) + int(bool(args.beta))
+    forwards = (int(scored) + int(bool(args.beta))) / args.num_iterations  # once a generation, however often it serves
     gpu_gb, count = site.hardware.gpu_gb, run.rows * args.steps_per_generation
 
     def train(end: End) -> float:

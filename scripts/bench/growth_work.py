@@ -60,7 +60,9 @@ def measurement(num_prompts: int, num_samples: int, length: int, folder: Path) -
         model_wrapped=model,
         processing_class=tokenizer,
         accelerator=accelerator,
-        args=SimpleNamespace(seed=0, gradient_checkpointing_kwargs=None, per_device_train_batch_size=1),
+        args=SimpleNamespace(
+            seed=0, gradient_checkpointing_kwargs=None, per_device_train_batch_size=1, disable_tqdm=True
+        ),
         state=SimpleNamespace(global_step=0),
     )
     settings = MeasurementSettings(

@@ -73,21 +73,31 @@ def test_six_products_a_parameter_where_nothing_is_recomputed():
 
 
 @pytest.mark.parametrize(
-    ("sharding", "lora", "micro", "step"),
+    ("sharding", "lora", "micro", "step", "forward"),
     [
         # N = 4. 2,600 parameters; an adapter of rank 4 trains 4 x 50 x 2 = 400. Shares of 3/4
-        ("none", None, 0, 2 * 0.75 * 2600 * 2),  # a ring sends bf16 gradients twice
-        ("none", 4, 0, 2 * 0.75 * 400 * 4),  # float32 adapters
-        ("zero2", None, 0.75 * 2600 * 2, 0.75 * 2600 * 2),
-        ("zero3", None, 3 * 0.75 * 2600 * 2, 0),  # two gathers, one reduction
-        ("fsdp", None, 2 * 0.75 * 2600 * 2, 0.75 * 2600 * 2),
-        ("fsdp", 4, 2 * 0.75 * 2600 * 2, 0.75 * 400 * 2),
+        ("none", None, 0, 2 * 0.75 * 2600 * 2, 0),  # a ring sends bf16 gradients twice
+        ("none", 4, 0, 2 * 0.75 * 400 * 4, 0),  # float32 adapters
+        ("zero2", None, 0.75 * 2600 * 2, 0.75 * 2600 * 2, 0),
+        ("zero3", None, 3 * 0.75 * 2600 * 2, 0, 0.75 * 2600 * 2),  # two gathers, one reduction
+        ("zero3", 4, (2 * 0.75 * 2600 + 0.75 * 400) * 2, 0, 0.75 * 2600 * 2),
+        ("fsdp", None, 2 * 0.75 * 2600 * 2, 0.75 * 2600 * 2, 0.75 * 2600 * 2),
+        ("fsdp", 4, 2 * 0.75 * 2600 * 2, 0.75 * 400 * 2, 0.75 * 2600 * 2),
     ],
 )
-def test_traffic_by_hand(sharding, lora, micro, step):
+def test_traffic_by_hand(sharding, lora, micro, step, forward):
     found = traffic(Training(SHAPE, processes=4, sharding=sharding, lora_rank=lora))
-    assert (found.micro_gb * GB, found.step_gb * GB) == pytest.approx((micro, step))
-    assert traffic(Training(SHAPE, sharding=sharding, lora_rank=lora)) == Traffic(0, 0)  # a card alone
+    assert (found.micro_gb * GB, found.step_gb * GB, found.forward_gb * GB) == pytest.approx((micro, step, forward))
+    assert traffic(Training(SHAPE, sharding=sharding, lora_rank=lora)) == Traffic(0, 0, 0)  # a card alone
+
+
+@pytest.mark.parametrize(("sharding", "gathers"), [("none", 0), ("zero2", 0), ("zero3", 1), ("fsdp", 1)])
+def test_a_pass_without_gradients_sends_what_it_gathers(sharding, gathers):
+    run = Training(SHAPE, processes=4, sharding=sharding, rows=3, length=10, micro_batches=2)
+    # At 1 GB a second the traffic takes longer than the products. A gather: 3/4 of 2,600 parameters in bf16
+    gather_s = 0.75 * 2600 * 2 / 1e9
+    assert step_s(run, END, forwards=1) - step_s(run, END) == pytest.approx(2 * gathers * gather_s)
+    assert step_s(run, END, forwards=0.5) - step_s(run, END) == pytest.approx(gathers * gather_s)
 
 
 def test_a_step_by_hand():

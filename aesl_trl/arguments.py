@@ -104,6 +104,7 @@ NOT_HERE = {
     "config_file": "accelerate launch --config_file FILE -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain",
     "dry_run": "aesl chain and aesl compare have it",
 }
+TAKE_A_FILE = ("aesl eval", "aesl probe")  # commands whose output_dir may be the file itself, NAME.json
 MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
 
 
@@ -144,7 +145,7 @@ def with_config_flag(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         is_bare = argument.endswith(CONFIG_SUFFIXES) and not argument.startswith("-") and not flag.endswith("config")
         found += [CONFIG_FLAG, argument] if is_bare else [argument]
-        flag = argument if argument.startswith("--") else ""
+        flag = argument if argument.startswith("--") and "=" not in argument else ""
     return found
 
 
@@ -274,9 +275,10 @@ def check_replaceable(
         raise InputError(f"{name}: {target} {problem}, and would be replaced; name a new folder")
 
 
-def output_folder(output_dir: str) -> str:
-    """Return the folder that `output_dir` names; `aesl eval` and `aesl probe` take a file's name too."""
-    return os.path.dirname(os.path.abspath(output_dir)) if output_dir.endswith(".json") else output_dir
+def output_folder(output_dir: str, prog: str) -> str:
+    """Return the folder that `output_dir` names for the command `prog`; some commands take a file's name too."""
+    is_file = prog in TAKE_A_FILE and output_dir.endswith(".json")
+    return os.path.dirname(os.path.abspath(output_dir)) if is_file else output_dir
 
 
 def resolve(name: str, value: Any, folder: Path, to_come: Collection[str] = ()) -> Any:
@@ -349,7 +351,7 @@ def _strict_parser(dataclass_types: Sequence[type], prog: str, config: dict[str,
                         value = {"true": True, "false": False}.get(value.lower(), value)
                     values[name] = resolve(name, value, Path.cwd())
             _check_numbers(values, dataclass_types)
-            _check_output_dir(values)
+            _check_output_dir(values, self.prog)
             return namespace, rest
 
     parser = StrictParser(dataclass_types, prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
@@ -385,11 +387,11 @@ def prepared_models(recipe: Path) -> dict[str, str]:
     return {os.path.abspath(recipe / folder): command for folder, command in prepared.items()}
 
 
-def _check_output_dir(values: dict[str, Any]) -> None:
+def _check_output_dir(values: dict[str, Any], prog: str) -> None:
     folder = values.get("output_dir")
     if not isinstance(folder, str):
         return
-    check_folder("output_dir", output_folder(folder))
+    check_folder("output_dir", output_folder(folder, prog))
     for name in ("model_name_or_path", "adapter_name_or_path"):
         source = values.get(name)
         if isinstance(source, str) and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
@@ -429,9 +431,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def positionals(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments into the names before the first flag, and the rest. A config is no name, wherever it is."""
     names, configs, rest = [], [], list(argv)
-    while rest and (rest[0] == CONFIG_FLAG or not rest[0].startswith("-")):
+    while rest and (not rest[0].startswith("-") or rest[0].partition("=")[0] == CONFIG_FLAG):
         length = 2 if rest[0] == CONFIG_FLAG else 1
-        is_name = length == 1 and not rest[0].endswith(CONFIG_SUFFIXES)
+        is_name = not rest[0].startswith("-") and not rest[0].endswith(CONFIG_SUFFIXES)
         (names if is_name else configs).extend(rest[:length])
         del rest[:length]
     return names, configs + rest

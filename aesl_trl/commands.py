@@ -179,8 +179,8 @@ COMMANDS = {
     "recipes": Command(
         module="recipes.recipes",
         line="list the recipes, copy them to a folder of your own, or check them",
-        usage="list [NAME] | copy [NAME ...] [DIR] | check [FOLDER or FILE ...] [--brief]",
-        examples=("aesl recipes list", "aesl recipes check recipes/Qwen2.5-1.5B-Instruct --brief"),
+        usage="list [NAME] | copy [NAME ...] [DIR] | check [FOLDER or FILE ...] [--gpus N] [--brief]",
+        examples=("aesl recipes copy skills-tiny", "aesl recipes check recipes/Qwen2.5-1.5B-Instruct --brief"),
         reads_config=False,
     ),
     "env": Command(

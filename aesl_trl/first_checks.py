@@ -15,7 +15,7 @@ from .errors import InputError, nearest_sibling
 from .values import OLD_OUTPUTS, load_yaml
 
 
-# Keys that no other command's config has. A config with more keys of another command than of its own is another's.
+# Keys that no other command's config has.
 MARKS = {
     "chain": "sft grpo handoff probe eval report mix ignore_readiness",
     "compare": "methods seeds chain settings bases rl_runs rl_from_steps tune estimate",
@@ -31,6 +31,10 @@ MARKS = {
     "accelerate": "compute_environment distributed_type machine_rank num_machines num_processes",
 }
 MARKS = {name: frozenset(keys.split()) for name, keys in MARKS.items()}
+# Marks that nobody adds to another command's config by mistake: one of them says whose config it is.
+DECISIVE = frozenset(
+    "grpo methods num_demonstrations cold_start_loss rl_steps benchmarks compute_environment distributed_type".split()
+)
 READS = {"mix": ("sft",), "probe": ("probe", "grpo")}  # whose configs a command reads, where not its own alone
 NOUNS = {
     "chain": "a chain",
@@ -67,28 +71,38 @@ def check(name: str, argv: Sequence[str]) -> None:
     of_config = {key: value for key, value in values.items() if key not in flag_names(flags)}
     resolved = [(key, resolve(key, value, path.absolute().parent)) for key, value in of_config.items()]
     resolved += [(key, resolve(key, value, Path.cwd())) for key, value in _values(flags)]
+    revision = dict(resolved).get("model_revision")
+    revision = revision if isinstance(revision, str) else None  # the command refuses one of another type
     for key, value in resolved:
         if key == "output_dir" and isinstance(value, str):
-            check_folder(key, output_folder(value))
+            check_folder(key, output_folder(value, f"aesl {name}"))
         elif key in MODEL_FIELDS.get(name, ()) and isinstance(value, str) and value:
-            check_model_name(key, value)
+            check_model_name(key, value, revision if key == "model_name_or_path" else None)
     _check_names(f"aesl {name}", command, names)
     found = {key for key, value in values.items() if value not in (None, "")} | flag_names(flags)
     found |= {OLD_OUTPUTS[key] for key in found & OLD_OUTPUTS.keys()}
-    _check_needs(f"aesl {name}", command, names, found | ({"config"} if path else set()), path)
+    has_words = not all(argument.startswith("-") for argument in flags)
+    _check_needs(f"aesl {name}", command, names, found | ({"config"} if path else set()), path, has_words)
 
 
-def check_kind(name: str, path: str | Path, values: Mapping[str, Any]) -> None:
-    """Refuse the config of another command than `name`, and name the command that reads it."""
+def check_kind(name: str, path: str | Path, values: Mapping[str, Any], where: str = "") -> None:
+    """Refuse the config of another command than `name`: it has marks of that command, and none of its own.
+
+    One mark is enough where it is decisive. `where` is the place in a chain or a comparison that names the config;
+    without one, the message names the command that reads it.
+    """
     hits = {kind: [key for key in values if key in keys] for kind, keys in MARKS.items()}
-    kind = max(hits, key=lambda kind: len(hits[kind]))
-    own = max((len(hits[each]) for each in READS.get(name, (name,)) if each in hits), default=0)
-    if len(hits[kind]) <= own:
+    kind = max(hits, key=lambda kind: (len(DECISIVE & {*hits[kind]}), len(hits[kind])))
+    own = READS.get(name, (name,))
+    if any(hits.get(each) for each in own) or (len(hits[kind]) < 2 and not DECISIVE & {*hits[kind]}):
         return
+    found = f"{NOUNS[kind]} (it has {', '.join(hits[kind][:3])})"
+    if where:
+        raise InputError(f"{where}: {path} is {found}; name {NOUNS[own[0]]}")
     command = (
         f"accelerate launch --config_file {path}" if kind == "accelerate" else f"aesl {kind} {CONFIG_FLAG} {path}"
     )
-    raise InputError(f"{path}: this is {NOUNS[kind]} (it has {', '.join(hits[kind][:3])}): {command}")
+    raise InputError(f"{path}: this is {found}: {command}")
 
 
 def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -104,10 +118,10 @@ def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, argument
 
 
-def check_model_name(field: str, name: str) -> None:
+def check_model_name(field: str, name: str, revision: str | None = None) -> None:
     """Refuse the name of a model, the value of `field`, that is no folder here and cannot be one on the hub.
 
-    Where the hub may not be asked (HF_HUB_OFFLINE), it must lie in the hub's cache.
+    Where the hub may not be asked (HF_HUB_OFFLINE), the `revision`, by default main, must lie in the hub's cache.
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -120,12 +134,15 @@ def check_model_name(field: str, name: str) -> None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        files = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
+        files = [
+            try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", "adapter_config.json")
+        ]
     except HFValidationError:
         files = []
     if constants.HF_HUB_OFFLINE and not any(isinstance(file, str) for file in files):
         hint = nearest_sibling(folder) or "; HF_HUB_OFFLINE is set, so the hub is not asked"
-        raise InputError(f"{field}: there is no folder {name} here, and the hub's cache does not hold it{hint}")
+        which = f"its revision {revision}" if revision else "it"
+        raise InputError(f"{field}: there is no folder {name} here, and the hub's cache does not hold {which}{hint}")
 
 
 def _check_names(prog: str, command: Command, names: Sequence[str]) -> None:
@@ -144,8 +161,13 @@ def _check_names(prog: str, command: Command, names: Sequence[str]) -> None:
             raise InputError(f"{wanted.removesuffix('...')}: {name} {problem}{nearest_sibling(Path(name))}")
 
 
-def _check_needs(prog: str, command: Command, names: Sequence[str], found: set[str], path: Path | None) -> None:
-    """Refuse a command line that lacks something, and name all that it lacks at once."""
+def _check_needs(
+    prog: str, command: Command, names: Sequence[str], found: set[str], path: Path | None, has_words: bool
+) -> None:
+    """Refuse a command line that lacks something, and name all that it lacks at once.
+
+    With `has_words`, words stand after a flag, and a positional among them counts as the flag's value.
+    """
     missing = [] if found & {*command.instead} else [*command.names[len(names) :]]
     missing += [
         CONFIG if needs == ("config",) else needs[0] + (f" (or {' or '.join(needs[1:])})" if needs[1:] else "")
@@ -154,4 +176,5 @@ def _check_needs(prog: str, command: Command, names: Sequence[str], found: set[s
     ]
     if missing:
         where = f" in {path} and on the command line" if path and not {*missing} <= {*command.names} else ""
-        raise InputError(f"missing{where}: {', '.join(missing)}; usage: {prog} {command.usage}")
+        hint = "; positionals come before the flags" if has_words and {*missing} & {*command.names} else ""
+        raise InputError(f"missing{where}: {', '.join(missing)}; usage: {prog} {command.usage}{hint}")

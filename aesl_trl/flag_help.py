@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .commands import CONFIG_FLAG, command_of
 
 
+# A field under another flag: the probe's `output`, as its config's output_dir is RL's (see probe.main).
+SHOWN_AS = {"--output": "--output_dir"}
 THEIRS = ("trl.", "transformers.")  # the modules whose fields are not ours
 
 
@@ -26,12 +28,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return text
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        says_nothing = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def _shown_spellings(flags: Sequence[str]) -> list[str]:
-    """Drop a flag with - where its spelling with _ is there too."""
-    return [flag for flag in flags if "-" not in flag[2:] or f"--{flag[2:].replace('-', '_')}" not in flags]
+    """Drop a flag with - where its spelling with _ is there too, and name a flag as it is given."""
+    return [
+        SHOWN_AS.get(flag, flag)
+        for flag in flags
+        if "-" not in flag[2:] or f"--{flag[2:].replace('-', '_')}" not in flags
+    ]
 
 
 def help_of(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], shows_all: bool) -> str:
@@ -45,7 +52,8 @@ def help_of(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], sh
     if ours != {field.name for kind in dataclass_types for field in dataclasses.fields(kind)}:
         text = "show the flags of TRL and transformers too"
         actions.append(argparse.Action(["--help_all"], "help_all", nargs=0, help=text))
-    actions += [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    hidden = {SHOWN_AS[flag][2:] for flag in SHOWN_AS if flag[2:] in ours}  # TRL's flags that ours stand before
+    actions += [each for each in parser._actions if each.help != argparse.SUPPRESS and each.dest not in hidden]
     groups = {
         "what it needs": [action for action in actions if action.dest in needed],
         "flags of aesl_trl": [action for action in actions if action.dest in ours - needed],

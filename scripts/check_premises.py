@@ -26,7 +26,7 @@ MAX_EFFECTIVE, MIN_LOST = 0.7, 0.05
 FLAGS = {
     "diversity_steps": 100_000,  # above max_steps: the first and the last step are measured in any case
     "diversity_num_prompts": 192,
-    "diversity_samples": 16,
+    "diversity_num_samples": 16,
     "diversity_token_budget": 0,
     "diversity_batch_size": 1536,
     "eval_strategy": "no",

@@ -429,6 +429,7 @@ def test_positionals_are_the_arguments_before_the_first_flag(argv):
         ("a x.yaml b", "a b", "x.yaml"),
         ("--config x b --flag y.yml", "b", "--config x --flag y.yml"),
         ("--flag a x.yaml", "", "--flag a x.yaml"),
+        ("--config=x.yaml b --flag c", "b", "--config=x.yaml --flag c"),
     ],
 )
 def test_a_config_is_no_name(argv, names, rest):
@@ -442,6 +443,7 @@ def test_a_config_is_no_name(argv, names, rest):
         ("--seed 3 x.yml", "--seed 3 --config x.yml"),
         ("--dry_run x.yaml", "--dry_run --config x.yaml"),
         ("--config x.yaml", "--config x.yaml"),
+        ("--run_name=my_config x.yaml", "--run_name=my_config --config x.yaml"),
         ("--fsdp_config x.yaml --run_name=y.yaml", "--fsdp_config x.yaml --run_name=y.yaml"),
         ("x.jsonl", "x.jsonl"),
     ],

@@ -48,3 +48,21 @@ def test_our_flags_come_first_and_trls_are_asked_for(capsys):
 
 def test_a_command_without_fields_of_trl_has_no_help_all(capsys):
     assert "--help_all" not in help_of("handoff", capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_help_shows_an_old_name(name, capsys):
+    text = help_of(name, capsys, "--help_all" if {"sft", "grpo", "probe", "mix"} & {name} else "--help")
+    assert not re.search(r"--(output|out|samples|diversity_samples)\b", text)
+
+
+def test_the_probes_output_is_shown_as_it_is_given_and_rls_is_not(capsys):
+    text = help_of("probe", capsys, "--help_all")
+    assert text.count("--output_dir VALUE") == 1 and "Folder for readiness.json" in text
+
+
+def test_a_default_of_0_is_shown(capsys):
+    (line,) = re.findall(r"  --seed N +(.+)", help_of("eval", capsys))
+    text = " ".join(help_of("eval", capsys).split())
+    assert line and "Seed of the samples and of a dataset that a function builds. (default: 0)" in text
+    assert "System message before each benchmark problem. --" in text, "an empty text says nothing"

@@ -133,7 +133,7 @@ def _resolve_paths(config: ChainConfig, path: Path) -> None:
                 setattr(section, key, absolute(value))
                 check_config_file(f"{path}: {name}.{key}: {value}", Path(getattr(section, key)))
                 if key == "config":
-                    check_kind(name, section.config, load_yaml(section.config))
+                    check_kind(name, value, load_yaml(section.config), where=f"{path}: {name}.config")
     if config.sft and config.sft.output_dir:
         config.sft.output_dir = absolute(config.sft.output_dir)
     runs = map(absolute, config.report.compare)

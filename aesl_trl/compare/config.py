@@ -16,6 +16,7 @@ from ..arguments import check_folder, resolve
 from ..chain.config import ChainConfig, check_config_file
 from ..diversity.selection import DEFAULT_RULE, RULES
 from ..errors import InputError, nearest
+from ..first_checks import check_kind
 from ..values import (
     SEED_BOUNDS,
     SHORT,
@@ -203,11 +204,16 @@ def _resolve_chain(config: CompareConfig, folder: Path) -> None:
             if isinstance(section, dict) and isinstance(section.get(key), str):
                 target = Path(os.path.abspath(folder / os.path.expanduser(section[key])))
                 check_config_file(f"chain.{name}.{key}: {section[key]}", target)
+                if key == "config":
+                    check_kind(name, section[key], load_yaml(target), where=f"chain.{name}.config")
                 section[key] = str(target)
 
 
 def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[str]) -> None:
-    """Make the paths absolute that a method, a setting or a base puts into a stage's config."""
+    """Make the paths absolute that a method, a setting or a base puts into a stage's config.
+
+    Every changed setting, those of the grids too, gets today's name.
+    """
     changes = {f"methods.{name}.sft": options.sft or {} for name, options in config.methods.items()}
     for options in config.bases.values():
         for stage in (options.sft, options.grpo):
@@ -224,6 +230,17 @@ def _resolve_changes(config: CompareConfig, folder: Path, to_come: Collection[st
             raise InputError(f"{where}: {error}") from None
         mapping.clear()
         mapping.update(with_new_names(changed, where))
+    if config.tune is not None:
+        config.tune.grid = _by_new_names(config.tune.grid, "tune.grid")
+    for name, options in config.methods.items():
+        options.grid = _by_new_names(options.grid, f"methods.{name}.grid")
+
+
+def _by_new_names(grid: Any, where: str) -> Any:
+    """Return a grid, in either form, with today's names of the settings."""
+    if isinstance(grid, list):
+        return [with_new_names(point, where) if isinstance(point, dict) else point for point in grid]
+    return with_new_names(grid, where) if isinstance(grid, dict) else grid
 
 
 def _set_default_selections(config: CompareConfig) -> None:

@@ -243,7 +243,7 @@ class ModelSamples:
         self._settings = {  # all that the samples depend on
             "model": model.identity(),
             "backend": backend,
-            "samples": args.num_samples,
+            "samples": args.num_samples,  # by its old name: the folders of samples drawn before are found by it
             **{key: getattr(args, key) for key in keys},
             **({"chat_template_kwargs": template} if (template := args.chat_template_kwargs) else {}),
             "save_every": self._answers,

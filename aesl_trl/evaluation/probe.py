@@ -78,7 +78,8 @@ class ProbeArguments(GRPOScriptArguments):
     output: str | None = option(
         None,
         "Folder for readiness.json; a name that ends in .json is the file itself. Default: the run whose candidates "
-        "are probed, else here. On the command line it is --output_dir; that of the config is RL's.",
+        "are probed, else here. In a config it is `output`, on the command line --output_dir: the config's output_dir "
+        "is RL's.",
     )
 
     def __post_init__(self):

@@ -382,17 +382,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-def find_configs(paths: list[Path]) -> list[Path]:
-    """Return the YAML files that `paths` name, or that lie below them; refuse a path without any."""
-    found = []
-    for path in paths:
-        inside = sorted(path.rglob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
-        if not inside:
-            raise InputError(f"{path} {'holds no YAML file' if path.is_dir() else 'does not exist'}")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
 def check_config(path: Path, gpus: int | None = None) -> Case:
     """Check one file; return all that can be said of it, with what is wrong in `problems`.
 

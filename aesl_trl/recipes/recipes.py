@@ -58,7 +58,7 @@ def copy(folder: Path, target: Path, names: Sequence[str]) -> None:
     check_replaceable("DIR", target, False)
     texts = [path.read_text(encoding="utf-8") for name in names for path in (folder / name).rglob("*.yaml")]
     beside = {ACCELERATE_CONFIGS} | {
-        name for text in texts for name in re.findall(r"\.\./([\w.-]+)/", text) if (folder / name).is_dir()
+        name for text in texts for name in re.findall(r"(?:\.\./)+(\w[\w.-]*)/", text) if (folder / name).is_dir()
     }
     # The copies work as they are, since the paths in them are relative
     with swapped(target) as place:
@@ -68,6 +68,17 @@ def copy(folder: Path, target: Path, names: Sequence[str]) -> None:
                 continue
             if path.is_dir() and path.name != place.name:
                 shutil.copytree(path, place / path.name, ignore=left_out)
+
+
+def find_configs(paths: list[Path]) -> list[Path]:
+    """Return the YAML files that `paths` name, or that lie below them; refuse a path without any."""
+    found = []
+    for path in paths:
+        inside = sorted(path.rglob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
+        if not inside:
+            raise InputError(f"{path} {'holds no YAML file' if path.is_dir() else 'does not exist'}")
+        found += inside
+    return list(dict.fromkeys(found))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,9 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     if given.command == "check":
         if given.gpus is not None:
             check_bound("--gpus", given.gpus, at_least=1)
-        from .check import check_config, find_configs, report
+        paths = find_configs(given.paths or [recipes_dir()])
+        from .check import check_config, report  # it imports torch, and a path that is not there needs none
 
-        cases = [check_config(path, given.gpus) for path in find_configs(given.paths or [recipes_dir()])]
+        cases = [check_config(path, given.gpus) for path in paths]
         tell(report(cases, verbose=not given.brief))
         sys.exit(2 if any(case.problems for case in cases) else 0)
     folder = recipes_dir()
@@ -102,10 +114,12 @@ def main(argv: list[str] | None = None) -> None:
         chains = list_chains(folder / given.name)
         tell(f"{chains}\nin {folder / given.name}; next: aesl chain {folder / given.name / 'chain.yaml'} --dry_run")
     else:
-        *names, last = given.names
+        *names, last = dict.fromkeys(given.names)
         names, target = ([*names, last], Path("recipes")) if last in known else (names, Path(last))
         for name in names:
             check_name(name, known)
+        if last not in known and "/" not in last and (hint := nearest(last, known)):
+            raise InputError(f"NAME: there is no recipe {last}{hint} (a new folder of that name: ./{last})")
         copy(folder, target, names)
         shown = ", ".join(names) or f"{len(known)} recipes"
         example = target / (names or known)[0]

@@ -100,7 +100,7 @@ def make_trainer(args: argparse.Namespace, folder: str) -> AESLSFTTrainer:
     diversity = {
         "diversity_steps": args.diversity_steps,
         "diversity_num_prompts": args.num_prompts,
-        "diversity_samples": args.samples,
+        "diversity_num_samples": args.samples,
         "diversity_max_new_tokens": args.max_new_tokens,
         "diversity_batch_size": args.batch_size,
         "diversity_token_budget": args.token_budget,

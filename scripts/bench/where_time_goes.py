@@ -142,7 +142,7 @@ def sft_trainer(args: argparse.Namespace, folder: str, is_ours: bool) -> SFTTrai
     diversity = {
         "diversity_steps": args.steps + 1,  # never by itself after step 0
         "diversity_num_prompts": args.prompts,
-        "diversity_samples": args.samples,
+        "diversity_num_samples": args.samples,
         "diversity_max_new_tokens": args.max_new_tokens,
         "diversity_token_budget": 0,
     }

@@ -71,7 +71,10 @@ def test_a_pattern_compares_the_runs_that_are_there(project, tmp_path):
         ({"output_dir": "a" * 300}, ["output_dir: 'aaa", "is longer than 255 bytes"]),
         ({"sft": None}, ["sft must be a mapping", "null"]),
         ({"sft": {"config": "stf.yaml"}}, ["sft.config: stf.yaml does not exist"]),
-        ({"sft": {"config": "chain.yaml"}}, ["chain.yaml: this is a chain (it has ", "aesl chain --config"]),
+        (
+            {"sft": {"config": "chain.yaml"}},
+            ["chain.yaml: sft.config: chain.yaml is a chain (it has ", "); name a cold start's config"],
+        ),
         ({"grpo": {"config": "grpo.yaml", "accelerate_config": "none.yaml"}}, ["accelerate_config: none.yaml"]),
         ({"handoff": {"mode": "merg"}}, ["mode must be one of auto, merge, continue", "'merge'"]),
         ({"selection": {"rule": "lst"}}, ["rule must be", "'last'"]),

@@ -3,8 +3,10 @@
 import pytest
 from small_compare import TUNE
 
+from aesl_trl.compare.cells import Cell, rows
 from aesl_trl.compare.config import read_config
 from aesl_trl.errors import InputError
+from aesl_trl.values import load_yaml
 
 
 def test_grids(project):
@@ -25,6 +27,24 @@ def test_one_grid_of_rates_serves_every_row(project):
     rates = [f"learning_rate={rate}" for rate in (1e-05, 3e-05, 0.0001, 0.0003, 0.001)]
     assert [str(point) for point in config.points("nll")] == [str(point) for point in config.points("aesl")] == rates
     assert (config.tune.extend, read_config(project(tune=TUNE)).tune.extend) == (2, 0)
+
+
+def test_grids_have_todays_names(project):
+    """A cell's config is read by today's names: by an old one in its grid it would never be done."""
+    points = [{"diversity_samples": 4}, {"diversity_samples": 8}]
+    methods = {"nll": {"sft": {"cold_start_loss": "nll"}}, "aesl": {"sft": {}, "grid": points}}
+    tune = {"seeds": [7], "grid": {"diversity_samples": [4, 8]}}
+    config = read_config(project(methods=methods, reference=[], tune=tune))
+    names = ["diversity_num_samples=4", "diversity_num_samples=8"]
+    assert [str(point) for point in config.points("nll")] == [str(point) for point in config.points("aesl")] == names
+    for row in rows(config):
+        point = config.points(row["method"])[0]
+        cell = Cell(config, row["setting"], row["method"], row["selection"], 7, point, tuning=True)
+        cell.write_configs()
+        assert all(load_yaml(path) == values for path, values in cell.configs().items())
+    both = {"diversity_samples": [4], "diversity_num_samples": [8]}
+    with pytest.raises(InputError, match="tune.grid: diversity_samples is the old name of diversity_num_samples"):
+        read_config(project(tune={"seeds": [7], "grid": both}))
 
 
 AESL = {"cold_start_loss": "aesl"}

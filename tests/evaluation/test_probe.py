@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -27,6 +28,19 @@ def test_a_probe_repeats_itself(project):
         del result["checkpoints"][0]["seconds"]
     assert first == second
     assert run(project, seed=1)["checkpoints"][0]["figures"] != first["checkpoints"][0]["figures"]
+
+
+def test_the_page_shows_the_rows_of_the_table():
+    own = {"name": "handoff", "figures": {}, "intervals": {}, "text": "ready", "reasons": []}
+    printed = probe.table({"checkpoints": [own], "num_samples": 8})
+    page = (Path(__file__).parents[2] / "docs" / "commands" / "probe.md").read_text(encoding="utf-8")
+    shown = re.search(r"^ +handoff\n(?: {4}\S.+\n)+", page, re.MULTILINE)[0]
+
+    def names(block):
+        return [re.split(" {2,}", line.strip())[0] for line in block.splitlines()]
+
+    assert "mixed groups" in names(shown)
+    assert names(shown) == names(printed.split("\n\n")[0])
 
 
 def test_fewer_prompts_in_the_data_are_all_taken(project, capsys):

@@ -9,7 +9,8 @@ from stand_ins import MODELS, RECIPES
 
 from aesl_trl.errors import InputError
 from aesl_trl.estimates.facts import first_comment, hardware_of, kind_of
-from aesl_trl.recipes.check import check_config, find_configs
+from aesl_trl.recipes.check import check_config
+from aesl_trl.recipes.recipes import find_configs
 
 
 CONFIGS = find_configs([RECIPES])

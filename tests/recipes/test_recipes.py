@@ -23,7 +23,7 @@ from aesl_trl.errors import InputError
 from aesl_trl.estimates.facts import MODEL_CONFIG, kind_of, promised_files
 from aesl_trl.evaluation.evaluate import EvalArguments
 from aesl_trl.recipes import recipes
-from aesl_trl.recipes.check import find_configs
+from aesl_trl.recipes.recipes import find_configs
 
 
 CONFIGS = find_configs([RECIPES])
@@ -246,6 +246,23 @@ def test_a_copy_of_one_recipe_has_what_its_configs_name(tmp_path, monkeypatch, c
     assert {path.name for path in Path("mine").iterdir()} == {FIRST[0], "accelerate_configs"}
     with pytest.raises(InputError, match="there is no recipe skills"):
         recipes.main(["copy", "skills", "other"])
+    for names in (["skills-tinny"], ["skills-tiny", "skills-tinny"]):
+        with pytest.raises(
+            InputError, match=r"no recipe skills-tinny; did you mean 'skills-tiny'\? .*: \./skills-tinny"
+        ):
+            recipes.main(["copy", *names])
+    assert not Path("skills-tinny").exists()
+    capsys.readouterr()
+    recipes.main(["copy", "skills-tiny", "skills-tiny", "./skills-tinny"])
+    assert capsys.readouterr().out.startswith("copied skills-tiny -> skills-tinny; next")
+
+
+def test_a_copy_has_the_siblings_that_a_stages_config_names(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / "shipped" / name / "grpo").mkdir(parents=True)
+    (tmp_path / "shipped" / "one" / "grpo" / "config.yaml").write_text("dataset_name: ../../two/data/rl.jsonl\n")
+    recipes.copy(tmp_path / "shipped", tmp_path / "mine", ["one"])
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"one", "two"}
 
 
 # ---- On a stand-in

@@ -10,7 +10,8 @@ from recipe_task import RECIPES, recipe_task
 
 from aesl_trl.chain import chain
 from aesl_trl.errors import InputError
-from aesl_trl.recipes.check import check_config, find_configs
+from aesl_trl.recipes.check import check_config
+from aesl_trl.recipes.recipes import find_configs
 from aesl_trl.rewards.gym import gym_reward
 
 

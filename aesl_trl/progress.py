@@ -1,18 +1,22 @@
-"""Progress bars as a training draws them, on the terminal of the first process alone."""
+"""Progress bars as a training draws them: in a notebook, or on a terminal, of the first process alone."""
 
 import sys
 
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 
 def bar(
     total: int, title: str, *, done: int = 0, unit: str = "sample", shown: bool = True, leave: bool = True
 ) -> tqdm:
-    """Open a bar that stands at `done` of `total`; it is silent without `shown`, and where stderr is no terminal.
+    """Open a bar that stands at `done` of `total`; it is silent without `shown`.
+
+    It is also silent where stderr is no terminal, except in a notebook, where tqdm draws a widget.
 
     tqdm's own environment variables, such as TQDM_DISABLE, hold where the bar would be shown.
     """
-    hidden = {} if shown and sys.stderr.isatty() else {"disable": True}
+    can_draw = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
+    hidden = {} if shown and can_draw else {"disable": True}
     return tqdm(total=total, desc=title, initial=done, unit=unit, leave=leave, dynamic_ncols=True, **hidden)
 
 

@@ -1,12 +1,15 @@
 """Progress bars on a real terminal: drawn there alone, and never cut by a line of ours."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+from tqdm.notebook import tqdm_notebook
 
+from aesl_trl import progress
 from aesl_trl.progress import time_left
 
 
@@ -54,6 +57,24 @@ def test_no_bar_where_there_is_no_terminal():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert done.stdout == "found 0\nfound 1\nfound 2\n"
     assert done.stderr == "warned 0\nwarned 1\nwarned 2\n"
+
+
+def test_a_notebook_has_bars_without_a_terminal(monkeypatch):
+    opened = []
+
+    class Widget(tqdm_notebook):  # as the class that tqdm.auto gives in a notebook
+        def __init__(self, **given):
+            opened.append(given)
+
+        def __del__(self):  # tqdm's own closes what was never opened
+            pass
+
+    assert not issubclass(progress.tqdm, tqdm_notebook)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal
+    monkeypatch.setattr(progress, "tqdm", Widget)
+    progress.bar(3, "step 0: own samples")
+    progress.bar(3, "step 0: own samples", shown=False)
+    assert ["disable" in given for given in opened] == [False, True]
 
 
 def test_a_duration_in_the_unit_that_a_person_would_say():

@@ -41,10 +41,16 @@ def track(trainer: Any, row: dict, groups: list[Group] | None) -> None:
     for name in WITH_TABLES:
         if name in trainer.args.report_to:
             tracker = import_module(name)
-            if getattr(tracker, "run", tracker) is None:  # wandb's, where it is turned off
+            if not _is_open(name, tracker):
                 continue
             table = {"diversity/samples": _table(tracker, row["step"], groups)} if groups else {}
             tracker.log({**charts, **table, "train/global_step": row["step"]})
+
+
+def _is_open(name: str, tracker: Any) -> bool:
+    """Say whether the tracker has a run: wandb has none where it is turned off, and trackio none without `init`."""
+    run = tracker.run if name == "wandb" else tracker.context_vars.current_run.get()
+    return run is not None
 
 
 def _is_known(value: float | None) -> bool:

@@ -1,6 +1,7 @@
 """What trackers get of a measurement: the names of the charts, the interval ends, and the samples as a table."""
 
 import sys
+from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -40,6 +41,10 @@ def trackers(monkeypatch):
         module = ModuleType(name)
         module.logged, module.Table = [], Table
         module.log = module.logged.append
+        if name == "wandb":
+            module.run = object()
+        else:
+            module.context_vars = SimpleNamespace(current_run=ContextVar("current_run", default=object()))
         monkeypatch.setitem(sys.modules, name, module)
         found[name] = module
     return found
@@ -80,16 +85,24 @@ def test_four_charts_come_first_and_the_samples_are_a_table(trackers):
         assert table.iloc[1].tolist() == [30, "prompt 0", "b", "[0.0]"]
 
 
-def test_a_gap_and_a_run_without_rewards_log_what_is_known(trackers):
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(report_to=["wandb"]), callback_handler=SimpleNamespace(callbacks=[])
+def reporting_to(*names: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        args=SimpleNamespace(report_to=list(names)), callback_handler=SimpleNamespace(callbacks=[])
     )
+
+
+def test_a_gap_and_a_run_without_rewards_log_what_is_known(trackers):
+    trainer = reporting_to("wandb")
     track(trainer, {"step": 10, "entropy": None, "self_bleu": 0.5}, None)
     assert trackers["wandb"].logged == [{"diversity/summary/self_bleu": 0.5, "train/global_step": 10}]
     assert trackers["trackio"].logged == []
+
+
+def test_a_tracker_without_a_run_gets_nothing(trackers):
     trackers["wandb"].run = None  # as with WANDB_DISABLED
-    track(trainer, ROW, GROUPS)
-    assert len(trackers["wandb"].logged) == 1
+    trackers["trackio"].context_vars.current_run.set(None)  # as before `init` and after `finish`: its log raises
+    track(reporting_to("wandb", "trackio"), ROW, GROUPS)
+    assert [module.logged for module in trackers.values()] == [[], []]
 
 
 # ---- The real packages, where they are installed
@@ -118,6 +131,14 @@ def test_what_wandb_logs_offline(tokenizer, tmp_path, monkeypatch):
     wanted = {"diversity/summary/own_entropy", "diversity/summary/self_bleu", "diversity/samples"}
     assert wanted | {"train/diversity/own_entropy", "train/diversity/intervals/own_entropy_low"} <= keys
     assert "train/diversity/entropy" not in keys
+
+
+def test_a_trackio_that_was_not_opened_gets_nothing(monkeypatch, tmp_path):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match="init"):
+        trackio.log({"loss": 1.0})
+    track(reporting_to("trackio"), ROW, GROUPS)
 
 
 def test_what_trackio_logs(tokenizer, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def trackers(monkeypatch):
         if name == "wandb":
             module.run = object()
         else:
-            module.context_vars = SimpleNamespace(current_run=ContextVar("current_run", default=object()))
+            module.context_vars = SimpleNamespace(current_run=ContextVar("current_run", default="a run"))
         monkeypatch.setitem(sys.modules, name, module)
         found[name] = module
     return found
@@ -86,9 +86,7 @@ def test_four_charts_come_first_and_the_samples_are_a_table(trackers):
 
 
 def reporting_to(*names: str) -> SimpleNamespace:
-    return SimpleNamespace(
-        args=SimpleNamespace(report_to=list(names)), callback_handler=SimpleNamespace(callbacks=[])
-    )
+    return SimpleNamespace(args=SimpleNamespace(report_to=list(names)), callback_handler=SimpleNamespace(callbacks=[]))
 
 
 def test_a_gap_and_a_run_without_rewards_log_what_is_known(trackers):

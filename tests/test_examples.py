@@ -6,9 +6,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from printed import run_printed, shrink, swapped
 from safetensors.torch import load_file
 
+from aesl_trl import AESLSFTTrainer
 from aesl_trl.files import read_json, read_jsonl
 
 
@@ -72,9 +74,29 @@ def test_lora(example, mode):
 
 
 @pytest.mark.slow
-def test_own_loss(example, capfd):
-    found = example("own_loss.py", TURNS)
-    assert {row["weight_mean"] for row in found["trainer"].state.log_history if "weight_mean" in row} == {1.0}
+def test_own_loss(example, capfd, monkeypatch, tiny_model_dir):
+    """Each step's mean weight is that of its formula on the model's plain probabilities of the labels."""
+    trainers, probabilities, compute_loss = {}, {}, AESLSFTTrainer.compute_loss
+
+    def spy(self, model, inputs, **more):
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        kept = labels != -100
+        trainers[type(self).__name__] = self
+        found = logits[kept].double().softmax(-1).gather(1, labels[kept][:, None])
+        probabilities.setdefault(type(self).__name__, []).append(found)
+        return compute_loss(self, model, inputs, **more)
+
+    monkeypatch.setattr(AESLSFTTrainer, "compute_loss", spy)
+    expected = 1 / read_json(Path(tiny_model_dir) / "config.json")["vocab_size"]  # an untrained model knows no token
+    example("own_loss.py", TURNS, {"> 0.95": f"> {expected}"})
+    rules = {"FocalTrainer": lambda p: (1 - p) ** 2, "PatientTrainer": lambda p: (p <= expected).double()}
+    assert trainers.keys() == rules.keys()
+    for name, rule in rules.items():
+        logged = [row["weight_mean"] for row in trainers[name].state.log_history if "weight_mean" in row]
+        wanted = [rule(found).mean().item() for found in probabilities[name]]
+        assert logged == pytest.approx(wanted, rel=1e-5) and len(logged) == 4 and 0 < max(logged) < 1
     said = [line for line in capfd.readouterr().out.splitlines() if ": mean weight " in line]
     assert [line.split(":")[0] for line in said] == ["FocalTrainer", "PatientTrainer"]
 

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,9 @@ from . import __version__  # noqa: F401 (the floors above take it from here)
 PACKAGES = ("aesl_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "sacrebleu")
 
 
-def package_versions() -> dict[str, str | None]:
-    """Return the versions of [`PACKAGES`]; None stands for a package that is not installed."""
-    return {name: _version(name) for name in PACKAGES}
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Return the versions of the packages; None stands for one that is not installed."""
+    return {name: _version(name) for name in names}
 
 
 @cache

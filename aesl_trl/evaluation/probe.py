@@ -32,7 +32,7 @@ from ..diversity.readiness import MIN_PROMPTS, MIN_SAMPLES, READY, History, entr
 from ..errors import InputError, exit_on_input_error, tell
 from ..files import RunFolder
 from ..models.folder import ADAPTER_CONFIG
-from ..models.loading import release_memory
+from ..models.loading import check_model, release_memory
 from ..processes import next_step, scratch
 from ..provenance import package_versions
 from ..rewards.golds import check_golds
@@ -44,7 +44,7 @@ from ..training.grpo import (
     find_model,
     load_rewards,
 )
-from ..training.session import load_split
+from ..training.session import load_split, revision_and_trust
 from ..values import option
 from .evaluate import check_model_and_tokenizer
 from .figures import aligned
@@ -109,6 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     is_ours = files.wrote(target, "checkpoints", "success_threshold", torn=target.name == files.READINESS)
     check_replaceable("output_dir", target, is_ours, is_file=True)
     reward_funcs = load_rewards(script_args)
+    if script_args.reward_model_name_or_path:
+        access = revision_and_trust(model_args, training_args)
+        check_model(script_args.reward_model_name_or_path, "reward_model_name_or_path", **access)
     rows, train = load_prompts(script_args, training_args, reward_funcs)
     settings = [settings_for(checkpoint, script_args, training_args, model_args) for checkpoint in checkpoints]
     if reference:
@@ -123,20 +126,26 @@ def main(argv: list[str] | None = None) -> None:
         unearnable.append(check_rl_samples(model, rows, reward_funcs, training_args, **how))
     for setting, prompts in ((measured, rows), ("dataset_name", train or [])):
         check_golds(reward_funcs, prompts, where=setting)
-    say = tell if training_args.process_index == 0 else lambda _: None
+    is_main = training_args.process_index == 0
+    say = tell if is_main else lambda _: None
     if len(rows) < script_args.num_prompts:
         say(f"{NAME}: only {len(rows)} prompts, {script_args.num_prompts} were asked for: the intervals are wide")
-    file = ProbedFile(target, settings_of((script_args, training_args, model_args), rows, train))
-    (finished,) = broadcast_object_list([file.read() if training_args.process_index == 0 else None])
+    file, finished = None, {}
+    if is_main:
+        all_args = (script_args, training_args, model_args)
+        file = ProbedFile(target, settings_of(all_args, reward_funcs, rows, train), model_args.model_revision)
+        finished = file.read()
 
     def probed(checkpoint: Checkpoint, its_settings: tuple, train: Any | None, place: str) -> Probed:
-        key = file.key(checkpoint.path, its_settings[0].rl_steps)
-        if key in finished:
-            say(f"{NAME}: {checkpoint.name}, {place}: sampled already ({file.path})")
-            return finished[key]
+        # The first process decides for all: another one may see other paths and times, and would wait for ever
+        key = file.key(checkpoint.path, its_settings[0].rl_steps) if is_main else None
+        (known,) = broadcast_object_list([finished.get(key)])
+        if known is not None:
+            say(f"{NAME}: {checkpoint.name}, {place}: sampled already ({file and file.path})")
+            return known
         say(f"{NAME}: {checkpoint.name}, {place}")
         found = probe(its_settings, reward_funcs, rows, train)
-        if training_args.process_index == 0:
+        if is_main:
             file.add(key, found)
         return found
 
@@ -147,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         how = {"unearnable": unearnable[number - 1], "base": base}
         entries.append(entry_of(checkpoint, found, script_args, training_args, rows, **how))
     result = describe(entries, len(rows), script_args, training_args, target)
-    if training_args.process_index == 0:
+    if is_main:
         files.write_json(target, result)
         file.remove()
     say(table(result))
@@ -170,12 +179,16 @@ def following(result: dict, checkpoints: list["Checkpoint"]) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to probe: `path` as given or found, and the SFT folder and step that it comes from, where known."""
+    """A model to probe: `path` as given or found, and the SFT folder and step that it comes from, where known.
+
+    `mix` is the name of an average with the base, which belongs to no step.
+    """
 
     path: str
     name: str
     run: Path | None = None
     step: int | None = None
+    mix: str | None = None
 
 
 def find_checkpoints(name: str) -> list[Checkpoint]:
@@ -189,7 +202,7 @@ def find_checkpoints(name: str) -> list[Checkpoint]:
         run = None
     if run is not None and run.candidates_folder.is_dir():
         return [Checkpoint(str(run.candidate(step)), f"step-{step}", run.path, step) for step in run.candidates]
-    return [Checkpoint(name, path.name if path.is_dir() else name, *run_and_step_of(path))]
+    return [Checkpoint(name, path.name if path.is_dir() else name, *origin_of(path))]
 
 
 def find_reference(name: str | None) -> Checkpoint | None:
@@ -201,23 +214,24 @@ def find_reference(name: str | None) -> Checkpoint | None:
     return found[0]
 
 
-def run_and_step_of(path: Path) -> tuple[Path | None, int | None]:
-    """Return SFT folder and step of a candidate, a checkpoint, `selected` or `handoff`; else (None, None).
+def origin_of(path: Path) -> tuple[Path | None, int | None, str | None]:
+    """Return SFT folder, step and [`~Checkpoint.mix`] of a candidate, a checkpoint, `selected` or `handoff`.
 
-    An average with the base belongs to no step.
+    Each is None where it is not known.
     """
     path = path.absolute()
     numbered = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
     folder = files.run_of(path)
     if numbered:
         has_series = (files.own_folder(folder) / files.DIVERSITY).is_file()
-        return (folder, int(numbered[1])) if has_series else (None, None)
+        return (folder, int(numbered[1]), None) if has_series else (None, None, None)
     if path.name in (files.SELECTED, files.HANDOFF_DIR) and folder.is_dir():
         run = RunFolder(folder)
         if (run.own / files.SELECTION).is_file():
             selection = files.read_object(run.own / files.SELECTION)
-            return run.sft, None if files.is_mix(selection.get("candidate")) else selection.get("step")
-    return None, None
+            candidate = selection.get("candidate")
+            return (run.sft, None, candidate) if files.is_mix(candidate) else (run.sft, selection.get("step"), None)
+    return None, None, path.name if files.is_mix(path.name) else None
 
 
 def with_unique_names(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
@@ -333,6 +347,8 @@ def entry_of(
     history, groups = history_of(checkpoint), probed.groups
     found = entry(checkpoint.name, groups, step=checkpoint.step, history=history, base=base, **how)
     found["path"] = checkpoint.path
+    if checkpoint.mix:
+        found["candidate"] = checkpoint.mix
     for task, places in places_by_task(rows).items():
         part, of_base = [groups[i] for i in places], base and [base[i] for i in places]
         its = {**entry(task, part, base=of_base, **how), "num_prompts": len(places)}

@@ -6,7 +6,9 @@ with other settings, prompts, rewards or weights finds nothing to go on from. Ve
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from .. import files
 from ..diversity.figures import Group
 from ..identity import file_hash
 from ..models.folder import ModelFolder
-from ..provenance import package_versions
+from ..provenance import PACKAGES, package_versions
+from ..rewards.functions import source_of
 from ..training.trained_with import data_digest
 
 
-# Of the probe's own; the dataset's name stands for rows that are streamed, which have no digest
-SETTINGS = ("num_samples", "batch_size", "success_threshold", "dataset_name", "dataset_config", "dataset_train_split")
+SETTINGS = ("num_samples", "batch_size", "success_threshold")  # of the probe's own
+GRADING = ("math-verify", "reasoning-gym")  # packages that grade answers
 # Of GRPOConfig: where things go and how they are shown, which changes no sample
 NOT_SETTINGS = {"output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "logging_dir", "logging_steps"}
 
@@ -37,9 +40,9 @@ class Probed:
 class ProbedFile:
     """The finished checkpoints of the probe that writes `target`; `settings` are all that their samples depend on."""
 
-    def __init__(self, target: Path, settings: dict):
+    def __init__(self, target: Path, settings: dict, revision: str | None = None):
         self.path = target.with_suffix(".part.jsonl")  # files.PROBED beside files.READINESS
-        self._settings = settings
+        self._settings, self._revision = settings, revision
 
     def read(self) -> dict[str, Probed]:
         """Return by key what was finished before."""
@@ -58,29 +61,33 @@ class ProbedFile:
 
     def key(self, model: str, rl_steps: int) -> str:
         """Return the digest of a model and the settings."""
-        facts = {"model": ModelFolder.find(model).identity(), "rl_steps": rl_steps, **self._settings}
+        identity = ModelFolder.find(model).identity(self._revision)
+        facts = {"model": identity, "rl_steps": rl_steps, **self._settings}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
 
-def settings_of(args: Sequence[Any], rows: list[dict], train: Any) -> dict:
+def settings_of(args: Sequence[Any], reward_funcs: Sequence[str | Callable], rows: list[dict], train: Any) -> dict:
     """Return what the samples of every checkpoint depend on; `args` are those of the script, of GRPO and of the model.
 
-    Of a reward in a file of yours the file's content counts.
+    Of a reward function the file that it is written in counts, but not what that file imports. A stream of rows to
+    train on cannot be told from another one, so what a probe with such a stream has kept is never used again.
     """
     script_args, training_args, model_args = args
-    names = script_args.reward_funcs or ()
-    own = [Path(name.rpartition(":")[0]) for name in names if ".py:" in name]
+    names, model = script_args.reward_funcs or (), script_args.reward_model_name_or_path
+    named = {os.path.expanduser(name.rpartition(":")[0]) for name in names if ".py:" in name}
+    written = {source_of(function) for function in reward_funcs if callable(function)} - {None}
     return {
         **{key: getattr(script_args, key) for key in SETTINGS},
         "rewards": list(names),
-        "reward_files": [file_hash(path) for path in own],
+        "reward_files": sorted(map(file_hash, named | written)),
+        "reward_model": model and ModelFolder.find(model).identity(model_args.model_revision),
         "grpo": {key: value for key, value in training_args.to_dict().items() if key not in NOT_SETTINGS},
         "model_args": vars(model_args),
         "rows": rows,
-        "train": train and data_digest(train),
+        "train": train and (data_digest(train) or uuid.uuid4().hex),
         "num_processes": training_args.world_size,
-        "versions": package_versions(),
+        "versions": package_versions((*PACKAGES, *GRADING)),
     }

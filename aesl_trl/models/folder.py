@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, in_one_line
@@ -81,21 +82,21 @@ class ModelFolder:
         config = Path(self.config_at) / CONFIG
         return bool(read_object(config).get("quantization_config"))
 
-    def identity(self) -> dict:
+    def identity(self, revision: str | None = None) -> dict:
         """Return what tells these weights from others: a hub name's commit, or the sizes and times of the files.
 
-        Contents are not read, so a copy with other times counts as another model.
+        Contents are not read, so a copy with other times counts as another model. `revision` is that of a hub name,
+        also of an adapter's base. The config is fetched and not loaded, so no code of the model is asked for or run.
         """
         if not self.folder.is_dir():
-            from transformers import AutoConfig
-
-            commit = getattr(AutoConfig.from_pretrained(self.weights), "_commit_hash", None)
+            # Its folder in the hub's cache is named by the commit
+            commit = Path(hf_hub_download(self.weights, CONFIG, revision=revision)).parent.name
             return {"name": self.weights, "commit": commit}
         files = sorted(item for item in self.folder.iterdir() if item.suffix in MODEL_FILES)
         return {
             "name": str(self.folder.resolve()),
             "files": [[item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files],
-            "base": ModelFolder(self.base).identity() if self.base else None,
+            "base": ModelFolder(self.base).identity(revision) if self.base else None,
         }
 
 

@@ -16,25 +16,46 @@ SETTINGS = ("num_prompts", "num_samples", "temperature", "max_new_tokens")  # of
 
 
 def advice(arms: list[Arm]) -> str:
-    """Say in one sentence where RL should start, by a probe's verdict, else the selection, else the turning point."""
-    run, whose = arms[0].runs[0], f"{arms[0].label}: " if len(arms) > 1 else ""
-    start = files.chosen(run.selection)
-    if not run.has_sft:
+    """Say where RL should start, by a probe's verdict, else the selection, else the turning point.
+
+    Of several seeds the first one has its sentence, and each other one its start.
+    """
+    arm, runs = arms[0], [run for run in arms[0].runs if run.has_sft]
+    if not runs:
         return ""
-    probed = next((each for each in run.readiness if start and each.get("step") == run.selected_step), {})
+    seed = [f"seed {runs[0].seed}"] if len(arm.runs) > 1 else []
+    whose = ", ".join([*([arm.label] if len(arms) > 1 else []), *seed])
+    others = []
+    for run in runs[1:]:
+        start, verdict = files.chosen(run.selection) or "no start yet", _probed(run).get("text")
+        others.append(f"seed {run.seed} {start}" + (f" ({verdict})" if verdict else ""))
+    rest = f" The other seeds: {'; '.join(others)}." if others else ""
+    return (f"{whose}: " if whose else "") + _advice_of(runs[0]) + rest
+
+
+def _probed(run: Run) -> dict:
+    """Return the probe's entry of what was selected; {} where that was not probed."""
+    if run.selected_step is not None:
+        return next((each for each in run.readiness if each.get("step") == run.selected_step), {})
+    mix = files.chosen(run.selection)
+    return next((each for each in run.readiness if mix and each.get("candidate") == mix), {})
+
+
+def _advice_of(run: Run) -> str:
+    start, probed = files.chosen(run.selection), _probed(run)
     reason = f"{run.selection.get('rule') or ''}: {run.selection.get('reason') or 'as asked'}"
     if probed.get("verdict") == READY:
-        return f"{whose}Start RL from {start}, which the probe finds ready: {'; '.join(probed['reasons'])}."
+        return f"Start RL from {start}, which the probe finds ready: {'; '.join(probed['reasons'])}."
     if probed:
-        return f"{whose}Do not start RL from {start}, which the probe finds {probed.get('text')}."
+        return f"Do not start RL from {start}, which the probe finds {probed.get('text')}."
     if start:
-        return f"{whose}Start RL from {start}, chosen by {reason.replace('_', ' ')}."
+        return f"Start RL from {start}, chosen by {reason.replace('_', ' ')}."
     if len(run.diversity) < 2:
-        return f"{whose}Nothing says yet where RL should start: SFT did not measure diversity (diversity_steps)."
+        return "Nothing says yet where RL should start: SFT did not measure diversity (diversity_steps)."
     found = turning_point(run)
     if found.step is None:
-        return f"{whose}No step stands out as the start of RL: {found.reason}; aesl probe judges checkpoints."
-    return f"{whose}Start RL from step {found.step}: {found.reason}."
+        return f"No step stands out as the start of RL: {found.reason}; aesl probe judges checkpoints."
+    return f"Start RL from step {found.step}: {found.reason}."
 
 
 def story(arms: list[Arm]) -> str:

@@ -82,6 +82,15 @@ def reward_name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def source_of(function: Callable) -> str | None:
+    """Return the file that a reward function, or a callable's class, is written in; None without Python source."""
+    function = inspect.unwrap(_unwrapped(inspect.unwrap(function)))
+    try:
+        return inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:  # built in
+        return None
+
+
 def _unwrapped(function: Callable) -> Callable:
     while isinstance(function, functools.partial):
         function = function.func

@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import preloaded
 import pytest
+from datasets import Dataset
 from small_probe import probe_tokenizer, run
 from tiny_models import build_model
 
@@ -134,23 +136,66 @@ def test_a_killed_probe_goes_on_where_it_was(project, monkeypatch):
 def test_what_a_probe_kept_is_of_its_own_settings_alone(project):
     """Other rewards, prompts, seeds and weights are other samples; where they go and how they are shown is not."""
     arguments = probe.parse(probe.ARGUMENT_TYPES, project(), prog="aesl probe")
-    settings = settings_of(arguments, [{"prompt": "1"}], None)
+
+    def settings(args=arguments, prompt: str = "1", train=None) -> dict:
+        return settings_of(args, probe.load_rewards(args[0]), [{"prompt": prompt}], train)
 
     def key(changed: dict | None = None, rl_steps: int = 0) -> str:
-        return ProbedFile(project.folder / "readiness.json", changed or settings).key(project.model, rl_steps)
+        return ProbedFile(project.folder / "readiness.json", changed or first).key(project.model, rl_steps)
 
+    first = settings()
     now = key()
-    assert now == key() and now != key(rl_steps=1)
-    assert now != key(settings_of(arguments, [{"prompt": "2"}], None))
+    assert now == key() == key(settings()) and now != key(rl_steps=1)
+    assert now != key(settings(prompt="2"))
+    train = Dataset.from_list([{"prompt": "3"}])
+    assert key(settings(train=train)) == key(settings(train=train)) != now
+    stream = train.to_iterable_dataset()  # may hold other rows the next time
+    assert key(settings(train=stream)) != key(settings(train=stream))
     for name, value, same in (("seed", 7, False), ("temperature", 0.5, False), ("output_dir", "x", True)):
         changed = copy.copy(arguments[1])
         setattr(changed, name, value)
-        assert (key(settings_of((arguments[0], changed, arguments[2]), [{"prompt": "1"}], None)) == now) is same, name
+        assert (key(settings((arguments[0], changed, arguments[2]))) == now) is same, name
     with open(project.folder / "rewards.py", "a") as file:
         file.write("# edited")
-    assert key(settings_of(arguments, [{"prompt": "1"}], None)) != now
+    assert key(settings()) != now
     build_model(probe_tokenizer(project), seed=7).save_pretrained(project.model)
     assert key() != now
+
+
+def test_what_a_probe_kept_is_of_its_own_rewards_alone(project, monkeypatch):
+    """A reward counts by the file that it is written in, whatever its name, and a reward model as a model."""
+    monkeypatch.chdir(project.folder)
+    monkeypatch.syspath_prepend(project.folder)
+    (project.folder / "helping.py").write_text(
+        "def length(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    (project.folder / "handing_on.py").write_text("from helping import length\n")
+    for name in ("helping", "handing_on"):
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]  # forgotten again after the test
+
+    def rewards(**given) -> dict:
+        args = probe.parse(probe.ARGUMENT_TYPES, project(**given), prog="aesl probe")
+        return settings_of(args, probe.load_rewards(args[0]), [{"prompt": "1"}], None)
+
+    imported, in_a_file = {"reward_funcs": ["helping.length"]}, {"reward_funcs": ["handing_on.py:length"]}
+    before = rewards(**imported), rewards(**in_a_file)
+    assert before == (rewards(**imported), rewards(**in_a_file))
+    with open(project.folder / "helping.py", "a") as file:
+        file.write("# edited")
+    now = rewards(**imported), rewards(**in_a_file)
+    assert before[0] != now[0] and before[1] != now[1]
+    with open(project.folder / "handing_on.py", "a") as file:
+        file.write("# edited")
+    assert rewards(**imported) == now[0] and rewards(**in_a_file) != now[1]
+
+    shutil.copytree(project.model, project.folder / "judge")
+    judged = rewards(reward_model_name_or_path="judge")
+    assert judged == rewards(reward_model_name_or_path="judge") != rewards()
+    assert judged != rewards(reward_model_name_or_path="model")
+    build_model(probe_tokenizer(project), seed=7).save_pretrained(project.folder / "judge")
+    assert judged != rewards(reward_model_name_or_path="judge")
+    assert {"math-verify", "reasoning-gym"} <= judged["versions"].keys()
 
 
 # ---- Runs and their candidates
@@ -248,7 +293,12 @@ def test_where_a_checkpoint_comes_from(project, monkeypatch):
             [10, 20],
         )
     (found,) = probe.find_checkpoints(project.model)
-    assert (found.run, found.step, probe.history_of(found)) == (None, None, None)
+    assert (found.run, found.step, found.mix, probe.history_of(found)) == (None, None, None, None)
+    files.write_json(folder / files.SELECTION, {"step": 10, "candidate": "mix-0.7", "path": "selected"})
+    shutil.copytree(project.model, folder / files.CANDIDATES / "mix-0.7")
+    for name in ("selected", "handoff", "candidates/mix-0.7"):
+        (found,) = probe.find_checkpoints(str(folder / name))
+        assert (found.step, found.mix) == (None, "mix-0.7"), name
 
 
 def test_two_of_the_same_name_get_their_folder_before_it(project):

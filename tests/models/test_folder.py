@@ -1,14 +1,17 @@
 """A model's folder: where its parts lie, which weights they are, and whether they are whole."""
 
+import builtins
 import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from aesl_trl.errors import InputError
+from aesl_trl.files import write_text
 from aesl_trl.models.folder import ModelFolder, base_of, check_weights, first_difference, open_tensors
 
 
@@ -61,6 +64,22 @@ def test_an_adapter_is_another_on_another_base(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     one, other = (ModelFolder(path, str(tmp_path / name)).identity() for name in ("one", "other"))
     assert one["files"] == other["files"] and one != other
+
+
+def test_a_name_on_the_hub_is_told_by_the_commit_of_its_revision(tmp_path, monkeypatch):
+    """The cache is as huggingface_hub lays it out. The model brings code of its own, which nobody is asked about."""
+    cache = tmp_path / "models--org--base"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for revision, commit in commits.items():
+        write_text(cache / "refs" / revision, commit)
+        write_text(cache / "snapshots" / commit / "config.json", '{"auto_map": {"AutoConfig": "own.Config"}}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
+    found = ModelFolder.find("org/base")
+    assert found.identity() == {"name": "org/base", "commit": commits["main"]}
+    assert found.identity("v1") == {"name": "org/base", "commit": commits["v1"]}
+    adapter = ModelFolder.find(write_adapter(tmp_path / "adapter", "org/base"))
+    assert adapter.identity("v1")["base"] == found.identity("v1")
 
 
 # ---- Weight files

@@ -6,8 +6,9 @@ from report_runs import Page, fake_run, readiness, written_page
 
 from aesl_trl.diversity.coverage import LOST
 from aesl_trl.files import read_json, read_jsonl, write_json, write_jsonl
+from aesl_trl.report.headline import advice
 from aesl_trl.report.report import write_report
-from aesl_trl.report.runs import Run
+from aesl_trl.report.runs import Run, read_arms
 
 
 def test_headline_table_holds_the_figures_of_the_files(chain):
@@ -102,3 +103,37 @@ def test_the_page_opens_with_where_rl_should_start(tmp_path, undrawn):
     assert opening().startswith("No step stands out as the start of RL: ")
     write_jsonl(run / "sft/diversity.jsonl", rows[:1])
     assert "SFT did not measure diversity" in opening()
+
+
+def opening_of(*runs) -> str:
+    return advice(read_arms(runs))
+
+
+def test_several_seeds_are_named_with_their_own_starts(tmp_path):
+    runs = [fake_run(tmp_path / "nll" / f"seed-{seed}", "nll_turning_point", seed, weights=True) for seed in (0, 1, 2)]
+    for run, step in zip(runs, (20, 40, None), strict=True):
+        selection = read_json(run / "selection.json")
+        for path in run.rglob("selection.json"):
+            path.unlink()
+        if step:
+            write_json(run / "selection.json", {**selection, "step": step})
+    write_json(runs[1] / "readiness.json", {"checkpoints": [readiness(40, 0.04, "collapsed: go back to step 10")]})
+    words = opening_of(*runs)
+    assert words.startswith("seed 0: Start RL from step 20, chosen by turning point: ")
+    others = "The other seeds: seed 1 step 40 (collapsed: go back to step 10); seed 2 no start yet."
+    assert words.endswith(others)
+    words = opening_of(*runs, fake_run(tmp_path / "aesl", "aesl", weights=True))
+    assert words.startswith("nll, seed 0: Start RL from step 20") and words.endswith(others)
+
+
+def test_an_average_has_the_verdict_of_its_own_probe(tmp_path):
+    run = fake_run(tmp_path / "run", "nll_last", weights=True)
+    selection = read_json(run / "selection.json")
+    write_json(run / "selection.json", {**selection, "candidate": "mix-0.7", "rule": "mix", "applied": "mix"})
+    entry = {**readiness(0, 0.5), "step": None}
+    base, other = {**entry, "name": "base"}, {**entry, "name": "mix-0.5", "candidate": "mix-0.5"}
+    write_json(run / "readiness.json", {"checkpoints": [base, other]})
+    assert opening_of(run).startswith("Start RL from mix-0.7, chosen by mix: ")
+    own = {**entry, "name": "handoff", "candidate": "mix-0.7"}
+    write_json(run / "readiness.json", {"checkpoints": [base, other, own]})
+    assert opening_of(run).startswith("Start RL from mix-0.7, which the probe finds ready: 0.5 of the groups")

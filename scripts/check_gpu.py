@@ -2,14 +2,16 @@
 
     python scripts/check_gpu.py [--parts head step ...] [--minutes 10] [--output_dir runs/gpu] [--small]
 
-`scripts/check_gpu.sh` sets up .venv first. Each part runs in a process of its own, for as long as its share of
+`scripts/check_gpu.sh` sets up .venv first; that time is not in the ten minutes. Where torch sees no GPU, nothing runs
+and the exit code is 2. Each part runs in a process of its own, for as long as its share of
 `--minutes` at most: a part beyond that is killed with all that it started. A part that fails does not stop the next
 one, and the exit code is then 1. OUTPUT_DIR/gpu.json says how every part ended; a part that is done for the same code
-on the same machine is not run again. That file is also a record as docs/benchmarks.md shows it: copy it to
-docs/benchmarks/gpu.json.
+on the same machine with the same torch is not run again, and a record of others is kept as gpu-DATE.json. That file is
+also a record as docs/benchmarks.md shows it: copy it to docs/benchmarks/gpu.json.
 
-`--parts` takes names of parts (head-7B) or of groups (head). `--small` runs the same parts at tiny sizes on a CPU, so
-that nothing in the parts fails for the first time on a GPU; no figure of that means anything.
+`--parts` takes names of parts (head-7B) or of groups (head), and runs the part that builds their model too. `--small`
+runs the same parts at tiny sizes on a CPU, into runs/gpu-small, so that nothing in the parts fails for the first time
+on a GPU; no figure of that means anything.
 """
 
 import argparse
@@ -18,9 +20,11 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,10 +42,12 @@ MODEL = "Qwen2.5-1.5B-Instruct"
 INTERVAL = 50  # steps between two measurements, as docs/monitoring_cost.md counts
 # `{model}` is the folder of the random model, `{json}` the file that a benchmark writes
 BUILD = "scripts/build_random_model.py {model}"
-HEAD = "scripts/bench/head.py --tune --no-rivals --json {json}"
+HEAD = "scripts/bench/head.py --tune few --no-rivals --json {json}"
 STEP = "scripts/bench/step.py --json {json}"
 MEMORY = "scripts/bench/memory.py {kind} --model {model} --json {json}"
 MONITORING = "scripts/bench/monitoring.py --model {model} --lora --json {json}"
+# Runs in a process of its own: where CUDA starts, it keeps memory of the GPU
+TORCH = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
 TESTS = "-m pytest -q -p no:cacheprovider"
 KERNELS, FEATURES = "tests/losses/test_head_triton.py", "tests/training/test_trainer_features.py"
 
@@ -58,7 +64,9 @@ class Figure(NamedTuple):
     def goal(self) -> str:
         if self.at_least:
             return f"at least {self.at_least:.2f}"
-        return f"at most {self.at_most:.2f}" if self.at_most else ""
+        if self.at_most:
+            return f"at most {self.at_most:.2f}" if self.at_most >= 0.01 else f"at most {self.at_most}"
+        return ""
 
     @property
     def verdict(self) -> str:
@@ -75,6 +83,7 @@ class Part(NamedTuple):
     limit_s: float  # of ten minutes
     figures: Callable[[list[dict]], list[Figure]] = lambda tables: []
     skips: int | None = None  # the exit code that says that what it needs is not here
+    needs: str | None = None  # another part, whose files it reads
 
 
 # ---- What the tables say
@@ -82,6 +91,12 @@ class Part(NamedTuple):
 
 def median_ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
     return record.ratio(seconds[name], seconds[other])["median"]
+
+
+def disagreements(table: dict) -> list[Figure]:
+    """Return how far off are the methods that a table does not time because they disagree: each has missed."""
+    errors, tolerance = table["raw"].get("errors", {}), table["raw"].get("tolerance")
+    return [Figure(f"{name}: off its peers", error, at_most=tolerance) for name, error in errors.items()]
 
 
 def head_figures(tables: list[dict]) -> list[Figure]:
@@ -97,6 +112,7 @@ def head_figures(tables: list[dict]) -> list[Figure]:
             for peer in (each for each in seconds if each.startswith("TRL nll")):
                 found.append(Figure(f"{of}: time to {peer}", median_ratio(seconds, name, peer), at_most=goal))
             found.append(Figure(f"{of}: {floor} to it", median_ratio(seconds, floor, name), at_least=0.85))
+        found += disagreements(table)
     return found
 
 
@@ -106,8 +122,9 @@ def step_figures(tables: list[dict]) -> list[Figure]:
     for table in tables:
         seconds = table["raw"]["seconds"]
         peer = next(name for name in seconds if name.startswith("SFTTrainer"))
-        ours = [name for name in seconds if name.startswith("AESLSFTTrainer")]
+        ours = [name for name in seconds if name.startswith("AESLSFTTrainer") and name not in table["raw"]["errors"]]
         found += [Figure(f"{name}: step to TRL's", median_ratio(seconds, name, peer), at_most=1.0) for name in ours]
+        found += disagreements(table)
     return found
 
 
@@ -133,53 +150,57 @@ def monitoring_figures(tables: list[dict]) -> list[Figure]:
 # ---- The parts, in the order in which they run
 
 
-def head_part(shape: str, limit_s: float) -> Part:
-    small = f"{HEAD} --device cpu --shape tiny --tokens 40 --repeats 2 --no-peaks"
-    return Part((f"{HEAD} --shape {shape}",), (small,), limit_s, head_figures)
+def head_part(shape: str, limit_s: float, small_dtype: str = "bfloat16") -> Part:
+    small = f"--device cpu --shape tiny --tokens 40 --repeats 2 --no-peaks --dtype {small_dtype}"
+    return Part((f"{HEAD} --device cuda --shape {shape}",), (f"{HEAD} {small}",), limit_s, head_figures)
 
 
-def step_part(mode: str) -> Part:
+def step_part(mode: str, small_dtype: str) -> Part:
     small = "--device cpu --model small --length 32 --rows_per_step 2 --blocks 1 --block_steps 2 --no-packing"
     whole = "--device cuda --model Qwen2.5-1.5B --blocks 4"
-    return Part((f"{STEP} --mode {mode} {whole}",), (f"{STEP} --mode {mode} {small}",), 50, step_figures)
+    smalls = (f"{STEP} --mode {mode} {small} {small_dtype}",)
+    return Part((f"{STEP} --mode {mode} {whole}",), smalls, 50, step_figures)
 
 
 def memory_part(kind: str, more: str, limit_s: float) -> Part:
     command, small = MEMORY.replace("{kind}", kind) + more, "--steps 2 --rows 20 --length 64 --new_tokens 4"
-    return Part((BUILD, command), (f"{BUILD} --small", f"{command} {small}"), limit_s, memory_figures)
+    return Part((command,), (f"{command} {small}",), limit_s, memory_figures, needs="build")
 
 
+# A CPU's own dtype is float32, a GPU's bf16: the small parts run both
 PARTS = {
     "tests-kernels": Part((f"{TESTS} -m '' {KERNELS}",), (f"{TESTS} {KERNELS} -k confident",), 45),
     "tests-trainer": Part((f"{TESTS} -m gpu {FEATURES}",), (f"{TESTS} {FEATURES} -k refused",), 35),
-    "head-0.5B": head_part("Qwen2.5-0.5B", 65),
+    "head-0.5B": head_part("Qwen2.5-0.5B", 55, "float32"),
     "head-7B": head_part("Qwen2.5-7B", 45),
     "head-8B": head_part("Llama-3.1-8B", 45),
-    "step-full": step_part("full"),
-    "step-LoRA": step_part("LoRA"),
-    "memory-sft": memory_part("sft", "", 35),
-    "memory-sft-full": memory_part("sft", " --full", 40),
-    "memory-grpo": memory_part("grpo", "", 80),
+    "step-full": step_part("full", "--no-bf16"),
+    "step-LoRA": step_part("LoRA", "--bf16"),
+    "build": Part((BUILD,), (f"{BUILD} --small",), 25),
+    "memory-sft": memory_part("sft", "", 30),
+    "memory-sft-full": memory_part("sft", " --full", 35),
+    "memory-grpo": memory_part("grpo", "", 70),
     "monitoring": Part(
-        (BUILD, f"{MONITORING} --batch 4 --accumulation 8 --length 1024 --steps 9 --diversity_steps 4"),
+        (f"{MONITORING} --batch 4 --accumulation 8 --length 1024 --steps 5 --diversity_steps 3",),
         (
-            f"{BUILD} --small",
-            f"{MONITORING} --batch 2 --length 16 --steps 5 --diversity_steps 2 --num_prompts 2 --samples 2 "
+            f"{MONITORING} --batch 2 --length 16 --steps 5 --diversity_steps 3 --num_prompts 2 --samples 2 "
             "--max_new_tokens 4 --token_budget 0",
         ),
-        60,
+        45,
         monitoring_figures,
+        needs="build",
     ),
-    "vllm": Part(("scripts/check_vllm.sh",), ("scripts/check_vllm.sh",), 50, skips=2),
+    "vllm": Part(("scripts/check_vllm.sh",), ("scripts/check_vllm.sh",), 40, skips=2),
 }
 
 
 def chosen(names: list[str]) -> list[str]:
-    """Return the parts that the names mean, in their order; exit at a name that means none."""
+    """Return the parts that the names mean and what these need, in their order; exit at a name that means none."""
     for name in names:
         if not any(part == name or part.startswith(f"{name}-") for part in PARTS):
             raise SystemExit(f"check_gpu.py: --parts: there is no part {name!r} (parts: {', '.join(PARTS)})")
-    return [part for part in PARTS if not names or any(part == each or part.startswith(f"{each}-") for each in names)]
+    meant = [part for part in PARTS if not names or any(part == each or part.startswith(f"{each}-") for each in names)]
+    return [part for part in PARTS if part in meant or part in {PARTS[each].needs for each in meant}]
 
 
 # ---- Running
@@ -191,6 +212,15 @@ def code_digest() -> str:
     sources = sorted(path for path in paths if path.suffix in (".py", ".sh"))
     parts = [text for path in sources for text in (str(path.relative_to(ROOT)).encode(), path.read_bytes())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def torch_build() -> tuple[str, bool]:
+    """Return which torch this Python has, and whether that torch sees a GPU."""
+    done = subprocess.run([sys.executable, "-c", TORCH], capture_output=True, text=True)
+    if done.returncode:
+        return "torch cannot be imported", False
+    version, cuda, sees_gpu = done.stdout.split()
+    return f"torch {version}, {'without CUDA' if cuda == 'None' else f'CUDA {cuda}'}", sees_gpu == "True"
 
 
 def command_lines(part: Part, small: bool, folder: Path, name: str) -> list[list[str]]:
@@ -208,14 +238,27 @@ def command_lines(part: Part, small: bool, folder: Path, name: str) -> list[list
 class Run:
     """One run of the parts: what is known of each lies in OUTPUT_DIR/gpu.json, anew after every part."""
 
-    def __init__(self, args: argparse.Namespace, interrupts: Interrupts):
-        self.folder, self.small, self.interrupts = args.output_dir.resolve(), args.small, interrupts
+    def __init__(self, args: argparse.Namespace, build: str, interrupts: Interrupts):
+        folder = args.output_dir or ROOT / "runs" / ("gpu-small" if args.small else "gpu")
+        self.folder, self.small, self.interrupts = folder.resolve(), args.small, interrupts
         self.scale = args.minutes / 10
         self.path = self.folder / "gpu.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = files.read_json(self.path)["parts"] if self.path.is_file() else {}
-        self.of = {"code": code_digest(), "device": provenance.hardware(), "small": self.small}
-        self.parts = {name: part for name, part in known.items() if self.of.items() <= part.items()}
+        self.of = {"code": code_digest(), "device": provenance.hardware(), "torch": build, "small": self.small}
+        self.parts = self.known_parts()
+
+    def known_parts(self) -> dict[str, dict]:
+        """Return what gpu.json says of the parts; move aside a gpu.json of other code, machine or torch."""
+        if not self.path.is_file():
+            return {}
+        known = files.read_json(self.path)
+        if all(self.of.items() <= part.items() for part in known["parts"].values()):
+            return known["parts"]
+        names = (f"gpu-{known['date']}{'' if number == 1 else f'-{number}'}.json" for number in count(1))
+        aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+        self.path.rename(aside)
+        print(f"The record of other code or another machine is now {aside}", flush=True)
+        return {}
 
     def part(self, name: str) -> None:
         """Run a part unless it is done, and note how it ended."""
@@ -276,12 +319,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=[], metavar="NAME", help=f"default: all of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=10.0, help="of all parts together; each has its share")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "gpu", metavar="DIR")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/gpu, or runs/gpu-small")
     parser.add_argument("--small", action="store_true", help="tiny sizes on a CPU")
     args = parser.parse_args()
     names = chosen(args.parts)
+    build, sees_gpu = torch_build()
+    if not (sees_gpu or args.small):
+        print(f"check_gpu.py: no GPU to check ({build}): run it where there is one, or with --small", file=sys.stderr)
+        return 2
     with Interrupts() as interrupts:
-        run = Run(args, interrupts)
+        run = Run(args, build, interrupts)
         for name in names:
             run.part(name)
             if interrupts.received:

@@ -20,10 +20,13 @@ find_python() {
 }
 
 # The folder counts: an editable installation points to it, and a copied .venv would point to the old one.
+# So does a GPU: it wants another build of torch.
 stamp() {
+    local machine=without
+    has_gpu && machine=with
     "$venv_python" -c 'import hashlib, sys
-parts = [sys.prefix.encode(), sys.version.encode(), *(open(name, "rb").read() for name in sys.argv[1:])]
-print(hashlib.sha256(b"\0".join(parts)).hexdigest())' setup.cfg pyproject.toml
+parts = [*map(str.encode, (sys.prefix, sys.version, sys.argv[1])), *(open(name, "rb").read() for name in sys.argv[2:])]
+print(hashlib.sha256(b"\0".join(parts)).hexdigest())' "$machine GPU" setup.cfg pyproject.toml
 }
 
 pip_install() {
@@ -36,12 +39,15 @@ has_gpu() { nvidia-smi >/dev/null 2>&1; }
 
 # Plain torch brings 6 GB of CUDA on Linux: first the CPU build, where an index or a folder that pip knows has it.
 install_torch() {
-    local any cpu="torch==2.13.0+cpu"
+    local any there cpu="torch==2.13.0+cpu"
     any=$(sed -n 's/^ *\(torch>=[^ ]*\)$/\1/p' setup.cfg)
-    if "$venv_python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    there=$("$venv_python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) || there=""
+    if [ -n "$there" ] && ! { has_gpu && [[ "$there" == *+cpu ]]; }; then
         say "torch is there"
     elif has_gpu; then
         say "installing $any with CUDA for the GPU (6 GB, some minutes)"
+        # A CPU build from before the GPU would be enough for pip
+        [ -z "$there" ] || pip_install --force-reinstall --no-deps "$any"
         pip_install "$any"
     else
         say "no NVIDIA GPU: installing $cpu"

@@ -217,8 +217,8 @@ def test_script_parses_and_is_executable(script):
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Answers as a venv without torch, and writes down what pip is asked for
 case "$*" in
-    *hashlib*) cat setup.cfg | cksum ;;
-    *m.version*) exit 1 ;;
+    *hashlib*) { echo "$*"; cat setup.cfg; } | cksum ;;
+    *m.version*) cat torch_there 2>/dev/null ;;
     *"pip install"*) printf '%s\\n' "${@: -1}" >>asked; case "$*" in *+cpu*) exit 1 ;; esac ;;
 esac
 """
@@ -258,6 +258,17 @@ def test_setup_tries_cpu_builds_of_torch_first(checkout):
 
 def test_setup_takes_plain_torch_on_a_gpu(checkout):
     assert setup(checkout, gpu=True) == [str(requirement("torch")), "setuptools>=77", ".[dev,math]"]
+
+
+def test_setup_replaces_the_cpu_build_of_torch_once_there_is_a_gpu(checkout):
+    torch = str(requirement("torch"))
+    setup(checkout, gpu=False)
+    (checkout / "torch_there").write_text("2.13.0+cpu\n")
+    assert setup(checkout, gpu=False) == []
+    assert setup(checkout, gpu=True) == [torch, torch, "setuptools>=77", ".[dev,math]"]
+    (checkout / "torch_there").write_text("2.13.0\n")
+    assert setup(checkout, gpu=True) == []
+    assert setup(checkout, gpu=False) == ["setuptools>=77", ".[dev,math]"]  # the build with CUDA serves
 
 
 def test_setup_installs_again_only_after_a_change(checkout):

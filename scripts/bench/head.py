@@ -4,11 +4,11 @@
     python scripts/bench/head.py --errors
 
 Every label is trained, hidden states always get a gradient. Before anything is timed, the losses and the gradients of
-the hidden states must agree, the nll methods with each other and the AESL methods with each other, or there is no
-table. The methods then take turns, so that noise of a shared machine hits all alike; a ratio is the median of the
-ratios within a turn. On CPU the time is this process's CPU time: with one thread (OMP_NUM_THREADS=1) it is what an
-idle machine would take. Memory is the peak of forward and backward beyond the inputs, gradients included: on GPU the
-allocator's, on CPU the rise of the resident memory in a fresh process.
+the hidden states must agree, the nll methods with each other and the AESL methods with each other. A method that
+disagrees is not timed; its row says by how much. The methods then take turns, so that noise of a shared machine hits
+all alike; a ratio is the median of the ratios within a turn. On CPU the time is this process's CPU time: with one
+thread (OMP_NUM_THREADS=1) it is what an idle machine would take. Memory is the peak of forward and backward beyond the
+inputs, gradients included: on GPU the allocator's, on CPU the rise of the resident memory in a fresh process.
 
 TRL's head computes the log-probabilities, entropy and top-1 flags that its SFTTrainer logs, as ours always does; the
 other peers compute the loss alone. The bare products are the floor of a head in one pass: three of them (two for a
@@ -62,6 +62,7 @@ SHAPES = {  # name -> (hidden size, vocabulary)
 }
 GPU_SHAPES = ["Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"]
 ERROR_TOKENS = 1024  # the float64 definition holds several copies of the logits
+TILE_ROWS = {"few": (1024, 2048, 4096), "all": (512, 1024, 1536, 2048, 3072, 4096)}  # what --tune tries on a GPU
 TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
 DEFAULT_TRL = "TRL nll, default tiles"
 RIVALS = {  # name -> rule
@@ -295,9 +296,9 @@ def tune(args: argparse.Namespace, shape: str, head: str) -> tuple[Tuned, list[d
     problem, vocab = make_problem(args, shape, args.tokens, head == "full"), SHAPES[shape][1]
     in_use = _tile_rows(problem.weight, head == "full", vocab * 6, problem.on_cpu)
     rows = min(len(problem.hidden), 8 if problem.on_cpu else in_use)  # interpreted on CPU
-    launches, table = tune_launches(rows, vocab, problem.hidden.device.type)
-    seconds, peaks = {}, {}
-    for tile_rows in sorted({in_use, *((16, 32) if problem.on_cpu else (512, 1024, 1536, 2048, 3072, 4096))}):
+    launches, table = tune_launches(rows, vocab, problem.hidden.device.type, args.tune)
+    seconds, peaks, others = {}, {}, (16, 32) if problem.on_cpu else TILE_ROWS[args.tune]
+    for tile_rows in sorted({in_use, *others}):
         runs = [measure(partial(tuned_aesl, tuned=Tuned(launches, tile_rows)), problem) for _ in range(3)]
         seconds[tile_rows] = [time_s for time_s, _ in runs[1:]]  # the first one warms up
         peaks[tile_rows] = max(peak for _, peak in runs)
@@ -309,9 +310,9 @@ def tune(args: argparse.Namespace, shape: str, head: str) -> tuple[Tuned, list[d
     return Tuned(launches, min(medians, key=medians.get)), [table, of_rows]
 
 
-def verify(methods: list[Method], problem: Problem) -> dict[str, str]:
-    """Run each method once: exit where one disagrees with the first of its family; why others do not run, by name."""
-    first, refusals = {}, {}
+def verify(methods: list[Method], problem: Problem) -> tuple[dict[str, str], dict[str, float]]:
+    """Run each method once. Return by name why some are not timed, and how far off their family those are that are."""
+    first, refusals, errors = {}, {}, {}
     for method in methods:
         clear(problem)
         try:
@@ -324,15 +325,13 @@ def verify(methods: list[Method], problem: Problem) -> dict[str, str]:
             continue
         if method.family is not None:
             found = {"loss": loss.double(), "gradient": problem.hidden.grad.double()}
-            _compare(method, found, first.setdefault(method.family, found), TOLERANCE[problem.products])
-    return refusals
-
-
-def _compare(method: Method, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, truth in expected.items():
-        error = ((found[name] - truth).norm() / truth.norm()).item()
-        if not error <= tolerance:  # NaN disagrees too
-            raise SystemExit(f"{method.name}: {name} is {error:.1e} off the first {method.family} method's")
+            expected = first.setdefault(method.family, found)
+            for name, truth in expected.items():
+                error = ((found[name] - truth).norm() / truth.norm()).item()
+                if not error <= TOLERANCE[problem.products]:  # NaN disagrees too
+                    refusals[method.name] = f"{name} is {error:.1e} off the first {method.family} method's"
+                    errors[method.name] = error
+    return refusals, errors
 
 
 def clear(problem: Problem) -> None:
@@ -373,29 +372,32 @@ def print_peaks(args: argparse.Namespace) -> None:
     print(json.dumps(peaks))
 
 
-def bench(args: argparse.Namespace, shape: str, head: str, tuned: Tuned | None = None) -> dict:
-    """Return one table: each method's ratios and peak memory, or why it did not run."""
+def bench(args: argparse.Namespace, shape: str, head: str, tuned: Tuned | None, keep: Callable[[dict], None]) -> dict:
+    """Return one table: each method's ratios and memory, or why it did not run. `keep` gets the table after a turn."""
     problem = make_problem(args, shape, args.tokens, head == "full")
     tiles = best_tiles(problem)
     methods = methods_for(problem.products, tiles, args.rivals, tuned)
-    refusals = verify(methods, problem)
+    refusals, errors = verify(methods, problem)
     runs = {method.name: method.run for method in methods if method.name not in refusals}
     seconds, peaks = {name: [] for name in runs}, dict.fromkeys(runs, 0)
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            time_s, peak = measure(run, problem)
-            seconds[name].append(time_s)
-            peaks[name] = max(peaks[name], peak)
-    if problem.on_cpu and args.peaks:
-        peaks |= record.in_fresh_process("--peaks-of", shape, head, json.dumps(tiles), *runs)
+    raw = {"seconds": seconds, "peak_bytes": peaks, "refusals": refusals, "errors": errors}
+    raw["tolerance"] = TOLERANCE[problem.products]
     hidden_size, vocab = SHAPES[shape]
     operands = f"{_short(problem.hidden.dtype)}{' under autocast' if args.autocast else ''}"
     title = (
         f"{head.capitalize()} head, {shape} (hidden size {hidden_size}, vocabulary {vocab}), {args.tokens} tokens, "
         f"{operands}, tiles of the peers in {_short(problem.products)}"
     )
-    raw = {"seconds": seconds, "peak_bytes": peaks, "refusals": refusals}
-    return make_table(title, raw, best_name(tiles) if tiles else None, problem.on_cpu)
+    table_of = partial(make_table, title, raw, best_name(tiles) if tiles else None, problem.on_cpu)
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            time_s, peak = measure(run, problem)
+            seconds[name].append(time_s)
+            peaks[name] = max(peaks[name], peak)
+        keep(table_of())
+    if problem.on_cpu and args.peaks:
+        peaks |= record.in_fresh_process("--peaks-of", shape, head, json.dumps(tiles), *runs)
+    return table_of()
 
 
 def make_table(title: str, raw: dict, best: str | None, on_cpu: bool) -> dict:
@@ -452,7 +454,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--errors", action="store_true", help="the error of the AESL weights by tile dtype instead")
     parser.add_argument(
-        "--tune", action="store_true", help="first find our fastest launches of kernels, rows of a tile"
+        "--tune",
+        nargs="?",
+        const="few",
+        choices=["few", "all"],
+        help="first find our fastest launches of kernels, rows of a tile",
     )
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="on CPU: measure memory")
@@ -468,6 +474,10 @@ def main() -> None:
         print_peaks(args)
         return
     tables = []
+
+    def keep(table: dict) -> None:  # a run that is ended keeps what it has
+        record.write(args.json, "head", [*tables, table])
+
     for shape in args.shape or (["small"] if on_cpu else GPU_SHAPES):
         if args.errors:
             args.dtype = "bfloat16"
@@ -475,8 +485,9 @@ def main() -> None:
         else:
             for head in ("full", "frozen") if args.head == "both" else (args.head,):
                 tuned, tried = tune(args, shape, head) if args.tune else (None, [])
-                tables += map(record.show, [*tried, bench(args, shape, head, tuned)])
-        record.write(args.json, "head", tables)  # a run that is ended keeps what it has
+                tables += map(record.show, tried)
+                tables.append(record.show(bench(args, shape, head, tuned, keep)))
+        record.write(args.json, "head", tables)
 
 
 if __name__ == "__main__":

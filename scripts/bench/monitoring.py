@@ -66,8 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", choices=TRAINING_BACKENDS, default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record every time")
     args = parser.parse_args()
-    if args.steps <= 2 * args.diversity_steps:
-        parser.error("a measurement needs steps before and after it: more than twice --diversity_steps")
+    if args.steps <= args.diversity_steps:
+        parser.error("a measurement needs steps before and after it: more than --diversity_steps")
     return args
 
 

@@ -7,7 +7,9 @@ the last question goes to the innermost frame outside torch and the standard lib
 is ours; else it belongs to the part of the step that the frame tells. Autograd's backward pass runs no Python, except
 for our head and TRL's, so the layers' backward pass is what accelerate's `backward` waits for.
 
-The last of `--steps` steps is shown; earlier ones load what is loaded once. SFT trains all tokens of the rows'
+The last of `--steps` steps is shown; earlier ones load what is loaded once. So each row is one single step, and TRL's
+runs first: read the shares, which noise of the machine moves alike. "time to TRL's" is one ratio without a spread, and
+scripts/bench/step.py measures that ratio by turns. SFT trains all tokens of the rows'
 `question` and `answer` (GSM8K's JSONL), by AESL and by SFTTrainer's nll. GRPO samples `--samples` completions of one
 question, with `math_reward` in ours and `accuracy_reward` in TRL's GRPOTrainer; what graders compute in other
 processes is not in the time. TRL has no measurement.

@@ -164,6 +164,59 @@ def test_a_page_is_filled_between_its_markers(tmp_path):
         "<!-- recorded: gpu -->\n\nNo GPU has run this yet.\n\n<!-- end -->\n"
     )
     assert page.filled(after, tmp_path) == after
+    (tmp_path / "head.json").write_text(json.dumps({**found, "commit": "0123456789+"}))
+    assert page.filled(before, tmp_path) == after.replace("commit 01234567,", "commit 01234567 with changes,")
+
+
+def test_a_method_that_disagrees_is_not_timed_and_its_row_says_so(monkeypatch):
+    import head
+
+    def wrong(problem):
+        loss = head.full_nll(problem)
+        problem.hidden.grad *= 1.01
+        return loss
+
+    run = head.Method("wrong", "nll", wrong)
+    monkeypatch.setattr(head, "methods_for", lambda *given: [head.Method("right", "nll", head.full_nll), run])
+    monkeypatch.setattr(head, "best_tiles", lambda problem: None)
+    args = SimpleNamespace(
+        tokens=8, device="cpu", dtype="float32", autocast=False, rivals=False, repeats=2, peaks=False
+    )
+    kept = []
+    table = head.bench(args, "tiny", "full", None, lambda table: kept.append(len(table["raw"]["seconds"]["right"])))
+    assert kept == [1, 2]  # what a run that is killed has written
+    assert [row[0] for row in table["rows"]] == ["right", "wrong: gradient is 1.0e-02 off the first nll method's"]
+    assert table["raw"]["errors"] == {"wrong": pytest.approx(0.01, rel=1e-3)}
+
+
+def test_trainers_take_turns_both_ways_and_the_first_turn_is_not_counted(monkeypatch):
+    """The second trainer's loss is off from step 2 on; AESL's loss is its own, and its nll is the same at step 1."""
+    import step
+
+    order, kept = [], []
+    losses = {"SFTTrainer, nll": 2.0, "AESLSFTTrainer, nll": 2.0, "AESLSFTTrainer, aesl": 0.5}
+
+    def train_block(trainer, name, args):
+        order.append(name.split()[-1] if name.startswith("AESL") else "TRL")
+        off = 0.1 * (name == "AESLSFTTrainer, nll" and order.count("nll") > 1)
+        return [{"loss": losses[name] + off, **({"nll": 2.0} if "aesl" in name else {})}]
+
+    trainer = SimpleNamespace(add_callback=lambda timer: None, train_dataset=[{"input_ids": [1]}])
+    monkeypatch.setattr(step, "make_trainer", lambda *given: trainer)
+    monkeypatch.setattr(step, "train_block", train_block)
+    monkeypatch.setattr(step.StepTimer, "take", lambda timer, warmup: [float(len(order))])
+    args = SimpleNamespace(device="cpu", bf16=False, trainers="all", trl_tiles=None, blocks=2, warmup_steps=0)
+    args = SimpleNamespace(**vars(args), peaks=False, packing=False, rows_per_step=1)
+    found = step.bench(args, step.Case("small", "full", "all"), kept.append)
+    assert order == ["aesl", "nll", "TRL", "TRL", "nll", "aesl", "aesl", "nll", "TRL"] and len(kept) == 2
+    assert found["raw"]["seconds"] == dict(zip(losses, ([4.0, 9.0], [5.0, 8.0], [6.0, 7.0]), strict=True))
+    assert [row[0] for row in found["rows"]] == [
+        "SFTTrainer, nll",
+        "AESLSFTTrainer, aesl",
+        "AESLSFTTrainer, nll: the logged nll is 5.0e-02 off TRL's",
+    ]
+    found["raw"]["first_nll"]["AESLSFTTrainer, aesl"] = 2.02
+    assert set(step.disagreements(found["raw"])) == {"AESLSFTTrainer, nll", "AESLSFTTrainer, aesl"}
 
 
 def test_the_page_is_what_the_records_give():

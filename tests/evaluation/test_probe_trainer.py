@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import probing_script
 import pytest
 import torch
 from small_probe import ROWS, digest, probe_tokenizer, run
+from two_processes import results_of_two
 
 from aesl_trl import files
 
@@ -83,6 +85,14 @@ def test_two_processes_share_the_prompts(project):
     assert result["num_processes"] == 2 and done.stdout.count("never stops: fix eos") == 1
     assert figures["pass@1"] == sum(row["label"] >= 1 for row in ROWS) / 70
     assert figures["reward"] == sum(row["label"] for row in ROWS) / 70 and figures["signal"] == 0
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_decides_what_is_sampled_already(project):
+    """If each rank decided for itself, the second one would sample alone, and wait for the first for ever."""
+    flags = project(num_prompts=64, batch_size=256)
+    said, nothing = results_of_two(probing_script, project.folder, *flags, ACCELERATE_USE_CPU="true")
+    assert any("sampled already" in line for line in said) and nothing == []
 
 
 def test_an_adapter_is_probed_on_its_base(project, spied):

@@ -99,14 +99,14 @@ def plan(config: CompareConfig, path: Path, cells: list[Cell], workers: int, ope
     )
 
 
-Expected = dict[str, tuple[float | None, float | None]]
+Expected = dict[tuple[str, str], tuple[float | None, float | None]]  # by method and setting
 
 
 def estimated(config: CompareConfig, path: Path) -> dict[str, Expected]:
     """Estimate the seconds of a cold start and of the rest by arithmetic, for the fast and the slow end.
 
-    Each end has one pair for each setting: methods differ in the loss, which takes the same time. An [`InputError`]
-    says why there is no estimate.
+    Each end has one pair for each method in each setting, since a method may change the steps of its cold start. An
+    [`InputError`] says why there is no estimate.
     """
     from ..chain.hours import chain_hours  # with it come torch and TRL, which a missing file does not wait for
 
@@ -114,13 +114,14 @@ def estimated(config: CompareConfig, path: Path) -> dict[str, Expected]:
     with scratch("estimate") as place:
         trial = replace(config, output_dir=str(place))
         for cell in sorted(table_cells(trial, {}), key=lambda cell: cell.selection is None):
-            if cell.setting in found["fast"]:
+            kind = cell.method, cell.setting
+            if kind in found["fast"]:
                 continue
             cell.write_configs()
             stages = chain_hours(chain_of(cell.home), path)
             for end, pairs in found.items():
                 seconds = {name: getattr(stage.seconds, end) for name, stage in stages.items()}
-                pairs[cell.setting] = seconds.pop("sft", None), sum(seconds.values())
+                pairs[kind] = seconds.pop("sft", None), sum(seconds.values())
     return found
 
 
@@ -144,7 +145,7 @@ def hours(
 ) -> Hours:
     """Return what is left to run and how long it takes: medians of the method's finished cells, else of all cells.
 
-    `expected` are the seconds where no cell has finished, by setting; without them the config's `estimate` tells.
+    `expected` are the seconds where no cell has finished; without them the config's `estimate` tells.
 
     Tuning has still to choose the point of `open_rows`. We count all their cells, and cold starts for each row, since
     no two of these rows can count on the same point.
@@ -194,7 +195,7 @@ def _expected(
 ) -> tuple[float | None, float | None]:
     """Return the seconds of a cold start and of the rest: of this method's cells, else of all, else as expected."""
     stated = (config.estimate.sft_s, config.estimate.rl_s) if config.estimate else (None, None)
-    stated = stated if expected is None else expected[cell.setting]
+    stated = stated if expected is None else expected[cell.method, cell.setting]
     found = []
     for part in (0, 1):
         known = [

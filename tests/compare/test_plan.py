@@ -1,6 +1,7 @@
 """The plan: the hours that are left, and mistakes in configs that are found before anything starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_compare import ONE, TUNE, run
@@ -13,6 +14,8 @@ from aesl_trl.compare.plan import FIGURES, check, hours, plan
 from aesl_trl.compare.tuning import planned
 from aesl_trl.diversity.figures import Group, measure
 from aesl_trl.errors import InputError
+from aesl_trl.estimates.hours import Span
+from aesl_trl.values import load_yaml
 
 
 RECIPE = Path(__file__).parents[2] / "recipes/skills-tiny"
@@ -50,11 +53,26 @@ def test_hours_that_are_expected_until_a_cell_has_finished(project, tmp_path):
     path = project()
     config = read_config(path)
     cells = table_cells(config, {})
-    expected = {"": (60.0, 120.0)}
-    # 8 cells of 120 s and 4 cold starts of 60 s
-    assert hours(config, cells, 1, expected=expected).process_h == pytest.approx((8 * 120 + 4 * 60) / 3600)
+    expected = {(cell.method, ""): (60.0, 120.0) for cell in cells} | {("nll", ""): (20.0, 120.0)}
+    # 8 cells of 120 s, 2 cold starts of 60 s, and 2 of nll, which takes a third of that
+    assert hours(config, cells, 1, expected=expected).process_h == pytest.approx((8 * 120 + 2 * 60 + 2 * 20) / 3600)
     said = plan(config, path, cells, 1)
     assert "state it as estimate" in said and "(not estimated: " in said and "names no hardware" in said
+
+
+def test_a_method_that_trains_for_longer_is_estimated_for_longer(project, monkeypatch):
+    """Each method is asked for once in each setting, by its own config."""
+    monkeypatch.setattr("aesl_trl.chain.hours.chain_hours", by_steps)
+    config = read_config(project(methods={**ONE, "long": {"sft": {"max_steps": 70}, "selections": ["last"]}}))
+    assert plans.estimated(config, Path("compare.yaml"))["fast"] == {
+        ("nll", ""): (0.0, 5.0),
+        ("long", ""): (70.0, 5.0),
+    }
+
+
+def by_steps(chain, path):
+    steps = load_yaml(chain.config.sft.config).get("max_steps", 0)
+    return {"sft": SimpleNamespace(seconds=Span(steps, steps)), "grpo": SimpleNamespace(seconds=Span(5.0, 9.0))}
 
 
 def test_what_a_method_takes_is_worked_out_once_however_many_cells_there_are(project, monkeypatch):

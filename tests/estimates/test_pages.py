@@ -1,6 +1,7 @@
 """The pages: each figure that docs and READMEs print is what the arithmetic gives."""
 
 import json
+import math
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from aesl_trl.estimates.hours import (
 )
 from aesl_trl.estimates.memory import Training, budget, training_items
 from aesl_trl.estimates.stage_hours import _forward_s, measurement_s
+from aesl_trl.training.measurement import Size, fit
 
 
 DOCS = RECIPES.parent / "docs"
@@ -86,6 +88,8 @@ def test_what_each_config_costs(full):
 
 def test_the_extrapolated_efficiencies(full):
     def efficiency(run, gpu_gb):
+        if not budget(training_items(run), gpu_gb).fits:
+            return ["–", "–"]
         ends = [End(card, shares) for card, shares in zip(cards_of(gpu_gb), (FAST, SLOW), strict=True)]
         alone = replace(run, processes=1, sharding="none")
         return [f"{step_s(alone, end) / step_s(run, end):.0%}" for end in ends]
@@ -96,6 +100,9 @@ def test_the_extrapolated_efficiencies(full):
         assert row(processes, f"{peak:.1f}", *efficiency(run, 80), *efficiency(run, 48)) in PAGE
         adapter = replace(run, sharding="none", lora_rank=32)
         assert min(int(text[:-1]) for gpu_gb in (80, 48) for text in efficiency(adapter, gpu_gb)) > 99
+        # The training fits on 80 GB from four cards on, on 48 GB on sixteen
+        fits = [budget(training_items(run), gpu_gb).fits for gpu_gb in (80, 48)]
+        assert fits == [processes >= 4, processes >= 16]
 
 
 def test_what_monitoring_costs():
@@ -104,8 +111,9 @@ def test_what_monitoring_costs():
     ends = [End(card, replace(FAST, filled=1.0)) for card in cards_of(24)]
     between = [1.6e6 * flops / end.training for end in ends]
 
-    def costs(backend):
-        sizes = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 512, "token_budget": None, "batch_size": 128}
+    def costs(backend, token_budget=None):
+        sizes = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 512, "batch_size": 128}
+        sizes["token_budget"] = token_budget
         given = {f"diversity_{name}": value for name, value in sizes.items()}
         args = SimpleNamespace(diversity_backend=backend, diversity_vllm_gpu_memory_utilization=0.3, **given)
         return [measurement_s(run, args, 200, 24, end) for end in ends]
@@ -123,6 +131,12 @@ def test_what_monitoring_costs():
         cells = " | ".join(f"{each:.1f}" for each in seconds)
         assert f"| a measurement by {name}, in seconds | {cells} | below | | its share |" in COST
         assert f"| its share | {shares[0]:.1%} | {shares[1]:.1%} |" in COST
+    # The fewest steps at which vLLM's default budget takes 5%: 19 of its measurements fit between two of them
+    steps = [math.ceil(50 * 19 * each / interval) for each, interval in zip(seconds, between, strict=True)]
+    assert f"every {steps[0]} steps on the RTX 4090 and every {steps[1]} on the RTX 3090" in COST
+    smaller = [each / (each + rest) for each, rest in zip(costs("vllm_colocate", 49152), between, strict=True)]
+    assert f"`diversity_token_budget: 49152` | {smaller[0]:.1%} | {smaller[1]:.1%} | 16 prompts" in COST
+    assert max(smaller) < 0.05 and fit(Size(64, 8, 512), 49152) == Size(16, 8, 384)
     batch = vllm_batch(run.shape, 24 * 0.3, 712)
     assert f"holds {batch} sequences of 712 tokens" in COST
     shown("sampling", [vllm_s(run.shape, end, Draw(256, batch, 200, 512, 8)) for end in ends], ".1f")

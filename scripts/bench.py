@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "bench"
-ONE_STEP = "--rows_per_step 8 --bf16 --trainers pair --blocks 3 --block_steps 1 --warmup_steps 0"
+ONE_STEP = "--rows_per_step 8 --length 128 --bf16 --trainers pair --blocks 3 --block_steps 1 --warmup_steps 0"
 SHORT = "--length 64 --prompt_length 16 --max_new_tokens 40"  # the tiny model has 64 positions
 
 

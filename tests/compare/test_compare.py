@@ -199,7 +199,7 @@ def test_rl_from_steps(project, fakes):
     assert run(path) == 0
     found = result(fakes)
     assert [row["steps"] for row in found["rows"]] == [[10], [40], [80], [None]]
-    assert [step for step, _ in step_lines(found)["", "nll"]] == [0, 10, 40, 80]
+    assert [step for step, _ in step_lines(found)["nll", ""]] == [0, 10, 40, 80]
     assert (fakes / "compare_steps.png").read_bytes()[1:4] == b"PNG"
     assert not (fakes / "compare_results.png").exists()  # the base alone, which the steps show
     assert [name for name, _ in started(fakes)].count("sft") == 1

@@ -429,7 +429,8 @@ def test_selection_stop_and_report_hand_the_prompts_on():
         assert chosen["evidence"]["turning_point"]["entropy"]["step"] == step
         callback._measure = lambda step, rows=measured: rows
         control = SimpleNamespace(should_training_stop=False)
-        DiversityCallback.on_step_end(callback, None, SimpleNamespace(global_step=4, max_steps=9), control)
+        state = SimpleNamespace(global_step=4, max_steps=9, is_world_process_zero=True)
+        DiversityCallback.on_step_end(callback, None, state, control)
         assert control.should_training_stop is (step is not None)
         assert turning_point(SimpleNamespace(selection={}, diversity=measured, sft={})).step == step
 

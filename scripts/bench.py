@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "bench"
-ONE_STEP = "--rows_per_step 8 --length 128 --bf16 --trainers pair --blocks 3 --block_steps 1 --warmup_steps 0"
+ONE_STEP = "--rows_per_step 2 --length 128 --no-bf16 --trainers pair --blocks 3 --block_steps 1 --warmup_steps 0"
 SHORT = "--length 64 --prompt_length 16 --max_new_tokens 40"  # the tiny model has 64 positions
 
 
@@ -56,7 +56,9 @@ BENCHMARKS = {
     ),
     "growth": Benchmark("growth", "--quick --only head selection", ""),
     "startup": Benchmark("startup", "--repeats 1 --commands sft select report", "--repeats 3"),
-    "where_time_goes": Benchmark("where_time_goes", None, "--bf16", real_model=True),
+    "where_time_goes": Benchmark(
+        "where_time_goes", None, "--batch 2 --length 128 --prompts 2 --samples 4 --max_new_tokens 16", real_model=True
+    ),
 }
 
 

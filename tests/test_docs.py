@@ -217,7 +217,7 @@ SIZES = {
     },
     "grpo/config.yaml": {"max_steps: 160": "max_steps: 4"},
     "eval.yaml": {"num_prompts: 384": "num_prompts: 32"},
-    "probe.yaml": {"num_prompts: 96": "num_prompts: 32"},
+    "probe.yaml": {"num_prompts: 96": "num_prompts: 64"},
 }
 
 

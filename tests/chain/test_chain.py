@@ -573,9 +573,9 @@ def test_dry_run_prints_the_plan_and_starts_nothing(project, tmp_path):
     path = real_project(project, tmp_path)
     done = aesl_chain("--config", path, "--dry_run")
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[-7:]] == [
-        f"{number}. {name}" for number, name in enumerate(ALL, 1)
-    ]
+    *lines, hours = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[-7:]] == [f"{number}. {name}" for number, name in enumerate(ALL, 1)]
+    assert "estimated" in hours
     assert not Path(read_config(path).output_dir).exists()
 
 

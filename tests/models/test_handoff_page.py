@@ -1,13 +1,13 @@
 """The Python of docs/handoff.md starts RL from a handoff, as it is printed there."""
 
 import functools
-import re
 from pathlib import Path
 
 import pytest
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from printed import CPU, GRPO, blocks
 from tiny_models import build_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -15,20 +15,8 @@ from aesl_trl.models.handoff import hand_off
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "handoff.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-ONE_STEP = {
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 8,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "logging_steps": 1,
-}
+SNIPPETS = blocks(PAGE)
+ONE_STEP = CPU | GRPO | {"max_completion_length": 8}
 
 
 def lengths(completions, **kwargs):

@@ -20,7 +20,12 @@ CPU = {
     "logging_steps": 1,
 }
 SFT = {"max_steps": 4, "per_device_train_batch_size": 2}
-DIVERSITY = {"diversity_steps": 2, "diversity_num_prompts": 3, "diversity_samples": 2, "diversity_max_new_tokens": 12}
+DIVERSITY = {
+    "diversity_steps": 2,
+    "diversity_num_prompts": 3,
+    "diversity_num_samples": 2,
+    "diversity_max_new_tokens": 12,
+}
 GRPO = {
     "max_steps": 1,
     "per_device_train_batch_size": 4,

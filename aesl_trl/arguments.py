@@ -149,12 +149,17 @@ def with_config_flag(argv: Sequence[str]) -> list[str]:
     return found
 
 
+def setting_of(argument: str) -> str:
+    """Return the setting that a flag names; argparse knows each flag with - in place of _ too. "" for another word."""
+    return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+
+
 def with_new_flags(flags: Sequence[str], known: Collection[str]) -> list[str]:
     """Return `flags` with today's names of settings, where an old name is none of the `known` settings."""
     found = []
     for argument in flags:
-        flag, equals, value = argument.partition("=")
-        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        _, equals, value = argument.partition("=")
+        name = setting_of(argument)
         new = (OLD_NAMES | OLD_OUTPUTS).get(name)
         found.append(f"--{new}{equals}{value}" if name not in known and new in known else argument)
     return found
@@ -178,8 +183,8 @@ def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def flag_names(flags: Sequence[str]) -> set[str]:
-    """Return the fields that the command line sets; argparse knows each flag with - in place of _ too."""
-    return {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    """Return the fields that the command line sets."""
+    return {setting_of(flag) for flag in flags if flag.startswith("--")}
 
 
 def load_config(
@@ -417,7 +422,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if CONFIG_FLAG in known:
             args = with_config_flag(args)
         spelt = [argument.partition("=") for argument in args]
-        named = ["--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag for flag, _, _ in spelt]
+        named = ["--" + setting_of(flag) if flag.startswith("--") else flag for flag, _, _ in spelt]
         args = [
             name + equals + value if name in known else argument
             for name, (_, equals, value), argument in zip(named, spelt, args, strict=True)

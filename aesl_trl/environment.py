@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from . import __version__
 from .arguments import ArgumentParser
 from .errors import tell
-from .provenance import PACKAGES, commit, hardware
+from .provenance import PACKAGES, commit, hardware, package_versions
 
 
 NAME = "aesl env"
@@ -51,10 +51,7 @@ def facts() -> dict[str, str]:
 
 def installed(package: str) -> str:
     """Return the version of a package, or that it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return NOT_INSTALLED
+    return package_versions((package,))[package] or NOT_INSTALLED
 
 
 def installed_extra(extra: str) -> str:

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_folder, flag_names, output_folder, positionals, resolve, split_config, with_config_flag
+from .arguments import (
+    check_folder,
+    flag_names,
+    output_folder,
+    positionals,
+    resolve,
+    setting_of,
+    split_config,
+    with_config_flag,
+)
 from .commands import COMMANDS, CONFIG, CONFIG_FLAG, Command
 from .errors import InputError, nearest_sibling
 from .values import OLD_OUTPUTS, load_yaml
@@ -110,8 +119,8 @@ def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
     name = ""
     for argument in flags:
         if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            name = flag[2:].replace("-", "_")
+            _, equals, value = argument.partition("=")
+            name = setting_of(argument)
             if equals:
                 yield name, value
         elif name:

@@ -11,9 +11,8 @@ def bar(
 ) -> tqdm:
     """Open a bar that stands at `done` of `total`; it is silent without `shown`.
 
-    It is also silent where stderr is no terminal, except in a notebook, where tqdm draws a widget.
-
-    tqdm's own environment variables, such as TQDM_DISABLE, hold where the bar would be shown.
+    It is also silent where stderr is no terminal, except in a notebook, where tqdm draws a widget. tqdm's own
+    environment variables, such as TQDM_DISABLE, hold where the bar would be shown.
     """
     can_draw = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
     hidden = {} if shown and can_draw else {"disable": True}

@@ -60,7 +60,7 @@ def _in_cells(start: Callable[[Path], work.Work]) -> Callable[[int, Path], work.
     )
 
 
-CELLS, FEW_CELLS = (60, 120, 240, 480), (20, 40)
+CELLS, FEW_CELLS = (120, 250, 500, 1000), (20, 40)
 CURVES: dict[str, list[Curve]] = {
     "head": [
         Curve(
@@ -124,7 +124,7 @@ CURVES: dict[str, list[Curve]] = {
         ),
     ],
     "data": [
-        Curve("aesl data", "rows", (1500, 3000, 6000, 12000), (200, 400), work.data),
+        Curve("aesl data", "rows", (1500, 6000, 24000, 46000), (200, 400), work.data),
         Curve(
             "finding benchmarks by share",
             "benchmark problems",

@@ -136,7 +136,7 @@ def _summary(described: dict, state: str, folder: Path) -> list[str]:
     lines = [
         f"{described['source']['rows']} rows of {described['source']['dataset_name']}",
         f"dropped: {listed(described['dropped'], 'none')}",
-        f"no demonstrations, left to RL: {listed(described['not_demonstrations'], 'none')}",
+        f"without a demonstration, left to RL: {listed(described['not_demonstrations'], 'none')}",
     ]
     for name, found in described["benchmarks"].items():
         lines.append(f"in {name} ({found['problems']} problems): {found['rows']}")

@@ -304,7 +304,7 @@ def demo(checkout) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "arms"), [([], [""]), (["--all"], ["", "_nll"])])
-def test_demo_runs_the_chains_and_ends_with_the_reports(demo, flags, arms):
+def test_demo_runs_the_chains_and_lists_the_reports_of_several(demo, flags, arms):
     result = run("bash", demo / "scripts" / "demo.sh", *flags)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -312,7 +312,8 @@ def test_demo_runs_the_chains_and_ends_with_the_reports(demo, flags, arms):
         f"ran chain --config recipes/skills-tiny/chain{arm}.yaml offline=1" for arm in arms
     ]
     reports = [f"demo: report runs/skills-tiny/run{arm}/seed-0/report.html" for arm in arms]
-    assert lines[-len(arms) :] == reports
+    # a chain's own last line names its report; of several, the demo lists them all at its end
+    assert [line for line in lines if line.startswith("demo: report")] == (reports if len(arms) > 1 else [])
 
 
 def test_demo_refuses_an_unknown_flag(demo):

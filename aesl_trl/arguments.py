@@ -102,7 +102,7 @@ NOT_HERE = {
     "num_processes": "accelerate launch --num_processes N -m aesl_trl.sft (or aesl_trl.grpo) starts several processes",
     "accelerate_config": "accelerate launch --config_file FILE -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain",
     "config_file": "accelerate launch --config_file FILE -m aesl_trl.sft (or aesl_trl.grpo), or aesl chain",
-    "dry_run": "aesl chain and aesl compare have it",
+    "dry_run": "aesl recipes check CONFIG.yaml checks a config; aesl chain and aesl compare have a dry run",
 }
 TAKE_A_FILE = ("aesl eval", "aesl probe")  # commands whose output_dir may be the file itself, NAME.json
 MAX_NAME_BYTES = 255  # of a file or folder, on every common file system

@@ -1,11 +1,11 @@
 """Check, before any RL, what a comparison of cold starts on skills-chain-tiny presupposes: AESL acts, and nll forgets.
 
-    python scripts/check_premises.py [--base DIR] [--seeds 0 1 2] [--work_dir DIR] [--json FILE]
+    python scripts/check_premises.py [--bases DIR ...] [--seeds 0 1 2] [--work_dir DIR] [--json FILE]
 
-For each seed it trains nll and AESL by the recipe's own configs. Samples are measured at the first and the last step
-alone: 192 held-out prompts with 16 samples each, so that coverage is that within 8 samples. Where a premise fails at a
-seed, the exit code is 1: then change the data, and not what is compared. A run that is there is not trained again;
-runs of another base, other configs or another task lie in a folder of their own.
+For each base and seed it trains nll and AESL by the recipe's own configs. Samples are measured at the first and the
+last step alone: 192 held-out prompts with 16 samples each, so that coverage is that within 8 samples. Where a premise
+fails at a seed, the exit code is 1: then change the data, and not what is compared. A run that is there is not trained
+again; runs of another base, other configs or another task lie in a folder of their own.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def check(base: Path, seed: int, work_dir: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| seed | AESL's loss / nll at the end | coverage lost: nll | AESL | premises |",
-        "| ---: | ---: | ---: | ---: | --- |",
+        "| base | seed | AESL's loss / nll at the end | coverage lost: nll | AESL | premises |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
         lost = [
@@ -86,7 +86,8 @@ def table(rows: list[dict]) -> str:
             for loss in ("nll", "aesl")
         ]
         holds = "hold" if row["aesl_acts"] and row["nll_forgets"] else "**fail**"
-        lines.append(f"| {row['seed']} | {row['aesl']['weight_effective']:.3f} | {' | '.join(lost)} | {holds} |")
+        effective = f"{row['aesl']['weight_effective']:.3f}"
+        lines.append(f"| {row['base']} | {row['seed']} | {effective} | {' | '.join(lost)} | {holds} |")
     return "\n".join(lines)
 
 
@@ -94,12 +95,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--base", type=Path, default=RECIPE / "base", help="the base model's folder")
+    parser.add_argument("--bases", type=Path, nargs="+", default=[RECIPE / "base"], help="folders of base models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data and training")
     parser.add_argument("--work_dir", type=Path, default=RECIPES.parent / "runs/skills-chain-tiny/premises")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record the figures")
     args = parser.parse_args()
-    rows = [check(args.base, seed, args.work_dir) for seed in args.seeds]
+    rows = [check(base, seed, args.work_dir) for base in args.bases for seed in args.seeds]
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

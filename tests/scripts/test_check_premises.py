@@ -53,8 +53,8 @@ def test_the_runs_of_another_base_are_others(finished, tmp_path, monkeypatch):
 def test_the_table_says_where_a_premise_fails(finished, tmp_path):
     rows = [check_premises.check(tmp_path / "base", 3, finished(**changes)) for changes in ({}, {"low": -0.01})]
     lines = check_premises.table(rows).splitlines()
-    assert lines[2] == "| 3 | 0.200 | 0.10 [0.01, 0.20] | 0.10 [0.01, 0.20] | hold |"
-    assert lines[3] == "| 3 | 0.200 | 0.10 [-0.01, 0.20] | 0.10 [-0.01, 0.20] | **fail** |"
+    assert lines[2] == "| base | 3 | 0.200 | 0.10 [0.01, 0.20] | 0.10 [0.01, 0.20] | hold |"
+    assert lines[3] == "| base | 3 | 0.200 | 0.10 [-0.01, 0.20] | 0.10 [-0.01, 0.20] | **fail** |"
 
 
 def test_the_recipes_readme_says_what_was_recorded():

@@ -142,7 +142,15 @@ CURVES: dict[str, list[Curve]] = {
         Curve("aesl compare, the plan", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_plan)),
         Curve("aesl compare, nothing left to run", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_resume)),
         Curve("aesl compare, the table", "cells", CELLS, FEW_CELLS, _in_cells(work.compare_table)),
-        Curve("a comparison's statistics", "rows", (100, 200, 400, 800), (5, 10, 20), lambda n, _: work.statistics(n)),
+        Curve(
+            "a comparison's statistics",
+            "rows",
+            (100, 200, 400, 800),
+            (5, 10, 20),
+            lambda n, _: work.statistics(n),
+            1.17,
+            "n log n: rows are ranked",
+        ),
     ],
     "selection": [
         Curve("aesl select", "measurements", (100, 500, 2000, 10000), (20, 40, 80), work.selection),

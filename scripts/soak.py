@@ -201,6 +201,8 @@ class Soak:
         until = "grpo" if kind in ("launcher", "rank", "grader") else "report"
         moment = chance.uniform(0, seconds_left(run, self.whole, until))
         while process.poll() is None:
+            if time.monotonic() - began > WAIT_S:
+                sys.exit(f"{run} stands still; its log is {self.log(run)}")
             if is_barren and progress(run) == before[-1]:
                 began = time.monotonic()  # the moment counts from the next progress
             elif time.monotonic() - began >= moment and (targets := TARGETS[kind](chain)):

@@ -88,6 +88,16 @@ def test_no_third_kill_comes_before_progress(tmp_path, monkeypatch):
         soak.Soak(tmp_path, 1)
 
 
+def test_a_chain_that_stands_still_ends_the_soak(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "seconds_left", lambda *given: 0.0)
+    monkeypatch.setattr(soak, "LOOK_S", 0.0)
+    monkeypatch.setattr(soak, "WAIT_S", 0.05)
+    monkeypatch.setitem(soak.TARGETS, "parent", lambda chain: [])
+    process = SimpleNamespace(pid=psutil.Process().pid, poll=lambda: None)
+    with pytest.raises(SystemExit, match="stands still; its log is"):
+        soak.Soak(tmp_path, 0).strike_once(process, tmp_path)
+
+
 def test_what_differs_is_named_but_for_clocks_and_the_place_itself(tmp_path):
     for name, seconds in (("a", 1.0), ("b", 2.0)):
         run = tmp_path / name

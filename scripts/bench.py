@@ -6,8 +6,8 @@
     python scripts/bench.py --page                               # docs/benchmarks.md anew from its records
 
 Each benchmark is a script of its own in scripts/bench/, with its own `--help`, and runs in a process of its own, one
-after the other. `--quick` takes small sizes and few turns, and leaves out the real model: 3 minutes on two idle cores
-(estimated). The records of the docs lie in docs/benchmarks: run with `--output_dir docs/benchmarks`, then `--page`.
+after the other. `--quick` takes small sizes and few turns, and leaves out the real model: 2 minutes on two idle
+cores. The records of the docs lie in docs/benchmarks: run with `--output_dir docs/benchmarks`, then `--page`.
 
 `--model` takes the folder of any causal model, `--rows` JSONL with the columns `question` and `answer`, as GSM8K's.
 """

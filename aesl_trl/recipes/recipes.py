@@ -56,7 +56,7 @@ def copy(folder: Path, target: Path, names: Sequence[str]) -> None:
     if target.exists():  # an empty one too: it may be a mounted volume, which cannot be swapped
         raise InputError(f"DIR: {target} exists; name a new folder, e.g. {target / 'aesl-recipes'}")
     check_replaceable("DIR", target, False)
-    texts = [path.read_text(encoding="utf-8") for name in names for path in (folder / name).rglob("*.yaml")]
+    texts = [path.read_text(encoding="utf-8") for path in find_configs([folder / name for name in names])]
     beside = {ACCELERATE_CONFIGS} | {
         name for text in texts for name in re.findall(r"(?:\.\./)+(\w[\w.-]*)/", text) if (folder / name).is_dir()
     }
@@ -71,10 +71,14 @@ def copy(folder: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def find_configs(paths: list[Path]) -> list[Path]:
-    """Return the YAML files that `paths` name, or that lie below them; refuse a path without any."""
+    """Return the YAML files that `paths` name, or that lie below them; refuse a path without any.
+
+    What a recipe has recorded, in its folder `results`, is no config to run.
+    """
     found = []
     for path in paths:
-        inside = sorted(path.rglob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
+        below = [each for each in path.rglob("*.yaml") if "results" not in each.relative_to(path).parts]
+        inside = sorted(below) if path.is_dir() else [path] if path.is_file() else []
         if not inside:
             raise InputError(f"{path} {'holds no YAML file' if path.is_dir() else 'does not exist'}")
         found += inside

@@ -212,6 +212,15 @@ def test_refusals_of_the_command(argv, part):
         recipes.main(argv)
 
 
+def test_what_a_recipe_recorded_is_no_config(tmp_path):
+    for name in ("chain.yaml", "results/main/chain.yaml", "sft/config.yaml"):
+        (tmp_path / "recipe" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "recipe" / name).touch()
+    assert find_configs([tmp_path]) == [tmp_path / "recipe" / name for name in ("chain.yaml", "sft/config.yaml")]
+    inside = tmp_path / "recipe" / "results"
+    assert find_configs([inside]) == [inside / "main" / "chain.yaml"]  # named, it is looked into
+
+
 def test_list_shows_a_line_a_recipe_and_the_chains_of_one(capsys):
     recipes.main(["list"])
     *lines, last = capsys.readouterr().out.splitlines()

@@ -10,6 +10,7 @@ from recorded_results import cells_of, rows_with_intervals, seeds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from aesl_trl.files import POSITIONS, TRAINER_STATE, read_json, read_jsonl
+from aesl_trl.recipes.recipes import find_configs
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -402,11 +403,7 @@ def test_cold_starts_differ_in_the_loss_alone(recipe):
 
 
 def test_recipes_say_their_hardware_on_line_one():
-    for path in [
-        *RECIPE.rglob("*.yaml"),
-        *CHAIN_RECIPE.rglob("*.yaml"),
-        *(ROOT / "recipes" / "accelerate_configs").glob("*.yaml"),
-    ]:
+    for path in find_configs([RECIPE, CHAIN_RECIPE, ROOT / "recipes" / "accelerate_configs"]):
         first = path.read_text().splitlines()[0]
         assert first.startswith("#") and any(word in first for word in ("CPU", "GPU")), path
 

@@ -20,7 +20,7 @@ from aesl_trl.errors import InputError, exit_on_input_error
 from aesl_trl.files import RunFolder
 from aesl_trl.report.parts import LIGHT, SHEET_INCHES, STYLE, clip
 from aesl_trl.report.runs import read_samples
-from aesl_trl.report.samples import SUCCESS
+from aesl_trl.report.samples import SUCCESS, first_rewards
 
 
 CHARACTERS = 44  # of a sample that are shown
@@ -30,7 +30,7 @@ LINE_INCHES = 0.26
 
 def right(group: Group) -> list[bool]:
     """Return for each sample whether the first reward calls it right."""
-    return [bool(rewards) and rewards[0] is not None and rewards[0] >= SUCCESS for rewards in group.rewards or []]
+    return [reward is not None and reward >= SUCCESS for reward in first_rewards(group)]
 
 
 def collapsed(samples: list[dict[int, Group]]) -> int:
@@ -66,13 +66,10 @@ def draw(columns: dict[int, Group], output: Path) -> None:
     figure = Figure(figsize=(SHEET_INCHES, height), facecolor=LIGHT["paper"])
     hues: dict[str, str] = {}
     for number, (step, group) in enumerate(columns.items()):
-        left = 0.01 + number / len(columns)
-
-        def line(place: float, text: str, left: float = left, **look) -> None:
-            figure.text(left, 1 - LINE_INCHES * place / height, text, va="center", **look)
-
-        line(0.7, f"SFT step {step}", weight="bold")
-        line(1.6, verdict(group), color=LIGHT["muted"], size=9)
+        lines = [
+            (0.7, f"SFT step {step}", {"weight": "bold"}),
+            (1.6, verdict(group), {"color": LIGHT["muted"], "size": 9}),
+        ]
         often = Counter(group.completions)
         samples = sorted(
             zip(group.completions, right(group), strict=True), key=lambda each: (-often[each[0]], each[0])
@@ -81,7 +78,9 @@ def draw(columns: dict[int, Group], output: Path) -> None:
             hue = hues.setdefault(text, HUES[len(hues) % len(HUES)])
             shown, hidden = clip(" ".join(text.split()), CHARACTERS)
             sample = f"{'✓' if is_right else '✗'} {shown}{' …' if hidden else ''}"
-            line(place - 0.2, sample, color=LIGHT[hue], size=9, family="DejaVu Sans Mono")
+            lines.append((place - 0.2, sample, {"color": LIGHT[hue], "size": 9, "family": "DejaVu Sans Mono"}))
+        for place, text, look in lines:
+            figure.text(0.01 + number / len(columns), 1 - LINE_INCHES * place / height, text, va="center", **look)
     figure.savefig(output, dpi=120, metadata={"Software": None})
 
 
@@ -101,6 +100,8 @@ def main() -> None:
     index = collapsed(samples) if args.prompt is None else args.prompt
     if any(index not in found for found in samples):
         raise InputError(f"--prompt: there is no prompt {index} at each of the steps")
+    if not all(found[index].rewards for found in samples):
+        raise InputError(f"{args.run} was measured without rewards: give its training reward_funcs")
     draw({step: found[index] for step, found in zip(args.steps, samples, strict=True)}, args.output)
     print(f"prompt {index}: {samples[0][index].prompt} -> {args.output}")
 

@@ -16,10 +16,11 @@ from aesl_trl.compare.config import CompareConfig
 from aesl_trl.data.config import DataArguments
 from aesl_trl.errors import InputError
 from aesl_trl.estimates.facts import kind_of
+from aesl_trl.recipes.recipes import find_configs
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "results" not in path.parts and kind_of(path))
+RECIPES = [path for path in find_configs([ROOT / "recipes"]) if kind_of(path)]
 SFT = {"model_name_or_path": "base", "dataset_name": "rows.jsonl", "cold_start_loss": "nll"}
 
 

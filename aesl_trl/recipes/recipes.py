@@ -77,8 +77,10 @@ def find_configs(paths: list[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        below = [each for each in path.rglob("*.yaml") if "results" not in each.relative_to(path).parts]
-        inside = sorted(below) if path.is_dir() else [path] if path.is_file() else []
+        if path.is_dir():
+            inside = sorted(each for each in path.rglob("*.yaml") if "results" not in each.relative_to(path).parts)
+        else:
+            inside = [path] if path.is_file() else []
         if not inside:
             raise InputError(f"{path} {'holds no YAML file' if path.is_dir() else 'does not exist'}")
         found += inside

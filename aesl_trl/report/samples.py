@@ -64,10 +64,14 @@ def _prompt_text(prompt: Any) -> str:
     return str(prompt or "")
 
 
-def _column(title: str, group: Group) -> dict:
-    texts, counts = group.completions, Counter(group.completions)
+def first_rewards(group: Group) -> list[float | None]:
+    """Return the first reward function's value of each sample, None where it has none; empty without rewards."""
     firsts = [reward[0] if isinstance(reward, list) and reward else reward for reward in group.rewards or []]
-    rewards = [first if isinstance(first, int | float) else None for first in firsts]
+    return [first if isinstance(first, int | float) else None for first in firsts]
+
+
+def _column(title: str, group: Group) -> dict:
+    texts, counts, rewards = group.completions, Counter(group.completions), first_rewards(group)
     first = dict(zip(reversed(texts), reversed(rewards), strict=False))  # of equal texts, the first one's reward
     cut = {text for text, was_cut in zip(texts, group.truncated or [], strict=False) if was_cut}
     summary = f"{len(counts)} different of {len(texts)}"

@@ -55,3 +55,17 @@ def test_the_picture_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*given, "40"])
     with pytest.raises(files.InputError, match="no samples of step 40; it has 30, 400"):
         draw_samples.main()
+
+
+def test_a_run_without_rewards_is_refused(tmp_path, monkeypatch):
+    place = files.own_folder(tmp_path) / files.SAMPLES
+    place.mkdir(parents=True)
+    (place.parent / files.RUN).write_text("{}", encoding="utf-8")
+    row = {"prompt_index": 0, "prompt": "1 + 1?", "completions": ["2"], "num_tokens": [1], "truncated": [False]}
+    (place / "step-0.jsonl").write_text(
+        json.dumps({**row, "entropy": [0.1], "rewards": None}) + "\n", encoding="utf-8"
+    )
+    given = ["draw_samples.py", str(tmp_path), "--steps", "0", "--prompt", "0", "--output", str(tmp_path / "x.png")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(files.InputError, match="without rewards"):
+        draw_samples.main()

@@ -14,6 +14,7 @@ import yaml
 from small_problems import gsm8k_row, openr1_row
 
 from aesl_trl.estimates.facts import MODEL_CONFIG, kind_of, read_facts
+from aesl_trl.recipes.recipes import find_configs
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -145,7 +146,7 @@ def copy_recipe(name: str, root: Path) -> Path:
     for path in (root / "recipes" / "accelerate_configs").iterdir():
         shutil.copy(RECIPES / "accelerate_configs" / "cpu.yaml", path)  # one process on the CPU, whatever is named
     model = build_stand_in(RECIPES / name, root / "model")
-    for path in target.rglob("*.yaml"):
+    for path in find_configs([target]):
         values = overridden(path, yaml.safe_load(path.read_text()), str(model))
         path.write_text(path.read_text().splitlines()[0] + "\n" + yaml.safe_dump(values))
     _write_rows(target)

@@ -1,5 +1,6 @@
 """compare.json as markdown: the tables of a comparison, and what its intervals mean. Nothing is computed here."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from ..report.parts import markdown_table
 
 
 TITLES = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "groups_mixed": "mixed groups"}
+NAMED = 12  # cells that are not finished; of more, those that were not run are counted
 
 
 def page(result: dict[str, Any], plots: Sequence[str]) -> str:
@@ -218,9 +220,18 @@ def _cells_part(result: dict[str, Any]) -> str:
         known = sorted({text for cell in own for text in cell["provenance"][key] or [] if text})
         lines.append(f"{title}: {'; '.join(f'`{text}`' for text in known) or 'not recorded'}.")
     if result["missing"]:
-        lines.append(f"**Not finished**, and not in the tables: {'; '.join(result['missing'])}.")
+        lines.append(f"**Not finished**, and not in the tables: {_named(result['missing'])}.")
     if outdated := [cell.get("label") or f"{cell['row']}, seed {cell['seed']}" for cell in cells if cell["outdated"]]:
         lines.append(
             f"**Run from other configs, data or code than these are now**, and in the tables: {'; '.join(outdated)}."
         )
     return "\n\n".join(lines)
+
+
+def _named(missing: Sequence[str]) -> str:
+    """Return the labels of cells; where they are many, those that failed, and the others counted by row."""
+    if len(missing) <= NAMED:
+        return "; ".join(missing)
+    failed = [label for label in missing if label.endswith(")")]  # with the reason
+    counts = Counter(label.split(",")[0] for label in missing if label not in failed)
+    return "; ".join([*failed, *(f"{row} x {count}" for row, count in counts.items())])

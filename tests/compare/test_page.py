@@ -53,3 +53,11 @@ def test_the_recorded_comparison_with_all_that_is_known_now():
     text = page(found, [])
     assert "| aesl/last | -0.120 [-0.208, -0.033] | 0.071 | 5 | yes | no | 0.008 | 0.056 | 4 |" in text
     assert "RL runs" not in text and "by base model" not in text
+
+
+def test_what_was_not_run_is_counted_where_it_is_much():
+    few = read_json(MAIN) | {"missing": ["nll/last, seed 0", "base, seed 1"]}
+    assert "not in the tables: nll/last, seed 0; base, seed 1." in page(few, [])
+    failed = "aesl/last, base base-0, seed 1 (stage grpo failed with exit code 3)"
+    many = [failed, *(f"{row}, base base-0, seed {seed}" for seed in range(9) for row in ("base", "nll/last"))]
+    assert f"not in the tables: {failed}; base x 9; nll/last x 9." in page(few | {"missing": many}, [])

@@ -9,7 +9,7 @@ from ..report.parts import markdown_table
 
 
 TITLES = {"entropy": "entropy (nats)", "self_bleu": "self-BLEU", "groups_mixed": "mixed groups"}
-NAMED = 12  # cells that are not finished; of more, those that were not run are counted
+NAMED = 12  # cells; where there are more, they are counted by row
 
 
 def page(result: dict[str, Any], plots: Sequence[str]) -> str:
@@ -223,15 +223,15 @@ def _cells_part(result: dict[str, Any]) -> str:
         lines.append(f"**Not finished**, and not in the tables: {_named(result['missing'])}.")
     if outdated := [cell.get("label") or f"{cell['row']}, seed {cell['seed']}" for cell in cells if cell["outdated"]]:
         lines.append(
-            f"**Run from other configs, data or code than these are now**, and in the tables: {'; '.join(outdated)}."
+            f"**Run from other configs, data or code than these are now**, and in the tables: {_named(outdated)}."
         )
     return "\n\n".join(lines)
 
 
-def _named(missing: Sequence[str]) -> str:
-    """Return the labels of cells; where they are many, those that failed, and the others counted by row."""
-    if len(missing) <= NAMED:
-        return "; ".join(missing)
-    failed = [label for label in missing if label.endswith(")")]  # with the reason
-    counts = Counter(label.split(",")[0] for label in missing if label not in failed)
+def _named(labels: Sequence[str]) -> str:
+    """Return the labels of cells; where they are many, those with a reason, and the others counted by row."""
+    if len(labels) <= NAMED:
+        return "; ".join(labels)
+    failed = [label for label in labels if label.endswith(")")]
+    counts = Counter(label.split(",")[0] for label in labels if label not in failed)
     return "; ".join([*failed, *(f"{row} x {count}" for row, count in counts.items())])

@@ -1,11 +1,12 @@
 """Answer what recipes/skills-chain-tiny/DECISION.md asks, from the table of its comparison.
 
-    python scripts/decide_skills_chain.py recipes/skills-chain-tiny/results/main/compare.json
+    python scripts/decide_skills_chain.py runs/skills-chain-tiny/compare/compare.json
 
 Prints the contrasts with their verdicts, and the start that is recommended. A unit is a start, one base and one seed,
 with the mean of its RL runs. Intervals are those of `aesl compare`: paired, Student's t. p is that of the permutation
 of units inside each base. Holm's correction is over the four contrasts; for the recommendation it is over all pairs of
-rows, so that it is the stricter one. Where units are missing, it names them and decides nothing.
+rows, so that it is the stricter one. Where a unit lacks a run, the script names it, decides nothing, and ends with
+exit code 1.
 """
 
 import argparse
@@ -133,7 +134,7 @@ def recommended(units: dict[str, dict[tuple, float]]) -> tuple[str, list[str]]:
         ]
         if not above:
             return row, reasons
-        reasons.append(f"{NAMES[row]}: higher ended {', '.join(above)}")
+        reasons.append(f"{NAMES[row]}: these ended higher: {'; '.join(above)}")
     return "base", reasons  # direct RL ended higher than every cold start
 
 

@@ -62,7 +62,8 @@ def test_a_clear_difference_is_supported_and_moves_the_recommendation():
     assert lines[5].startswith("| WiSE-FT - nll, turning point | 0.00 [") and "not decided" not in lines[5]
     row, reasons = decide.recommended(units)
     assert row == "nll/turning_point"
-    assert len(reasons) == 1 and reasons[0].startswith("nll, last: higher ended direct RL, nll, turning point, ")
+    assert len(reasons) == 1
+    assert reasons[0].startswith("nll, last: these ended higher: direct RL; nll, turning point; ")
 
 
 def test_p_is_that_of_all_ways_to_hand_out_the_units():

@@ -341,7 +341,8 @@ class RunFolder:
         if folder.is_dir() and any(folder.iterdir()):  # it may be deleted when all is done
             if not any(map(_has_begun, (folder, folder / OWN))):
                 raise InputError(f"{self.path / CHAIN}: sft_dir names {folder}, which is no SFT run of aesl_trl")
-            if not folder.is_relative_to(home):
+            of_comparison = Path(home, "../../sft").resolve()  # the cells of a comparison share what lies there
+            if not any(map(folder.is_relative_to, (home, of_comparison))):
                 _say_where(self.path, folder)
         return folder
 

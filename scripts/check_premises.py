@@ -30,7 +30,9 @@ FLAGS = {
     "diversity_token_budget": 0,
     "diversity_batch_size": 1536,
     "eval_strategy": "no",
+    "learning_rate": 3e-4,  # the same for both losses
 }
+AESL = {"t_scaling": 3.0}  # beside `FLAGS`, the setting of the recorded premises; the recipe's own is auto
 
 
 def train(loss: str, base: Path, seed: int, run: Path) -> RunFolder:
@@ -40,6 +42,7 @@ def train(loss: str, base: Path, seed: int, run: Path) -> RunFolder:
         "output_dir": run,
         "seed": seed,
         **FLAGS,
+        **(AESL if loss == "aesl" else {}),
     }
     command = [sys.executable, "-m", "aesl_trl.cli", "sft"]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
@@ -52,7 +55,7 @@ def digest_of(base: Path) -> str:
     """Return a digest of all that a run depends on but its seed: base, configs, task and this file's flags."""
     paths = sorted([*base.iterdir(), *(RECIPE / "sft").iterdir(), RECIPES / "skills-tiny" / "task.py"])
     contents = [path.name.encode() + path.read_bytes() for path in paths if path.is_file()]
-    return hashlib.sha256(b"\0".join([*contents, json.dumps(FLAGS).encode()])).hexdigest()[:12]
+    return hashlib.sha256(b"\0".join([*contents, json.dumps(FLAGS | AESL).encode()])).hexdigest()[:12]
 
 
 def check(base: Path, seed: int, work_dir: Path) -> dict:

@@ -19,6 +19,7 @@ from pathlib import Path
 from aesl_trl import files
 from aesl_trl.compare.table import paired, starts_of
 from aesl_trl.diversity.intervals import holm, permutation_p, with_interval
+from aesl_trl.errors import exit_on_input_error
 
 
 METRIC = "pass@1"
@@ -154,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_input_error("decide_skills_chain.py", main)

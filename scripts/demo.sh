@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The whole story on two CPU cores: cold start, diversity, selection, handoff, GRPO, evaluation, report. Nothing is downloaded
-# but Python packages. The AESL chain runs live beside the recorded runs of its rivals; --all runs every chain of the recipe.
+# but Python packages. The start that the recipe's comparison supports runs live, beside recorded runs of its rivals; --all runs
+# every chain of the recipe.
 # usage: scripts/demo.sh [--all]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-recipe=recipes/skills-tiny
+recipe=recipes/skills-chain-tiny
 case "${1-}" in
-    "") configs=("$recipe/chain.yaml") ;;
+    "") configs=("$recipe/chain_nll_last.yaml") ;;
     --all) configs=("$recipe"/chain*.yaml) ;;
     *) printf 'usage: scripts/demo.sh [--all]\n' >&2; exit 2 ;;
 esac

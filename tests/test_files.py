@@ -393,6 +393,10 @@ def test_sft_dir_names_a_run_of_ours(tmp_path, capsys):
         files.write_json(run / files.CHAIN, {"sft_dir": name})
         assert files.RunFolder(run).sft == shared
     assert capsys.readouterr().err == f"aesl_trl: the SFT of {run} is {shared}, as its chain.json says\n"
+    of_comparison = sft_run(tmp_path / "sft" / "nll" / "seed-0")  # where the cells of a comparison share theirs
+    files.write_json(run / files.CHAIN, {"sft_dir": "../../sft/nll/seed-0"})
+    assert files.RunFolder(run).sft == of_comparison and capsys.readouterr().err == ""
+    files.write_json(run / files.CHAIN, {"sft_dir": "../../shared"})
     (shared / files.RUN).unlink()  # deleted when all was done, and its folder left
     assert files.RunFolder(run).sft == shared and not files.RunFolder(run).has_sft
 

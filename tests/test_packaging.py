@@ -289,11 +289,11 @@ def test_failed_setup_leaves_no_stamp(checkout):
 @pytest.fixture
 def demo(checkout) -> Path:
     """Make a checkout with two chains whose `aesl` only prints what it is asked for."""
-    recipe = checkout / "recipes" / "skills-tiny"
+    recipe = checkout / "recipes" / "skills-chain-tiny"
     recipe.mkdir(parents=True)
     (recipe / "grpo.yaml").write_text("max_steps: 1\n")
-    for arm in ("", "_nll"):
-        lines = [f"output_dir: ../../runs/skills-tiny/run{arm}/seed-{{seed}}", "grpo: {config: grpo.yaml}"]
+    for arm in ("", "_nll_last"):
+        lines = [f"output_dir: ../../runs/tiny/run{arm}/seed-{{seed}}", "grpo: {config: grpo.yaml}"]
         (recipe / f"chain{arm}.yaml").write_text("\n".join(lines) + "\n")
     write_executable(checkout / "scripts" / "setup.sh", "exit 0\n")
     environment = f'export PATH="{checkout}/bin:$PATH"\n'
@@ -303,15 +303,15 @@ def demo(checkout) -> Path:
     return checkout
 
 
-@pytest.mark.parametrize(("flags", "arms"), [([], [""]), (["--all"], ["", "_nll"])])
+@pytest.mark.parametrize(("flags", "arms"), [([], ["_nll_last"]), (["--all"], ["", "_nll_last"])])
 def test_demo_runs_the_chains_and_lists_the_reports_of_several(demo, flags, arms):
     result = run("bash", demo / "scripts" / "demo.sh", *flags)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("ran")] == [
-        f"ran chain --config recipes/skills-tiny/chain{arm}.yaml offline=1" for arm in arms
+        f"ran chain --config recipes/skills-chain-tiny/chain{arm}.yaml offline=1" for arm in arms
     ]
-    reports = [f"demo: report runs/skills-tiny/run{arm}/seed-0/report.html" for arm in arms]
+    reports = [f"demo: report runs/tiny/run{arm}/seed-0/report.html" for arm in arms]
     if len(arms) > 1:
         assert lines[-len(arms) :] == reports
     else:  # the chain's own last line names its report

@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 import datasets
+import decide_skills_chain
 import yaml
 from printed import blocks, run_printed, shrink, swapped
 
 from aesl_trl import files
 from aesl_trl.cli import main
 from aesl_trl.commands import COMMANDS
-from aesl_trl.compare.table import summary
+from aesl_trl.compare.table import starts_of, summary
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,27 +76,48 @@ def test_every_command_has_its_row():
     assert set(re.findall(r"`aesl (\w+)`", table)) == set(COMMANDS)
 
 
+START_ROWS = {
+    "plain nll, last step": ("nll", "last"),
+    "plain nll, turning point": ("nll", "turning_point"),
+    "plain nll averaged with its base": ("nll", "mix"),
+    "AESL at `t_scaling: auto`, last step": ("aesl_auto", "last"),
+    "AESL, last step": ("aesl", "last"),
+    "AESL, turning point": ("aesl", "turning_point"),
+    "no cold start": ("base", None),
+}
+RECORDS = ("skills-chain-tiny/results/main", "skills-tiny/results/bases", "countdown-tiny/results/main")
+
+
+def figure(record, row):
+    """Return mean and interval of a row over its starts, as the table prints them; a dash where it was not run."""
+    starts = [each for each in starts_of(record["cells"]) if (each["method"], each["selection"]) == row]
+    if not starts:
+        return "-"
+    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(
+        **summary([each["after"]["pass@1"] for each in starts], is_share=True)
+    )
+
+
 def test_the_table_is_that_of_the_records():
     """Work out each mean and interval of the table anew from the recorded cells."""
-    rows = {
-        "plain nll, turning point": ("nll", "turning_point"),
-        "plain nll, last step": ("nll", "last"),
-        "AESL, last step": ("aesl", "last"),
-        "no cold start": ("base", None),
-    }
     records = [
-        json.loads((ROOT / "recipes" / place / "main" / "compare.json").read_text(encoding="utf-8"))
-        for place in ("skills-tiny/results/first", "countdown-tiny/results")
+        json.loads((ROOT / "recipes" / place / "compare.json").read_text(encoding="utf-8")) for place in RECORDS
     ]
-    lines = []
-    for name, row in rows.items():
-        figures = []
-        for record in records:
-            cells = [each for each in record["cells"] if (each["method"], each["selection"]) == row]
-            found = summary([each["after"]["pass@1"] for each in cells], is_share=True)
-            figures.append("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found))
-        lines.append(f"| {name} | {' | '.join(figures)} |")
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("*", "")
-    table = TEXT.split("## Does it help?")[1].split("**Which")[0]
-    assert [line for line in table.splitlines() if line.startswith("| ") and "[" in line] == lines
-    assert [line for line in lines if line not in results] == []
+    assert [record["missing"] for record in records] == [[], [], []]
+    lines = [
+        f"| {name} | {' | '.join(figure(record, row) for record in records)} |" for name, row in START_ROWS.items()
+    ]
+    for text in (TEXT.split("## Does it help?")[1], (ROOT / "docs/results.md").read_text(encoding="utf-8")):
+        table = text.partition("| --- |")[2].partition("\n\n")[0]
+        assert [line for line in table.splitlines() if "[" in line] == lines
+
+
+def test_what_is_recommended_is_what_was_decided():
+    """DECISION.md's rule, on the recorded cells, names the start that README recommends and that the demo runs."""
+    cells = json.loads((ROOT / "recipes" / RECORDS[0] / "compare.json").read_text(encoding="utf-8"))["cells"]
+    assert decide_skills_chain.missing(cells, 2) == []
+    units = decide_skills_chain.units_of(cells)
+    assert decide_skills_chain.recommended(units) == ("nll/last", [])
+    assert "**Which settings?** Plain nll at a low learning rate, and its last step" in TEXT
+    assert "$recipe/chain_nll_last.yaml" in (ROOT / "scripts/demo.sh").read_text(encoding="utf-8")
+    assert decide_skills_chain.contrasts(units) in (ROOT / "docs/results.md").read_text(encoding="utf-8")

@@ -13,13 +13,12 @@ def evidence(arms: list[Arm]) -> Section:
     see = "No checkpoint was selected in this run."
     if start := files.chosen(selection):
         see = f"Why {start} went to RL: {selection.get('reason') or ''}"
-    missing = [f"{arm.label}: {', '.join(arm.runs[0].missing)}" for arm in arms if arm.runs[0].missing]
     omitted = ("candidates", "evidence", "path", "identity")
     return Section(
         "evidence",
         "Selection and settings",
         see,
-        gap=f"Missing in {'; in '.join(missing)}." if missing else "",
+        gap=_missing(arms),
         tables=[
             ("Selection", _side_by_side(arms, lambda run: run.selection, omitted), True),
             ("Handoff checks", _side_by_side(arms, lambda run: run.handoff, ("template",)), True),
@@ -30,6 +29,16 @@ def evidence(arms: list[Arm]) -> Section:
             ("Versions", _side_by_side(arms, lambda run: run.versions), False),
         ],
     )
+
+
+def _missing(arms: list[Arm]) -> str:
+    """Return which files are not there; arms that lack the same ones are named together."""
+    lacking: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.runs[0].missing:
+            lacking.setdefault(", ".join(arm.runs[0].missing), []).append(arm.label)
+    parts = [f"{', '.join(labels)}: {names}" for names, labels in lacking.items()]
+    return f"Missing in {'; in '.join(parts)}." if parts else ""
 
 
 def _stages(run: Run) -> dict:

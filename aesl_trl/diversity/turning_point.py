@@ -1,9 +1,9 @@
 """Where the diversity of a model's own samples peaks before it falls.
 
 During a cold start diversity first rises, while the demonstrated pattern joins the old ones, and then falls, when it
-replaces them. The turning point between the two is the best start for reinforcement learning (Li et al., "Getting
-Your LLMs Ready for Reinforcement Learning with Lightweight SFT", ICLR 2026). Their rule for finding it is not public;
-this one is ours.
+replaces them. The turning point lies between the two, and Li et al. start reinforcement learning there ("Getting Your
+LLMs Ready for Reinforcement Learning with Lightweight SFT", ICLR 2026). Their rule for finding it is not public; this
+one is ours.
 
 The method is a test against a flat series, made to be asked after every measurement. The values are fitted by the
 curve that first only rises and then only falls and is nearest in least squares (no smoothing width to choose). The

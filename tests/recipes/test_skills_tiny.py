@@ -395,11 +395,11 @@ def test_every_chain_is_accepted(chain, tmp_path):
     check_stages(Chain(config, chain))
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, CHAIN_RECIPE], ids=lambda path: path.name)
-def test_cold_starts_differ_in_the_loss_alone(recipe):
+@pytest.mark.parametrize(("recipe", "tuned"), [(RECIPE, set()), (CHAIN_RECIPE, {"learning_rate"})])
+def test_cold_starts_differ_in_the_loss_and_what_is_tuned(recipe, tuned):
     aesl, nll = (yaml.safe_load((recipe / "sft" / f"config_{name}.yaml").read_text()) for name in ("aesl", "nll"))
     different = {key for key in aesl | nll if aesl.get(key) != nll.get(key)}
-    assert different == {"cold_start_loss", "output_dir"}
+    assert different == {"cold_start_loss", "t_scaling", "output_dir"} | tuned
 
 
 def test_recipes_say_their_hardware_on_line_one():

@@ -319,7 +319,8 @@ class RunFolder:
     def sft(self) -> Path:
         """The SFT folder: the run itself, or the one that its chain trained.
 
-        Several chains may share one, elsewhere: a line then says where it lies.
+        Several chains may share one, elsewhere: a line then says where it lies. The cells of a comparison need no line:
+        they share the folder sft beside them.
 
         Raises:
             InputError: there is none, or chain.json names no SFT run of ours.
@@ -341,7 +342,7 @@ class RunFolder:
         if folder.is_dir() and any(folder.iterdir()):  # it may be deleted when all is done
             if not any(map(_has_begun, (folder, folder / OWN))):
                 raise InputError(f"{self.path / CHAIN}: sft_dir names {folder}, which is no SFT run of aesl_trl")
-            of_comparison = Path(home, "../../sft").resolve()  # the cells of a comparison share what lies there
+            of_comparison = Path(home, "../../sft").resolve()
             if not any(map(folder.is_relative_to, (home, of_comparison))):
                 _say_where(self.path, folder)
         return folder

@@ -319,8 +319,8 @@ class RunFolder:
     def sft(self) -> Path:
         """The SFT folder: the run itself, or the one that its chain trained.
 
-        Several chains may share one, elsewhere: a line then says where it lies. The cells of a comparison need no line:
-        they share the folder sft beside them.
+        Several chains may share one, elsewhere: a line then says where it lies. The cells of a comparison need no
+        line: they share the folder sft beside them.
 
         Raises:
             InputError: there is none, or chain.json names no SFT run of ours.

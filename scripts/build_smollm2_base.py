@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the base of recipes/SmolLM2-135M-Instruct: stage 0 teaches the model three families of tasks, and a gate asks.
 
-    python scripts/build_smollm2_base.py [--model DIR] [--output_dir DIR] [--seed 0]
+    python scripts/build_smollm2_base.py [--model DIR] [--output_dir DIR] [--seed 0] [flags of aesl sft and aesl probe]
 
 SmolLM2-135M-Instruct answers hardly any of these problems as it is: a base without ability has nothing to forget, and
 RL nothing to begin with. So stage 0 trains it, by `aesl sft` and the recipe's own config, on problems that no later
@@ -10,7 +10,8 @@ least 0.6? Where a family fails, the exit code is 1: change its settings in the 
 is recorded in the recipe's results/stage_0.json, one entry for each attempt.
 
 A command that was cut off goes on at its last checkpoint, and a finished training is not run again. A base of another
-task.py, config or model is refused: OUTPUT_DIR.json, beside the base, has the digest of what it was trained with.
+task.py, config, model or flags is refused: OUTPUT_DIR.json, beside the base, has the digest of what it was trained
+with. Flags that the script does not know, such as `--bf16 true`, go to the training, to the probe and into the record.
 """
 
 import argparse
@@ -35,12 +36,12 @@ def aesl(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "aesl_trl.cli", *map(str, arguments)], check=True)
 
 
-def digest_of(model: Path) -> str:
-    """Return a digest of all that a base depends on but its seed: the model's files, stage 0's config and the task."""
-    return digest_of_files([CONFIG, RECIPE / "task.py", *(path for path in model.iterdir() if path.is_file())])
+def digest_of(model: Path, flags: list[str]) -> str:
+    """Return a digest of all that a base depends on but its seed: model, stage 0's config, task and flags."""
+    return digest_of_files([CONFIG, RECIPE / "task.py", *(path for path in model.iterdir() if path.is_file())], flags)
 
 
-def train(model: Path, out: Path, seed: int) -> str:
+def train(model: Path, out: Path, seed: int, flags: list[str]) -> str:
     """Train stage 0 into `out`, or go on where it was cut off. Return the digest of what it is trained with.
 
     Raises:
@@ -48,14 +49,14 @@ def train(model: Path, out: Path, seed: int) -> str:
     """
     if not model.is_dir():
         raise InputError(f"model: {model} is not a folder; the recipe's README says how to get the model")
-    beside, given = out.with_name(f"{out.name}.json"), {"digest": digest_of(model), "seed": seed}
+    beside, given = out.with_name(f"{out.name}.json"), {"digest": digest_of(model, flags), "seed": seed}
     if out.exists() and read_object(beside) != given:
-        cause = f"another model, seed, {CONFIG.name} or task.py"
+        cause = f"another model, seed, {CONFIG.name}, task.py or other flags"
         raise InputError(f"output_dir: {out} was trained with {cause}: remove that folder, or name another")
     if not (own_folder(out) / TRAINER_STATE).exists():  # written at the end
         write_json(beside, given)
-        flags = ["--config", CONFIG, "--model_name_or_path", model, "--output_dir", out, "--seed", seed]
-        aesl("sft", *flags, *(["--resume_from_checkpoint", "true"] if out.exists() else []))
+        ours = ["--config", CONFIG, "--model_name_or_path", model, "--output_dir", out, "--seed", seed]
+        aesl("sft", *ours, *flags, *(["--resume_from_checkpoint", "true"] if out.exists() else []))
     return given["digest"]
 
 
@@ -71,12 +72,13 @@ def gate(readiness: dict) -> list[dict]:
     return found
 
 
-def record(model: Path, seed: int, digest: str, rows: list[dict], path: Path) -> None:
+def record(model: Path, seed: int, digest: str, flags: list[str], rows: list[dict], path: Path) -> None:
     """Record what the gate found of a base. Other attempts stay: settings that failed are a result too."""
     task = recipe_task(RECIPE.name)
     entry = {
         "digest": digest,
         "seed": seed,
+        "flags": flags,
         "model": read_object(model / "origin.json") or {"model": "as downloaded, without origin.json"},
         "rows": task.SIZES["base"],
         "settings": task.TASKS,
@@ -102,12 +104,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=RUNS / "model", help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--output_dir", type=Path, help="folder of the base (default: runs/.../base/seed-SEED)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and of the answers' forms")
-    given = parser.parse_args()
+    given, flags = parser.parse_known_args()
     out = given.output_dir or RUNS / "base" / f"seed-{given.seed}"
-    digest = train(given.model, out, given.seed)
-    aesl("probe", out, "--config", RECIPE / "probe.yaml", "--output", out / READINESS)
+    digest = train(given.model, out, given.seed, flags)
+    aesl("probe", out, "--config", RECIPE / "probe.yaml", "--output", out / READINESS, *flags)
     rows = gate(read_json(out / READINESS))
-    record(given.model, given.seed, digest, rows, RECORD)
+    record(given.model, given.seed, digest, flags, rows, RECORD)
     print(table(rows))
     sys.exit(0 if all(row["passes"] for row in rows) else 1)
 

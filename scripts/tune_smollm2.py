@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Choose SFT's and RL's learning rate for recipes/SmolLM2-135M-Instruct, before any RL from a cold start.
 
-    python scripts/tune_smollm2.py [--base DIR] [--stages sft rl]
+    python scripts/tune_smollm2.py [--base DIR] [--stages sft rl] [any flag of the stage's command]
 
 At seed 100, three rates a stage (recipes/SmolLM2-135M-Instruct/DECISION.md): for SFT the one with the lowest held-out
 nll after one epoch of plain nll, for RL the one with the highest mean reward over the last 10 of 60 steps of direct RL
 from the base. The figures are recorded in the recipe's results/rates.json. Then write the chosen rates into the
 configs: `learning_rate` of sft/config_nll.yaml, config_aesl.yaml and config_aesl_auto.yaml, and of grpo/config.yaml.
 
-A training that is there is not run again, and one that was cut off goes on.
+A training that is there is not run again, and one that was cut off goes on. Flags that the script does not know, such
+as `--bf16 true` on a CPU that computes in bfloat16, go to the trainings of each stage named, and into the record.
 """
 
 import argparse
@@ -30,13 +31,13 @@ FLAGS = {"sft": ["--num_train_epochs", "1", "--diversity_steps", "0"], "rl": []}
 FIGURES = {"sft": "held-out nll after one epoch", "rl": f"mean reward over the last {LAST_STEPS} steps"}
 
 
-def train(stage: str, rate: str, base: Path, run: Path) -> list[dict]:
+def train(stage: str, rate: str, base: Path, run: Path, flags: list[str]) -> list[dict]:
     """Train one rate into `run`, unless it is there, and return the training's log."""
     ended = {"sft": own_folder(run), "rl": run}[stage] / TRAINER_STATE  # written at the end
     if not ended.exists():
         given = ["--config", CONFIGS[stage], "--model_name_or_path", base, "--output_dir", run, "--seed", SEED]
         resume = ["--resume_from_checkpoint", "true"] if run.exists() else []
-        aesl(COMMANDS[stage], *given, "--learning_rate", rate, *FLAGS[stage], *resume)
+        aesl(COMMANDS[stage], *given, "--learning_rate", rate, *flags, *resume)
     return read_log(run)
 
 
@@ -60,15 +61,23 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=RATES, default=list(RATES), help="whose rate is chosen")
     parser.add_argument("--work_dir", type=Path, default=RUNS / "rates", help="folder of the trainings")
     parser.add_argument("--record", type=Path, default=RECIPE / "results/rates.json", help="file of the record")
-    given = parser.parse_args()
+    given, extra = parser.parse_known_args()
     if not any(given.base.glob("*.safetensors")):
         raise InputError(f"base: {given.base} holds no weights: first run python scripts/build_smollm2_base.py")
     for stage in given.stages:
-        digest = digest_of_files([*given.base.glob("*.safetensors"), CONFIGS[stage], RECIPE / "task.py"], FLAGS[stage])
+        flags = [*FLAGS[stage], *extra]
+        digest = digest_of_files([*given.base.glob("*.safetensors"), CONFIGS[stage], RECIPE / "task.py"], flags)
         runs = {rate: given.work_dir / digest / f"{stage}-{rate}" for rate in RATES[stage]}
-        figures = {rate: figure(stage, train(stage, rate, given.base, run)) for rate, run in runs.items()}
+        figures = {rate: figure(stage, train(stage, rate, given.base, run, flags)) for rate, run in runs.items()}
         chosen = choose(stage, figures)
-        entry = {"digest": digest, "seed": SEED, "figure": FIGURES[stage], "figures": figures, "chosen": chosen}
+        entry = {
+            "digest": digest,
+            "seed": SEED,
+            "flags": flags,
+            "figure": FIGURES[stage],
+            "figures": figures,
+            "chosen": chosen,
+        }
         write_json(given.record, {**read_object(given.record), stage: entry})
         rows = [[rate, f"{value:.4f}", "chosen" if rate == chosen else ""] for rate, value in figures.items()]
         print(markdown_table([f"{stage}'s learning rate", FIGURES[stage], ""], rows))

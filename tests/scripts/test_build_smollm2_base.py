@@ -47,7 +47,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def trained(place, monkeypatch, *, seed=3, finishes=True):
+def trained(place, monkeypatch, *, seed=3, flags=(), finishes=True):
     """Train the base, and return what `aesl` was called with."""
     calls, out = [], place / "base"
 
@@ -59,7 +59,7 @@ def trained(place, monkeypatch, *, seed=3, finishes=True):
             (own / builder.TRAINER_STATE).write_text("{}")
 
     monkeypatch.setattr(builder, "aesl", aesl)
-    builder.train(place / "model", out, seed)
+    builder.train(place / "model", out, seed, list(flags))
     return calls
 
 
@@ -81,8 +81,9 @@ def test_a_base_of_other_settings_is_refused(changed, finishes, place, monkeypat
         trained(place, monkeypatch)
     shutil.rmtree(place / "base")
     assert len(trained(place, monkeypatch)) == 1
-    with pytest.raises(InputError, match="another model, seed"):
-        trained(place, monkeypatch, seed=4)
+    for other in ({"seed": 4}, {"flags": ["--bf16", "true"]}):
+        with pytest.raises(InputError, match="another model, seed, .* or other flags"):
+            trained(place, monkeypatch, **other)
 
 
 def test_a_base_that_was_made_elsewhere_is_refused(place, monkeypatch):
@@ -90,7 +91,7 @@ def test_a_base_that_was_made_elsewhere_is_refused(place, monkeypatch):
     with pytest.raises(InputError, match="remove that folder, or name another"):
         trained(place, monkeypatch)
     with pytest.raises(InputError, match="model: .*gone is not a folder"):
-        builder.train(place / "gone", place / "base", 0)
+        builder.train(place / "gone", place / "base", 0, [])
 
 
 def test_every_attempt_is_recorded_once(tmp_path):
@@ -99,7 +100,7 @@ def test_every_attempt_is_recorded_once(tmp_path):
     rows, path = builder.gate(readiness()), tmp_path / "results/stage_0.json"
     failed = builder.gate(readiness(**{"pass@1": 0.9}))
     for digest, seed, found in (("a", 0, failed), ("b", 0, failed), ("b", 0, rows), ("b", 1, rows)):
-        builder.record(tmp_path, seed, digest, found, path)
+        builder.record(tmp_path, seed, digest, ["--bf16", "true"], found, path)
     attempts = files.read_json(path)
     assert [(each["digest"], each["seed"], each["gate"][1]["passes"]) for each in attempts] == [
         ("a", 0, False),
@@ -107,15 +108,17 @@ def test_every_attempt_is_recorded_once(tmp_path):
         ("b", 1, True),
     ]
     assert attempts[0]["model"] == {"model": "rounded to 4 bits"}
+    assert attempts[0]["flags"] == ["--bf16", "true"]
     assert attempts[0]["settings"]["chain_sum"]["max_terms"] == 3
     assert sum(attempts[0]["rows"].values()) == 1600
 
 
 def test_the_exit_code_is_the_gates(place, monkeypatch, capsys):
-    """Run the script's own `main`, without the training and the probe."""
-    out = place / "base"
+    """Run `main` without the training and the probe, which both get the flags that the script does not know."""
+    out, calls = place / "base", []
 
     def aesl(command, *flags):
+        calls.append((command, *flags[-2:]))
         own = builder.own_folder(out)
         own.mkdir(parents=True, exist_ok=True)
         (own / builder.TRAINER_STATE).write_text("{}")
@@ -123,8 +126,9 @@ def test_the_exit_code_is_the_gates(place, monkeypatch, capsys):
 
     monkeypatch.setattr(builder, "aesl", aesl)
     monkeypatch.setattr(builder, "RECORD", place / "stage_0.json")
-    monkeypatch.setattr(sys, "argv", ["", "--model", str(place / "model"), "--output_dir", str(out)])
+    monkeypatch.setattr(sys, "argv", ["", "--model", str(place / "model"), "--output_dir", str(out), "--bf16", "true"])
     with pytest.raises(SystemExit) as ended:
         builder.main()
+    assert calls == [("sft", "--bf16", "true"), ("probe", "--bf16", "true")]
     assert ended.value.code == 1 and "**fails**" in capsys.readouterr().out
     assert [row["passes"] for row in files.read_json(place / "stage_0.json")[0]["gate"]] == [True, False]

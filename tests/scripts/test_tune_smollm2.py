@@ -65,6 +65,9 @@ def test_each_rate_is_trained_once_and_the_best_recorded(command, capsys):
     (command.base / "model.safetensors").write_bytes(b"another base")
     command("--stages", "rl")
     assert len(command.calls) == 9
+    record = command("--stages", "sft", "--num_train_epochs", "2")  # a flag of aesl sft comes after the script's own
+    assert [call[3] for call in command.calls[9:]] == ["2"] * 3
+    assert record["sft"]["flags"][-2:] == ["--num_train_epochs", "2"]
 
 
 def test_a_missing_base_names_the_script_that_builds_it(command):

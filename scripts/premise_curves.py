@@ -73,13 +73,15 @@ def train(arm: str, base: Path, seed: int, run: Path, flags: list[str]) -> RunFo
     return RunFolder(run)
 
 
-def record(arm: str, seed: int, run: RunFolder, digest: str) -> dict:
-    """Return a finished cell's curves."""
+def record(arm: str, seed: int, run: RunFolder, digest: str, flags: list[str]) -> dict:
+    """Return a finished cell's curves, and what they were measured with."""
     kept = lambda row, names: {name: row[name] for name in names if row.get(name) is not None}  # noqa: E731
     return {
         "arm": arm,
         "seed": seed,
         "digest": digest,
+        "flags": flags,
+        **kept(run.settings, ("t_scaling_found",)),
         "logged": [kept(row, LOGGED) for row in run.log if "nll" in row],
         "evaluated": [kept(row, ("step", "eval_nll")) for row in run.log if "eval_nll" in row],
         "selected": run.object(SELECTION).get("step"),
@@ -178,7 +180,7 @@ def main() -> None:
     for seed in given.seeds:
         for arm in given.arms:
             run = train(arm, given.base, seed, given.work_dir / digest / f"{arm}-seed-{seed}", flags)
-            write_json(output / f"{arm}-seed-{seed}.json", record(arm, seed, run, digest))
+            write_json(output / f"{arm}-seed-{seed}.json", record(arm, seed, run, digest, flags))
             cells = show(output)
     print((output / "premises.md").read_text(encoding="utf-8"))
     sys.exit(1 if failing(cells) else 0)

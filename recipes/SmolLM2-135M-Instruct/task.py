@@ -22,16 +22,16 @@ from collections.abc import Callable
 from aesl_trl.data.gym import gym_rows
 
 
-# Chosen by us, and not yet measured: build_smollm2_base.py writes what its gate finds to results/stage_0.json
+# The gate passes them at seed 0. An easier stage 0 of products and harder legs failed: results/stage_0.json
 TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "products": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-    "leg_counting": {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 4},
+    "leg_counting": {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 3},
 }
 # Rows of each family in a split; of the products there are 1,100 questions in all
 SIZES = {
     "train": {"chain_sum": 1200, "products": 600, "leg_counting": 1200},
-    "base": {"chain_sum": 600, "products": 200, "leg_counting": 800},
+    "base": {"chain_sum": 450, "products": 100, "leg_counting": 1050},
     "validation": {"chain_sum": 96, "products": 96, "leg_counting": 96},
     "test": {"chain_sum": 86, "products": 85, "leg_counting": 85},
 }

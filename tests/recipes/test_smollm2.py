@@ -5,11 +5,13 @@ import json
 import shutil
 
 import pytest
+import yaml
 from gym_tasks import use_stand_in
 from recipe_task import RECIPES, recipe_task
 
 from aesl_trl.chain import chain
 from aesl_trl.errors import InputError
+from aesl_trl.files import read_json
 from aesl_trl.recipes.check import check_config
 from aesl_trl.recipes.recipes import find_configs
 from aesl_trl.rewards.gym import gym_reward
@@ -75,6 +77,24 @@ def test_a_long_answer_has_each_result_on_a_line_and_a_check(problem, text):
     assert task.in_long_form(problem) == text
 
 
+def test_the_readme_says_what_the_gate_found_and_the_present_settings_pass_it():
+    attempts = read_json(RECIPE / "results/stage_0.json")
+    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    for number, attempt in enumerate(attempts, 1):
+        found = " | ".join(f"{row['pass@1']:.2f}, {row['pass@16']:.2f}" for row in attempt["gate"])
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {number}") and found in line]
+        assert line.endswith("| passes |") == all(row["passes"] for row in attempt["gate"])
+    assert (attempts[-1]["settings"], attempts[-1]["rows"]) == (task.TASKS, task.SIZES["base"])
+    assert all(row["passes"] for row in attempts[-1]["gate"])
+
+
+def test_the_configs_have_the_rates_that_were_chosen():
+    rates = read_json(RECIPE / "results/rates.json")
+    for name in ("config_nll", "config_aesl", "config_aesl_auto"):
+        config = yaml.safe_load((RECIPE / f"sft/{name}.yaml").read_text())
+        assert config["learning_rate"] == float(rates["sft"]["chosen"])
+
+
 @pytest.mark.slow
 @needs_gym
 def test_the_splits_share_no_question_and_all_answers_earn_the_reward():
@@ -107,3 +127,30 @@ def test_missing_weights_name_the_script_that_builds_them(tmp_path):
     shutil.copytree(RECIPES / "accelerate_configs", tmp_path / "recipes" / "accelerate_configs")
     with pytest.raises(InputError, match="does not exist.*; first make it: python scripts/build_smollm2_base.py"):
         chain.main(["--config", str(recipe / "chain.yaml"), "--dry_run"])
+
+
+ARMS = {"nll": "nll", "aesl_3": "AESL, `t_scaling` 3", "aesl_auto": "AESL, `t_scaling: auto`"}
+
+
+def premise_lines() -> list[str]:
+    """Return the lines of both pages' tables: each arm's last step, and the base, at every seed that was recorded."""
+    cells = [read_json(path) for path in sorted((RECIPE / "results/premises").glob("*/*-seed-*.json"))]
+    columns = ("entropy", "self_bleu", "pass@1", "pass@8", "coverage_lost", "truncated")
+    lines = []
+
+    def add(name: str, rows: list[dict]) -> None:
+        values = [", ".join(f"{row[key]:.2f}" for row in rows if key in row) or "-" for key in columns]
+        effective = ", ".join(f"{row['weight_effective']:.2f}" for row in rows if "weight_effective" in row) or "-"
+        lines.append(f"| {' | '.join([name, effective, *values])} |")
+
+    add("the base", [cell["measured"][0] for cell in cells if cell["arm"] == "nll"])
+    for arm, name in ARMS.items():
+        add(name, [{**cell["logged"][-1], **cell["measured"][-1]} for cell in cells if cell["arm"] == arm])
+    return lines
+
+
+@pytest.mark.parametrize("page", ["recipes/SmolLM2-135M-Instruct/README.md", "docs/results.md"])
+def test_the_pages_show_the_recorded_premises(page):
+    lines = (RECIPES.parent / page).read_text(encoding="utf-8").splitlines()
+    missing = [line for line in premise_lines() if line not in lines]
+    assert not missing

@@ -38,7 +38,7 @@ def recorded(tmp_path):
         for arm, figures in (("nll", NLL), ("aesl_3", AESL)):
             folder = tmp_path / arm
             write_run(folder, **{**figures, **changes.get(arm, {})})
-            found[arm] = premise_curves.record(arm, 3, files.RunFolder(folder), "digest")
+            found[arm] = premise_curves.record(arm, 3, files.RunFolder(folder), "digest", ["--max_steps", "20"])
         return found
 
     return cells
@@ -112,6 +112,7 @@ def test_a_cell_is_recorded_and_shown(command, capsys):
     assert lines[3] == "| aesl_3 | 1 | 0.20 | 0.50 | 0.50 |  | 0.10 | 0.30 |  |"
     assert lines[-1].startswith("Seed 1. aesl_3 acts: holds; aesl_3's samples end: holds; nll forgets: holds;")
     assert (output / "premises.png").read_bytes().startswith(b"\x89PNG")
+    assert files.read_json(output / "nll-seed-1.json")["flags"] == ["--max_steps", "20"]
     assert "Seed 1." in capsys.readouterr().out
 
 

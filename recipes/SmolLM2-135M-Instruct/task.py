@@ -22,7 +22,7 @@ from collections.abc import Callable
 from aesl_trl.data.gym import gym_rows
 
 
-# The gate passes them at seed 0. An easier stage 0 of products and harder legs failed: results/stage_0.json
+# The gate passes these at seed 0. results/stage_0.json has the attempt that failed, too
 TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "products": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},

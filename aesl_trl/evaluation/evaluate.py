@@ -40,6 +40,7 @@ from .figures import PROMPTS, Task, describe, grade_task, summary_lines
 from .samples import SamplesFile, assemble, draw_missing, folder_for, pieces
 
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAVE_EVERY_VLLM = 2048  # answers: vLLM runs empty at the end of each piece
 
 
@@ -102,6 +103,11 @@ class EvalArguments:
     start: str | None = option(None, "Model or adapter that RL began from.")
     final: str | None = option(None, "Model or adapter that RL ended with.")
     output_dir: str = option(".", "Folder for evaluation.json; a name that ends in .json is the file itself.")
+    dtype: str = option(
+        "auto",
+        "Dtype of the weights while sampling; auto: that of the files, but vLLM rounds float32 to 16 bits.",
+        choices=DTYPES,
+    )
     use_cpu: bool = option(False, "Stay on the CPU although there is a GPU.")
     trust_remote_code: bool = option(False, "Run model code that lies in the model's repository.")
 
@@ -246,6 +252,7 @@ class ModelSamples:
             "samples": args.num_samples,  # by its old name: the folders of samples drawn before are found by it
             **{key: getattr(args, key) for key in keys},
             **({"chat_template_kwargs": template} if (template := args.chat_template_kwargs) else {}),
+            **({"dtype": args.dtype} if args.dtype != "auto" else {}),
             "save_every": self._answers,
             "num_processes": accelerator.num_processes,
             "device": accelerator.device.type,

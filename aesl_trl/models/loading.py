@@ -144,12 +144,17 @@ def release_memory() -> None:
 
 
 def load_model(
-    path: str | Path, quantization: dict | None = None, *, device: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    quantization: dict | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ):
-    """Load a model in the dtype of its files and in eval mode, by default on the GPU when there is one."""
+    """Load a model in eval mode, by default in the dtype of its files and on the GPU when there is one."""
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     kwargs = {"quantization_config": BitsAndBytesConfig.from_dict(quantization)} if quantization else {}
-    kwargs |= {"dtype": "auto", "device_map": device, "trust_remote_code": trust_remote_code}
+    kwargs |= {"dtype": dtype, "device_map": device, "trust_remote_code": trust_remote_code}
     # The class that the config names, as TRL has it: AutoModelForCausalLM knows few vision-language models
     name = (AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""])[0]
     return getattr(transformers, name, AutoModelForCausalLM).from_pretrained(path, **kwargs).eval()

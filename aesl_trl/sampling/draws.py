@@ -20,7 +20,7 @@ PROMPT_TOKENS = 131_072
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are sampled. Four fields are for engines that load a model."""
+    """How completions are sampled. Five fields are for engines that load a model."""
 
     num_samples: int  # completions of each prompt
     temperature: float  # positive; the recorded figures are at temperature 1 nevertheless
@@ -30,6 +30,7 @@ class SamplingSettings:
     tensor_parallel_size: int = 1  # vLLM's name, as are the next two
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
+    dtype: str = "auto"  # of the weights: a name that transformers and vLLM know, or as the files have them
     trust_remote_code: bool = False  # run code that lies beside the model
     chat_template_kwargs: dict | None = None  # keywords for the chat template; those of a row come before them
 

@@ -53,7 +53,8 @@ class OfflineTransformers(OfflineEngine):
 
     def __init__(self, path: str, settings: SamplingSettings, accelerator):
         super().__init__(settings, accelerator)
-        self.model, self.tokenizer = load(path, str(accelerator.device), trust_remote_code=settings.trust_remote_code)
+        how = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
+        self.model, self.tokenizer = load(path, str(accelerator.device), **how)
 
     def draw(self, request: Request) -> list[Draw]:
         """Draw with `model.generate`, each piece with the batch size that was asked for."""
@@ -74,6 +75,7 @@ class OfflineVLLM(OfflineEngine):
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_model_len=settings.max_model_len,
+            dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             seed=settings.seed,
             logprobs_mode="raw_logprobs",  # at temperature 1, whatever the sampling's
@@ -126,9 +128,9 @@ class OfflineVLLM(OfflineEngine):
         super().close()
 
 
-def load(path: str, device: str, *, trust_remote_code: bool = False) -> tuple:
+def load(path: str, device: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple:
     """Return model and tokenizer at `path`; an adapter comes on the base that it names, with the files beside it."""
     found = ModelFolder.find(path)
     tokenizer = load_processing_class(found.tokenizer_at, trust_remote_code=trust_remote_code)
-    model = load_model(found.config_at, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(found.config_at, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return put_adapter(model, path, found.base).eval() if found.is_adapter else model, tokenizer

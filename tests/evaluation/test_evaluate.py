@@ -23,7 +23,7 @@ from aesl_trl.report import report
 from aesl_trl.rewards.grading import SHARED_GRADERS, Grade
 from aesl_trl.sampling.draws import SamplingSettings
 from aesl_trl.sampling.groups import sample_groups
-from aesl_trl.sampling.offline import load
+from aesl_trl.sampling.offline import OfflineTransformers, load
 
 
 REWARD = """
@@ -113,6 +113,15 @@ def test_models_given_first_keep_their_names_and_the_draw_is_the_seeds(config, t
     assert read(tmp_path)["models"] != one["models"]
 
 
+def test_weights_are_rounded_to_the_dtype_that_is_named(config, tmp_path, tiny_model_dir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(OfflineTransformers, "close", lambda engine: drawn.append(engine.model.dtype))
+    for dtype in ("auto", "bfloat16"):
+        evaluate.main([tiny_model_dir, *config(dtype=dtype)])
+    assert drawn == [torch.float32, torch.bfloat16]
+    assert len(list((tmp_path / "out" / "evaluation_samples").iterdir())) == 2  # neither takes the other's samples
+
+
 def test_a_run_in_one_piece_draws_as_sampling_alone_does(config, tmp_path, tiny_model_dir):
     """What skills-tiny's recorded numbers rest on: one piece has the run's own seed, its batches one generator."""
     settings = {"num_samples": 4, "max_new_tokens": 6, "batch_size": 3, "seed": 2}
@@ -174,6 +183,7 @@ def test_two_processes_measure_every_prompt_once(config, tmp_path):
         ({"count_by": "treshold"}, ["org/model"], "count_by: dataset_name has no column 'treshold'; .* 'threshold'"),
         ({"num_samples": 0}, ["org/model"], "num_samples is 0, but must be at least 1"),
         ({"temperature": 0.0}, ["org/model"], "temperature is 0.0, but must be above 0"),
+        ({"dtype": "bf16"}, ["org/model"], "dtype must be one of .* did you mean 'bfloat16'"),
         ({"num_promts": 4}, ["org/model"], "did you mean 'num_prompts'"),
     ],
 )

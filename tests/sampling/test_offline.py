@@ -45,7 +45,7 @@ def test_every_name_is_one_that_trl_uses(trl_source):
         alias.name for node in ast.walk(trl_source) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert {"LLM", "SamplingParams"} <= imported
-    assert called_with(ours, "LLM") <= called_with(trl_source, "LLM") and called_with(ours, "LLM")
+    assert called_with(ours, "LLM") - called_with(trl_source, "LLM") == {"dtype"}  # documented, and not TRL's
     assert called_with(ours, ".generate") == called_with(trl_source, "self.llm.generate")
     settings = {
         key.value
@@ -105,11 +105,17 @@ class LLM:
         tensor_parallel_size,
         gpu_memory_utilization,
         max_model_len,
+        dtype,
         trust_remote_code,
         seed,
         logprobs_mode,
     ):
-        self.settings = {"model": model, "max_model_len": max_model_len, "logprobs_mode": logprobs_mode}
+        self.settings = {
+            "model": model,
+            "max_model_len": max_model_len,
+            "dtype": dtype,
+            "logprobs_mode": logprobs_mode,
+        }
         self.requests = []
         LLM.made.append(self)
 
@@ -139,7 +145,7 @@ def vllm(monkeypatch):
 
 
 def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
-    settings = SamplingSettings(3, temperature=0.6, max_new_tokens=32, seed=5, max_model_len=128)
+    settings = SamplingSettings(3, temperature=0.6, max_new_tokens=32, seed=5, max_model_len=128, dtype="bfloat16")
     engine = OfflineVLLM(tiny_model_dir, settings)
     groups = engine.sample([{"prompt": CHAT}, {"prompt": "2+2="}], Piece(3, 2, 1, 3))
     assert [group.prompt for group in groups] == [CHAT, "2+2="]
@@ -147,7 +153,8 @@ def test_each_problem_is_drawn_from_its_own_seed(vllm, tiny_model_dir):
         assert group.completions == [str(draw_seed(5, problem, 1) + i) for i in range(3)]  # in order again
         assert group.num_tokens == [1, 2, 3] and group.truncated == [False, False, True]
     (llm,) = LLM.made
-    assert llm.settings == {"model": tiny_model_dir, "max_model_len": 128, "logprobs_mode": "raw_logprobs"}
+    given = {"model": tiny_model_dir, "max_model_len": 128, "dtype": "bfloat16", "logprobs_mode": "raw_logprobs"}
+    assert llm.settings == given
     tokenizer = build_tokenizer()
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     prompts = [prompt["prompt_token_ids"] for prompt, _ in llm.requests]

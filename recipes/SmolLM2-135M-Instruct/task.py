@@ -35,6 +35,8 @@ SIZES = {
     "validation": {"chain_sum": 96, "products": 96, "leg_counting": 96},
     "test": {"chain_sum": 86, "products": 85, "leg_counting": 85},
 }
+# The demonstrations leave one family out, so that SFT can make the model forget it
+DEMONSTRATED = ("chain_sum", "products")
 DEMONSTRATIONS = 300
 LEGS = {
     0: ("snake", "sea slug", "jellyfish", "flatworm", "leech"),
@@ -137,6 +139,10 @@ def _answered(rows: list[dict], form: Callable[[dict], str]) -> list[dict]:
     return [{**row, "completion": [{"role": "assistant", "content": form(row)}]} for row in rows]
 
 
+def _demonstrated(split: str) -> list[dict]:
+    return [row for row in problems(split) if row["task"] in DEMONSTRATED]
+
+
 def stage_0(seed: int = 0) -> list[dict]:
     """Return what the base is trained on: of the split `base`, answered at once or in one line, by chance."""
     chance = random.Random(f"stage 0 {seed}")
@@ -144,13 +150,13 @@ def stage_0(seed: int = 0) -> list[dict]:
 
 
 def demonstrations(seed: int = 0, num: int = DEMONSTRATIONS) -> list[dict]:
-    """Return long answers to a random sample of RL's problems."""
-    return _answered(random.Random(f"demonstrations {seed}").sample(problems("train"), num), in_long_form)
+    """Return long answers to a random sample of RL's problems of the families in `DEMONSTRATED`."""
+    return _answered(random.Random(f"demonstrations {seed}").sample(_demonstrated("train"), num), in_long_form)
 
 
 def eval_demonstrations(seed: int = 0, num: int = 96) -> list[dict]:
     """Return long answers to held-out problems, of which the lowest nll is "the best evaluation score"."""
-    return _answered(problems("validation")[:num], in_long_form)
+    return _answered(_demonstrated("validation")[:num], in_long_form)
 
 
 def rl_problems(seed: int = 0) -> list[dict]:

@@ -94,6 +94,8 @@ def test_the_configs_have_the_rates_that_were_chosen():
     for name in ("config_nll", "config_aesl", "config_aesl_auto"):
         config = yaml.safe_load((RECIPE / f"sft/{name}.yaml").read_text())
         assert config["learning_rate"] == float(rates["sft"]["chosen"])
+    config = yaml.safe_load((RECIPE / "grpo/config.yaml").read_text())
+    assert config["learning_rate"] == float(rates["rl"]["chosen"])
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from ..processes import scratch
 from ..values import load_yaml
 from .cells import CHAIN_CONFIG, MIX_CONFIG, Cell, chain_of, groups, has_ended, source, table_cells
 from .config import CompareConfig
+from .table import OF_VALUE
 from .tuning import planned
 
 
@@ -32,7 +33,7 @@ def check(config: CompareConfig, path: Path, flags: Sequence[str] = ()) -> None:
     known = [*FIGURES, *(f"pass@{k}" for k in powers_of_two(samples))]
     known += [f"{name}@{samples}" for name in ("avg", "pass", "maj")] if evaluation.get("benchmarks") else []
     for field, name in (("metric", config.metric), *([("tune.by", config.tune.by)] if config.tune else [])):
-        if name not in known:
+        if name not in known and not (evaluation.get("count_by") and OF_VALUE.fullmatch(name)):
             raise InputError(f"{path}: {field}: the evaluation has no figure {name!r}{nearest(name, known)}")
     with scratch("check") as place:  # the configs in it hold `env`
         trial = replace(config, output_dir=str(place))

@@ -32,6 +32,8 @@ from ..errors import InputError, nearest
 
 MAX_SEEDS = 1000  # beyond it a difference counts as one that no number of seeds would decide
 SIGNAL = "groups_mixed"
+OF_VALUE = re.compile(r"pass@1\[.+\]")  # with count_by, on the problems of one value
+MAX_VALUES = 4  # in the tables; compare.json has the figures of more
 TIMES = ("before", "after")  # RL
 # The figures that are shares, in [0, 1]; the others are nats, counts and rewards
 SHARES = re.compile(r"(pass|avg|maj)@.*|groups_.*|self_bleu|distinct_\d|unique|truncated|eos_prob|no_answer")
@@ -164,12 +166,17 @@ def solved(cells: Sequence[dict], by: str | None = None) -> dict[str, Any] | Non
 
 
 def figure_names(cells: Iterable[dict]) -> tuple[str, ...]:
-    """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of mixed groups."""
+    """Return pass@1, the largest pass@k of every cell, entropy, self-BLEU and the share of mixed groups.
+
+    Where the evaluations count by a column of few values (`MAX_VALUES`), pass@1 of each of them comes last.
+    """
     known = [set(cell[when]) for cell in cells for when in TIMES]
     shared = set.intersection(*known) if known else set()
     powers = [name for name in shared if name.startswith("pass@") and name[5:].isdigit()]
     largest = max(powers, key=lambda name: int(name[5:]), default="pass@1")
-    return tuple(dict.fromkeys(("pass@1", largest, "entropy", "self_bleu", SIGNAL)))
+    of_values = sorted(filter(OF_VALUE.fullmatch, shared))
+    of_values = of_values if len(of_values) <= MAX_VALUES else []
+    return tuple(dict.fromkeys(("pass@1", largest, "entropy", "self_bleu", SIGNAL, *of_values)))
 
 
 def table(cells: Sequence[dict], rows: Sequence[dict], *, reference: Sequence[str], metric: str) -> dict[str, Any]:

@@ -75,8 +75,8 @@ class EvalArguments:
     )
     count_by: str | None = option(
         None,
-        "Column of `dataset_name` that says what a problem asks for: its values are counted, and those solved, of "
-        "whose problems at least half of the samples are right.",
+        "Column of `dataset_name` that says what a problem asks for: each value gets a pass@1 of its own, and those "
+        "are counted as solved of whose problems at least half of the samples are right.",
     )
     num_samples: int = option(8, "Answers to each prompt: pass@k goes up to this k.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature; 1 is what GRPO samples at.", above=0)

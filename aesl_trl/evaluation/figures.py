@@ -26,7 +26,7 @@ PROMPTS = "prompts"  # the name of `dataset_name`'s problems, beside those of th
 class Task:
     """Problems that are sampled and graded alike; `source` says where those of a benchmark come from.
 
-    `count_by` is the column whose values are counted as solved or not.
+    `count_by` is the column whose values are counted as solved or not, each with a pass@1 of its own.
     """
 
     name: str
@@ -52,7 +52,7 @@ def grade_task(task: Task, groups: list[Group], success_threshold: float, folder
     if not_graded := sum(not num for num, _ in right_counts(groups)):
         figures["problems_not_graded"] = not_graded
     if task.count_by is not None:
-        figures |= count_solved(groups, [str(row.get(task.count_by)) for row in task.rows], success_threshold)
+        figures |= figures_by_value(groups, [str(row.get(task.count_by)) for row in task.rows], success_threshold)
     rows = [{"index": index, "rewards": group.rewards} for index, group in enumerate(groups)]
     if task.source is not None:
         texts = [text for group in groups for text in group.completions]
@@ -77,16 +77,21 @@ def figures_with_intervals(groups: list[Group], success_threshold: float) -> dic
     return figures
 
 
-def count_solved(groups: list[Group], values: list[str], success_threshold: float) -> dict[str, int]:
-    """Return how many `values`, one a problem, are solved and how many there are (`solved_of`).
+def figures_by_value(groups: list[Group], values: list[str], success_threshold: float) -> dict[str, Any]:
+    """Return how many `values`, one a problem, are solved, how many there are (`solved_of`), and `pass@1[value]`.
 
-    A value is solved where at least half of the graded samples of its problems are right.
+    A value is solved where at least half of the graded samples of its problems are right. Its pass@1 is a mean over
+    its problems, with `pass@1[value]_interval`; a value of which nothing is graded has none.
     """
-    right: dict[str, list[bool]] = {value: [] for value in values}
-    for group, value in zip(groups, values, strict=True):
-        right[value] += [sample[0] >= success_threshold for sample in group.rewards if is_number(sample[0])]
-    solved = sum(bool(flags) and 2 * sum(flags) >= len(flags) for flags in right.values())
-    return {"solved": solved, "solved_of": len(right)}
+    counts: dict[str, list[tuple[int, int]]] = {value: [] for value in values}
+    for value, (num, right) in zip(values, right_counts(groups, success_threshold), strict=True):
+        counts[value] += [(num, right)] if num else []
+    solved = sum(bool(of) and 2 * sum(right for _, right in of) >= sum(num for num, _ in of) for of in counts.values())
+    figures: dict[str, Any] = {"solved": solved, "solved_of": len(counts)}
+    for value, of in counts.items():
+        if of:
+            figures |= _mean_and_interval(f"pass@1[{value}]", [right / num for num, right in of])
+    return figures
 
 
 def benchmark_figures(groups: list[Group], answers: list, reward: Any, success_threshold: float) -> dict:

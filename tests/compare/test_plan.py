@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from small_compare import ONE, TUNE, run
 
 from aesl_trl import files
@@ -124,6 +125,24 @@ def test_the_recipes_are_accepted(name, tmp_path):
     check(read_config(path, output_dir=str(tmp_path / "runs")), path)
 
 
+@pytest.mark.parametrize("count_by", [{}, {"count_by": "symbol"}])
+def test_a_metric_of_one_value_needs_count_by(project, tmp_path, count_by):
+    values = yaml.safe_load((RECIPE / "eval.yaml").read_text())
+    values.pop("count_by", None)
+    target = tmp_path / "eval_by.yaml"
+    values["dataset_name"] = str(RECIPE / values["dataset_name"])
+    values["reward_funcs"] = [str(RECIPE / name) for name in values["reward_funcs"]]
+    target.write_text(yaml.safe_dump({**values, **count_by}))
+    chain = {"grpo": {"config": str(RECIPE / "grpo/config.yaml")}, "eval": {"config": str(target)}}
+    chain |= {"sft": {"config": str(RECIPE / "sft/config_nll.yaml")}}
+    path = project(chain=chain, methods=ONE, reference=[], metric="pass@1[a]")
+    if count_by:
+        check(read_config(path), path)
+    else:
+        with pytest.raises(InputError, match="the evaluation has no figure"):
+            check(read_config(path), path)
+
+
 def test_the_plan_knows_the_figures_that_an_evaluation_has():
     group = Group("", ["a", "b"], [1, 1], [False, False], [0.0, 0.0], rewards=[[0.0], [1.0]])
     assert {*FIGURES, "pass@1", "pass@2"} == set(measure([group]))
@@ -132,6 +151,7 @@ def test_the_plan_knows_the_figures_that_an_evaluation_has():
 CHECKED = [
     ({"metric": "pas@1"}, ["metric: the evaluation has no figure 'pas@1'", "'pass@1'"]),
     ({"metric": "pass@16"}, ["metric: the evaluation has no figure 'pass@16'", "'pass@1'"]),
+    ({"metric": "pass@1[]"}, ["metric: the evaluation has no figure 'pass@1[]'", "'pass@1'"]),
     ({"tune": {**TUNE, "by": "entrpy"}}, ["tune.by", "'entropy'"]),
     ({"methods": {"nll": {"sft": {"cold_start_los": "nll"}}}}, ["config_nll.yaml as compare.yaml changes it for nll"]),
     ({"methods": {"nll": {"sft": {"cold_start_loss": "nl"}}}}, ["cold_start_loss must be one of", "'nll'"]),

@@ -279,6 +279,22 @@ def test_the_largest_pass_that_every_cell_has():
     assert figure_names(cells)[1] == "pass@8"
 
 
+def test_each_of_a_few_values_has_a_column_of_its_own():
+    """Values that only some cells have are left out, and five values are too many for a table."""
+    cells = [cell(), cell(seed=1)]
+    of_all, of_one = {"pass@1[sums]": 0.5, "pass@1[legs]": 0.25}, {"pass@1[spelling]": 1.0}
+    for each, more in zip(cells, ({}, of_one), strict=True):
+        for when in ("before", "after"):
+            each[when] = {**each[when], **of_all, **more}
+    assert figure_names(cells)[-2:] == ("pass@1[legs]", "pass@1[sums]")
+    found = table(cells, [row("nll/last")], reference=[], metric="pass@1[legs]")
+    assert found["rows"][0]["after"]["pass@1[legs]"]["mean"] == 0.25
+    for each in cells:
+        for when in ("before", "after"):
+            each[when] |= {f"pass@1[{letter}]": 0.0 for letter in "abc"}
+    assert not any("[" in name for name in figure_names(cells))
+
+
 def test_an_unknown_metric_is_refused():
     with pytest.raises(InputError, match="no finished cell has 'pas@1'; did you mean 'pass@1'"):
         table([cell()], [row("nll/last")], reference=[], metric="pas@1")

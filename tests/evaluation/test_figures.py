@@ -27,7 +27,11 @@ def test_what_problems_ask_for_is_counted_as_solved():
         Group("p", ["a"] * len(of), [1] * len(of), [False] * len(of), [0.0] * len(of), [[each] for each in of])
         for of in rewards
     ]
-    assert figures.count_solved(groups, list("AABCD"), 1.0) == {"solved": 2, "solved_of": 4}
+    found = figures.figures_by_value(groups, list("AABCD"), 1.0)
+    intervals = {name: found.pop(name) for name in list(found) if name.endswith("_interval")}
+    shares = {"pass@1[A]": 0.75, "pass@1[B]": 0.5, "pass@1[C]": pytest.approx(1 / 3)}
+    assert found == {"solved": 2, "solved_of": 4, **shares}
+    assert intervals["pass@1[A]_interval"] == [0.5, 1.0] and intervals["pass@1[B]_interval"] == [0.5, 0.5]
 
 
 def test_a_mean_over_benchmarks_holds_the_numbers_that_all_of_them_have():

@@ -158,3 +158,17 @@ def test_the_pages_show_the_recorded_premises(page):
     for folder in sorted((RECIPE / "results/premises").iterdir()):
         missing = [line for line in premise_lines(folder) if line not in lines]
         assert not missing
+
+
+STARTS = {"base": "the base", "nll/last": "nll", "aesl_3/last": "AESL, `t_scaling` 3"}
+
+
+@pytest.mark.parametrize("page", ["recipes/SmolLM2-135M-Instruct/README.md", "docs/results.md"])
+def test_the_pages_show_the_recorded_comparison(page):
+    lines = (RECIPES.parent / page).read_text(encoding="utf-8").splitlines()
+    result = read_json(RECIPE / "results/compare_short/compare.json")
+    assert {row["name"] for row in result["rows"]} == set(STARTS)
+    for row in result["rows"]:
+        names = ("pass@1", "pass@4", "pass@1[leg_counting]", "entropy", "groups_mixed")
+        values = [", ".join(f"{row[when][name]['mean']:.2f}" for when in ("before", "after")) for name in names]
+        assert f"| {' | '.join([STARTS[row['name']], *values])} |" in lines

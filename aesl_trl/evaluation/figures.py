@@ -145,7 +145,7 @@ def describe(tasks: list[Task], figures: dict[str, dict], args: Any) -> dict:
         "num_prompts": sum(len(task.rows) for task in tasks),
         "num_samples": args.num_samples,
         "reward_funcs": [reward_name(function) for function in tasks[0].reward_funcs],
-        **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold")},
+        **{key: getattr(args, key) for key in ("temperature", "max_new_tokens", "seed", "success_threshold", "dtype")},
         **({"count_by": args.count_by} if args.count_by else {}),
         **({"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}),
         "versions": {**package_versions(), **{name: installed[name] for name in deciding}},

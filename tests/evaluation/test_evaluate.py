@@ -118,6 +118,7 @@ def test_weights_are_rounded_to_the_dtype_that_is_named(config, tmp_path, tiny_m
     monkeypatch.setattr(OfflineTransformers, "close", lambda engine: drawn.append(engine.model.dtype))
     for dtype in ("auto", "bfloat16"):
         evaluate.main([tiny_model_dir, *config(dtype=dtype)])
+        assert read(tmp_path)["dtype"] == dtype
     assert drawn == [torch.float32, torch.bfloat16]
     assert len(list((tmp_path / "out" / "evaluation_samples").iterdir())) == 2  # neither takes the other's samples
 

@@ -66,8 +66,12 @@ def test_a_start_that_lost_coverage_says_so(tmp_path, undrawn):
 def test_runs_evaluated_differently_are_pointed_out(tmp_path, undrawn):
     runs = [fake_run(tmp_path / name, name) for name in ("aesl", "base")]
     evaluation = json.loads((runs[1] / "evaluation.json").read_text())
-    write_json(runs[1] / "evaluation.json", {**evaluation, "num_samples": 16})
-    assert "The runs were not evaluated alike: num_samples is aesl 8, base 16." in written_page(runs).words
+    write_json(runs[1] / "evaluation.json", {**evaluation, "dtype": "auto"})
+    assert "not evaluated alike" not in written_page(runs).words  # aesl's is of a version that named no dtype
+    write_json(runs[1] / "evaluation.json", {**evaluation, "num_samples": 16, "dtype": "bfloat16"})
+    words = written_page(runs).words
+    assert "The runs were not evaluated alike: num_samples is aesl 8, base 16." in words
+    assert "The runs were not evaluated alike: dtype is aesl auto, base bfloat16." in words
 
 
 def test_an_average_with_the_base_is_no_step_of_the_series(tmp_path, undrawn):

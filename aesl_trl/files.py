@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import InputError, nearest_sibling, say
+from .errors import HALF_A_CHARACTER, SURROGATE_ESCAPE, InputError, nearest_sibling, say
 from .provenance import __version__
 
 
@@ -191,9 +191,15 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 def read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text)
+        if SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is not valid JSON: {HALF_A_CHARACTER}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too many digits, too many levels
         raise InputError(f"{path} is not valid JSON: {error}") from None
 

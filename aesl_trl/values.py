@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import InputError, in_one_line, nearest, nearest_sibling
+from .errors import HALF_A_CHARACTER, InputError, in_one_line, nearest, nearest_sibling
 
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -45,7 +45,17 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 76
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML, and refuses duplicate keys, of which PyYAML silently takes the last."""
+    """Reads YAML, and refuses duplicate keys, of which PyYAML silently takes the last.
+
+    JSON writes a character beyond 16 bits as two escapes, which PyYAML leaves apart: they are joined.
+    """
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.MarkedYAMLError(problem=HALF_A_CHARACTER, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node, deep=False):
         lines = {}

@@ -459,6 +459,15 @@ def test_json_that_python_cannot_read_is_one_line(text, tmp_path):
         assert len(str(error.value)) < 300 + len(str(tmp_path))
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    path = tmp_path / "chain.json"
+    path.write_text('{"sft_dir": "\\uD83d\\uDe00"}')
+    assert files.read_json(path) == {"sft_dir": "\U0001f600"}
+    path.write_text('{"sft_dir": "\\ud83d"}')
+    with pytest.raises(InputError, match="chain.json is not valid JSON: an escape of"):
+        _ = files.RunFolder(tmp_path).chain
+
+
 @pytest.mark.parametrize(
     "write", [files.write_text, files.write_json, lambda path, text: files.write_jsonl(path, [text])]
 )

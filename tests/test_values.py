@@ -1,6 +1,7 @@
 """values: what YAML holds becomes the field's type or is refused in one line, and numbers stay within their bounds."""
 
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -246,13 +247,23 @@ def bomb(levels, name):
         ("? {a: b}\n: 1\n", "line 1: a key must be a name"),
         ("a: {? [a, b] : 1}\n", "line 1: a key must be a name"),
         (f"a: {'9' * 5000}\n", "not YAML in UTF-8"),
+        ('a: 1\nb: "\\ud83d"\n', "line 2: an escape of .* without its other half is no character"),
+        ('"\\ude00": 1\n', "line 1: an escape of .* without its other half is no character"),
     ],
-    ids=["bomb", "list of itself", "mapping of itself", "brackets", "braces", "list", "mapping", "inner", "digits"],
+    ids=[
+        *("bomb", "list of itself", "mapping of itself", "brackets", "braces", "list", "mapping", "inner", "digits"),
+        *("half a character", "half a character as key"),
+    ],
 )
 def test_a_hostile_config_is_one_line(text, says, tmp_path):
     with pytest.raises(InputError, match=says) as error:
         values.load_yaml(write_config(tmp_path, text))
     assert "\n" not in str(error.value) and len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_escapes_of_a_character_are_joined_as_json_joins_them(tmp_path):
+    value = {"output_dir": "runs/\U0001f600", "\U00010000": ["\n\uffff\ufeff", "é"]}
+    assert values.load_yaml(write_config(tmp_path, json.dumps(value))) == value
 
 
 def test_aliases_of_a_sane_size_stay(tmp_path):

@@ -46,7 +46,8 @@ def code(text: str) -> str:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != TESTED)) for name in check_gpu.PARTS]
 )
 def test_every_part_runs_through_at_tiny_size(name, tmp_path, monkeypatch, capfd):
-    assert run(monkeypatch, tmp_path, "--small", "--minutes", 60, "--parts", name) == 0, capfd.readouterr()
+    # The limits are a GPU's: a busy CPU is given more time
+    assert run(monkeypatch, tmp_path, "--small", "--minutes", 240, "--parts", name) == 0, capfd.readouterr()
     parts = check_gpu.chosen([name])
     assert statuses(tmp_path) == {part: "skipped" if part == "vllm" else "done" for part in parts}
     found = json.loads((tmp_path / "gpu.json").read_text())

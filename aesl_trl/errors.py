@@ -3,7 +3,6 @@
 import difflib
 import errno
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -29,7 +28,6 @@ VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= dict.fromkeys([*range(0x7F, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
 VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 # JSON and YAML may name a character beyond 16 bits by two escapes. One of them alone is no text, and names no file.
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 HALF_A_CHARACTER = r"an escape of \ud800 to \udfff without its other half is no character"
 
 

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import HALF_A_CHARACTER, SURROGATE_ESCAPE, InputError, nearest_sibling, say
+from .errors import HALF_A_CHARACTER, InputError, nearest_sibling, say
 from .provenance import __version__
 
 
@@ -193,7 +193,7 @@ def read_json(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
         value = json.loads(text)
-        if SURROGATE_ESCAPE.search(text):
+        if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except FileNotFoundError:

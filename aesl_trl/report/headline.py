@@ -84,8 +84,7 @@ def _lost(arm: Arm) -> str:
 def warnings(arms: list[Arm]) -> list[str]:
     """Name the differences that make the figures of two runs incomparable."""
     lines = []
-    for key in (*SETTINGS, "dtype"):
-        unsaid = "auto" if key == "dtype" else None  # older evaluations do not name their dtype
+    for key, unsaid in {**dict.fromkeys(SETTINGS), "dtype": "auto"}.items():  # an older evaluation names no dtype
         given = {arm.label: arm.runs[0].evaluation.get(key, unsaid) for arm in arms if arm.runs[0].evaluation}
         if len(set(map(str, given.values()))) > 1:
             values = ", ".join(f"{name} {value}" for name, value in given.items())
